@@ -1,0 +1,453 @@
+"""All settings: one typed tree, filled from a recipe (YAML) and the command line.
+
+    settings = load_settings(["--recipe", "acebert_tiny", "--train.batch_size", "128"])
+
+* A leaf is named by its path: `train.batch_size` in YAML is `--train.batch_size` on the command
+  line, which wins. `--help` prints every leaf with its default and unit.
+* An unknown key, a wrong type or settings that contradict each other raise `UserError` naming
+  the key. No environment variable changes a result; `ACEBERT_HOME` says where results lie.
+* A recipe may `include` others; later ones win over earlier ones, its own keys over all.
+"""
+
+import argparse
+import os
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from acebert.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "acebert_tiny"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DemoSettings(Section):
+    """The catalogue that is drawn when no `data.products` is given."""
+
+    products: int = Field(1000, ge=20)
+    """products to draw"""
+    searches_per_day: int = Field(3000, ge=1)
+    """searches a day"""
+    days: int = Field(5, ge=3)
+    """days of search log: the last is the test day, the one before it the validation day"""
+    image_side: int = Field(160, ge=32, le=2048)
+    """side of a product photo [px]"""
+    seed: int = 0
+    """seed of the catalogue and its log (apart from the training seed)"""
+
+
+class DataSettings(Section):
+    """What to read, how to split it, and what counts as a bad row."""
+
+    products: str | None = None
+    """products: a Parquet, CSV or JSON-lines file, a directory of them, or a URI (none: the demo
+    catalogue)"""
+    impressions: str | None = None
+    """search log: file, directory or URI, one row for each product shown"""
+    valid_impressions: str | None = None
+    """validation log of its own, for a log without timestamps"""
+    test_impressions: str | None = None
+    """test log of its own, for a log without timestamps"""
+    test_from: date | None = None
+    """the test day, YYYY-MM-DD; rows after it are left out (none: the last day of the log).
+    The day before it validates, all earlier days train"""
+    columns: dict[str, str] = {}
+    """our column name → the name in your files, e.g. product_id=sku"""
+    max_bad_share: float = Field(0.1, ge=0, le=1)
+    """stop when more than this share of the rows of a file is quarantined"""
+    robot_clicks_per_minute: int = Field(30, ge=1)
+    """a user with more clicks in one minute is a robot; all its rows are left out"""
+    robot_same_click: int = Field(20, ge=1)
+    """a user who clicks one product for one query more often in a day is a robot"""
+    hot_queries: int = Field(10, ge=1)
+    """most clicked queries kept for a product (paper section 3.2: at most 10)"""
+    memory_limit: str = "2GB"
+    """memory that ingest may take before it spills to the disk of the work directory"""
+
+
+class ImageSettings(Section):
+    """From a photo to patch features and pixels (paper section 2.1)."""
+
+    roi: bool = True
+    """cut patches from the region of interest found by edge detection, else the whole photo"""
+    cnn: str = "resnext101_32x8d"
+    """timm name of the CNN behind the patch features"""
+    cnn_weights: str = "hub"
+    """`hub` (timm's pretrained weights), `random`, or a .safetensors file of the CNN's weights"""
+    cnn_side: int = Field(256, ge=128, multiple_of=128)
+    """side to which the RoI is resized for the CNN, a multiple of 128 so that the 4×4 cells fall
+    on its feature map's grid [px]"""
+    cnn_batch: int = Field(16, ge=1)
+    """photos in one forward of the CNN"""
+    pixel_source: Literal["roi", "photo"] = "roi"
+    """what the pixel tokens show (paper: the photo)"""
+    pixel_side: int = Field(224, ge=32)
+    """side to which it is resized [px]; seven pixel patches a side"""
+    pixel_format: Literal["raw", "jpeg"] = "raw"
+    """stored uncompressed, or as JPEG (smaller, decoded when read)"""
+    max_megapixels: float = Field(50, gt=0)
+    """a photo that claims to be larger is treated as broken [10^6 px]"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pixel_side % 7:
+            raise ValueError(f"pixel_side must be a multiple of 7, got {self.pixel_side}")
+        return self
+
+
+class TextSettings(Section):
+    """Tokens of titles and queries."""
+
+    title_tokens: int = Field(32, ge=1)
+    """longest title [tokens, without CLS and SEP]"""
+    query_tokens: int = Field(12, ge=1)
+    """longest query, on the query side and in a hot list [tokens]"""
+    vocab_size: int = Field(8000, ge=100)
+    """WordPiece vocabulary trained on titles and training queries, where model.backbone is none"""
+
+
+class ModelSettings(Section):
+    """The encoder (paper section 2) and its two uses as query and product side (section 3)."""
+
+    backbone: str | None = "bert-base-uncased"
+    """start weights and vocabulary: a Hugging Face BERT by hub name or local directory (none:
+    random weights)"""
+    layers: int = Field(4, ge=1)
+    """first layers of the backbone that are kept (paper: a 4-layer BERT)"""
+    width: int = Field(768, ge=8)
+    """hidden width of a random encoder; a backbone brings its own"""
+    heads: int = Field(12, ge=1)
+    """attention heads of a random encoder"""
+    embedding_dim: int = Field(128, ge=1)
+    """dimensions of the query and product embeddings (paper: 128)"""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """dropout of hidden states and attention"""
+    patches: bool = True
+    """the product side reads 16 patch features"""
+    pixels: bool = True
+    """the product side reads 49 pixel tokens"""
+    image_attention_bias: float = 0.0
+    """added to the attention score of every image token: below zero they enter gently
+    (paper: 0)"""
+    hot_queries: Literal["off", "as_is", "other_days"] = "other_days"
+    """hot queries on the product side. as_is (paper): the list of all training days, which holds
+    most pairs' own query; other_days: clicks of the pair's own day are left out of its list"""
+    hot_query_dropout: float = Field(0.15, ge=0, lt=1)
+    """share of the products of a batch whose list is left out"""
+    shared_towers: bool = True
+    """one encoder for both sides (paper), else one each from the same start weights"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.backbone is None and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        return self
+
+
+class PlanSettings(Section):
+    """Mixed negative sampling (paper section 4.3)."""
+
+    partitions: int | None = Field(None, ge=1)
+    """partitions P of the training pairs (none: the paper's 65 batches a partition)"""
+
+
+class LossSettings(Section):
+    """Semantic matching (paper Eq. 4-5)."""
+
+    gamma: float = Field(20.0, gt=0)
+    """smoothing γ of Eq. 4, the inverse temperature"""
+    gamma_learned: bool = False
+    """learn γ, starting there"""
+    false_negatives: Literal["keep", "batch", "log"] = "log"
+    """in-batch negatives that are clicked pairs are kept (paper), masked where the batch shows the
+    click, or masked where the whole training log shows it"""
+
+
+class AdversarySettings(Section):
+    """Domain classifier as adversary (paper section 3.3, Eq. 6-8)."""
+
+    form: Literal["off", "minimax", "confusion"] = "minimax"
+    """minimax: the encoder ascends the classifier's loss (paper); confusion: the encoder descends
+    the cross-entropy to one half, which has a floor"""
+    k: int = Field(5, ge=1)
+    """encoder steps for one step of the domain classifier"""
+    weight: float = Field(1.0, ge=0)
+    """λ before the adversarial loss (paper: 1)"""
+    ramp_steps: int = Field(0, ge=0)
+    """encoder steps over which λ grows linearly from 0"""
+    hidden: int = Field(128, ge=1)
+    """hidden units of the classifier"""
+    lr: float = Field(1e-3, gt=0)
+    """learning rate of the classifier's own Adam"""
+
+
+class TrainSettings(Section):
+    """Fine-tuning on Ray Train."""
+
+    batch_size: int = Field(384, ge=2)
+    """global batch W [pairs] (paper: 384)"""
+    num_workers: int = Field(1, ge=1)
+    """DDP workers; W must be divisible by them"""
+    use_gpu: bool | None = None
+    """one GPU a worker (none: if the cluster has any)"""
+    cpus_per_worker: float | None = Field(None, gt=0)
+    """CPUs that Ray reserves for a worker (none: an equal share of 90 % of the cluster's)"""
+    threads_per_worker: int | None = Field(None, ge=1)
+    """torch threads of a CPU worker (none: cores of its node over workers)"""
+    epochs: int = Field(3, ge=1)
+    """epochs of the partition plan"""
+    max_steps: int | None = Field(None, ge=1)
+    """encoder steps at most"""
+    max_minutes: float | None = Field(None, gt=0)
+    """training time at most [min]; the learning rate decays over whichever end comes first"""
+    lr: float = Field(5e-5, gt=0)
+    """peak learning rate of the encoder's AdamW (paper: 5e-5)"""
+    new_layer_lr_factor: float = Field(1.0, gt=0)
+    """the learning rate of layers that did not come from the backbone is this many times lr"""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decay, of matrices only"""
+    warmup_steps: int = Field(100, ge=0)
+    """steps of linear warm-up"""
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    """schedule after the warm-up"""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """gradients are clipped to this L2 norm"""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """autocast of forward and backward; weights and optimiser stay fp32"""
+    compile: bool = False
+    """torch.compile the encoder"""
+    validate_every: int = Field(200, ge=1)
+    """encoder steps between validations on the validation day (each writes a checkpoint)"""
+    valid_searches: int = Field(1000, ge=1)
+    """searches of the validation day in a validation"""
+    valid_products: int = Field(5000, ge=1)
+    """products of the corpus that Recall is measured on in a validation (shown ones first)"""
+    valid_metric: Literal["recall_100", "gauc"] = "recall_100"
+    """metric that early stopping and the best checkpoint go by"""
+    patience: int = Field(5, ge=1)
+    """validations without a better value before training stops"""
+    max_failures: int = Field(3, ge=0)
+    """restarts of the worker group from the last checkpoint"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch_size % self.num_workers:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by num_workers {self.num_workers}"
+            )
+        return self
+
+
+class EvalSettings(Section):
+    """Embedding, index and metrics (paper section 4.2)."""
+
+    ks: tuple[int, ...] = (10, 50, 100)
+    """cut-offs of Recall, nDCG"""
+    batch_size: int = Field(256, ge=1)
+    """queries or products in one forward"""
+    num_actors: int = Field(1, ge=1)
+    """actors that embed"""
+    ann_from: int = Field(100_000, ge=1)
+    """catalogue size from which the ANN index is IVF instead of HNSW [products]"""
+    head_share: float = Field(0.5, gt=0, lt=1)
+    """the most frequent test queries that make up this share of the searches are the head"""
+    qrels: str | None = None
+    """judged relevance of your own, TREC format: query text with spaces as '+', 0, product_id,
+    grade"""
+    bootstrap: int = Field(1000, ge=0)
+    """samples of the bootstrap over queries behind each row's interval (0: none)"""
+
+
+class TrackingSettings(Section):
+    """MLflow."""
+
+    experiment: str = "acebert"
+    """experiment that the runs are made in"""
+    run_name: str | None = None
+    """name of the run (none: the recipe's)"""
+    tag: str | None = None
+    """value of the tag `table` on every run, to compare runs in the MLflow UI"""
+    register_as: str | None = "acebert"
+    """registered model that a finished fine-tuning adds a version to (none: not registered)"""
+    alias: str = "candidate"
+    """alias set on that version"""
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+def _default_workdir() -> Path:
+    return _absolute(Path(os.environ.get("ACEBERT_HOME", "~/.acebert")))
+
+
+class Settings(BaseSettings):
+    """ACE-BERT on Ray: settings shared by all jobs."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        nested_model_default_partial_update=True,
+        cli_use_class_docs_for_groups=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    recipe: str = DEFAULT_RECIPE
+    """name under acebert/recipes, or the path of a YAML file"""
+    workdir: Annotated[Path, AfterValidator(_absolute)] = Field(default_factory=_default_workdir)
+    """where every stage puts its results; all nodes of the cluster must see it"""
+    seed: int = 0
+    """seed of weights, plan and dropout"""
+    data: DataSettings = DataSettings()
+    demo: DemoSettings = DemoSettings()
+    image: ImageSettings = ImageSettings()
+    text: TextSettings = TextSettings()
+    model: ModelSettings = ModelSettings()
+    plan: PlanSettings = PlanSettings()
+    loss: LossSettings = LossSettings()
+    adversary: AdversarySettings = AdversarySettings()
+    train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.data.products is None) != (self.data.impressions is None):
+            raise ValueError("data.products and data.impressions are given both, or neither (demo)")
+        for name in ("valid_impressions", "test_impressions"):
+            if getattr(self.data, name) and not self.data.impressions:
+                raise ValueError(f"data.{name} needs data.impressions")
+        if bool(self.data.valid_impressions) != bool(self.data.test_impressions):
+            raise ValueError(
+                "data.valid_impressions and data.test_impressions are given both, or neither"
+            )
+        if self.data.test_impressions and self.data.test_from:
+            raise ValueError("data.test_from splits by time; data.test_impressions is a split: one")
+        return self
+
+    @property
+    def reads_images(self) -> bool:
+        return self.model.patches or self.model.pixels
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # the recipe; the command line is put above it by load_settings
+
+
+def load_settings(
+    argv: list[str] | None = None, *, prog: str | None = None, description: str | None = None
+) -> Settings:
+    """Settings from a recipe and the command line `argv` (default: this process's).
+
+    `--help` prints every leaf and exits.
+
+    Raises:
+        UserError: unknown recipe, unknown key, wrong type, contradiction; it names the key.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--recipe", default=DEFAULT_RECIPE)
+    try:
+        recipe = first.parse_known_args(argv)[0].recipe
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    values = read_recipe(recipe)
+    try:
+        cli = CliSettingsSource[Any](
+            Settings,
+            cli_prog_name=prog,
+            cli_parse_args=argv,
+            cli_exit_on_error=False,
+        )
+        return Settings(_cli_settings_source=cli, **{**values, "recipe": recipe})  # type: ignore[call-arg]
+    except ValidationError as error:
+        raise UserError(_describe(error)) from error
+    except SettingsError as error:
+        raise UserError(str(error)) from error
+
+
+def settings_from(values: dict[str, Any]) -> Settings:
+    """Settings from a plain tree, as `Settings.model_dump()` gives it; errors as load_settings."""
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise UserError(_describe(error)) from error
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The recipe's tree with what it includes merged in.
+
+    Raises:
+        UserError: no such recipe, or no YAML mapping in it.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("[!_]*.yaml")))
+        raise UserError(f"--recipe {name}: no such recipe. Known: {known}; or a .yaml file")
+    try:
+        own = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(own, dict):
+        raise UserError(f"{path}: a recipe is a mapping of settings, not a {type(own).__name__}")
+    merged: dict[str, Any] = {}
+    for parent in own.pop("include", []):
+        merged = _merge(merged, read_recipe(parent))
+    return _merge(merged, own)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    out = dict(below)
+    for key, value in above.items():
+        old = out.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        out[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return out
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'train': {'lr': 1}} → {'train.lr': 1}, as MLflow's params want it."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def _describe(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"--{key}: there is no such setting (--help lists them all)")
+        elif item["type"] == "value_error":
+            lines.append(f"--{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"]))
+        else:
+            lines.append(f"--{key}: {item['msg']}, got {item['input']!r}")
+    return "\n".join(lines)

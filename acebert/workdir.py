@@ -1,0 +1,129 @@
+"""Stages: directories named by a digest of what went in, built once, whole or not at all.
+
+    stage = run_stage(workdir, "ingest", key={...}, build=lambda out: ...)
+
+* `key` holds everything that changes the result: digests of the inputs, the settings that matter,
+  the stage's own `version`, raised by its author when its code changes what it writes.
+* The directory is `<workdir>/<name>/<digest>`. It is there, then it is whole: `build` writes to a
+  directory beside it, which is renamed when `build` returns.
+* Two processes that want the same stage at once: the second waits on a file lock, then reuses.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from acebert.errors import UserError
+
+log = logging.getLogger(__name__)
+
+STAGE_FILE = "stage.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage: its directory, its digest and what building it took."""
+
+    name: str
+    path: Path
+    digest: str
+    seconds: float
+    """Wall-clock seconds that building it took (not this call, where it was reused)."""
+    reused: bool
+
+
+def digest_of(key: Any) -> str:
+    """First 16 hex digits of the SHA-256 of `key` as canonical JSON (paths as strings)."""
+    text = json.dumps(key, sort_keys=True, default=str, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_stage(
+    workdir: Path,
+    name: str,
+    key: dict[str, Any],
+    build: Callable[[Path], None],
+) -> Stage:
+    """Return the stage with this key, building it first if it is not there.
+
+    `build(out)` writes its files under `out`, an empty directory that exists. When it raises,
+    nothing is left that could be taken for a result.
+
+    Raises:
+        UserError: the work directory cannot be written, or the disk is full.
+    """
+    digest = digest_of(key)
+    final = workdir / name / digest
+    if (final / STAGE_FILE).exists():
+        return _reused(name, final, digest)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(final.parent / f".{digest}.lock")
+        _acquire(lock, name)
+    except OSError as error:
+        raise UserError(f"workdir {workdir}: cannot be written ({error.strerror})") from error
+    try:
+        if (final / STAGE_FILE).exists():
+            return _reused(name, final, digest)
+        return _build(name, final, digest, key, build)
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, name: str) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s: another process is building it, waiting", name)
+        lock.acquire()
+
+
+def _reused(name: str, final: Path, digest: str) -> Stage:
+    record = json.loads((final / STAGE_FILE).read_text())
+    log.info("%s: reused %s", name, final)
+    return Stage(name, final, digest, seconds=record["seconds"], reused=True)
+
+
+def _build(
+    name: str, final: Path, digest: str, key: dict[str, Any], build: Callable[[Path], None]
+) -> Stage:
+    aside = final.parent / f".{digest}.partial"
+    shutil.rmtree(aside, ignore_errors=True)  # left by a process that died while building
+    aside.mkdir()
+    log.info("%s: building %s", name, final)
+    start = time.perf_counter()
+    try:
+        build(aside)
+        seconds = time.perf_counter() - start
+        record = {"name": name, "digest": digest, "seconds": round(seconds, 3), "key": key}
+        (aside / STAGE_FILE).write_text(json.dumps(record, indent=2, default=str) + "\n")
+        os.replace(aside, final)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if is_disk_full(error):
+            raise UserError(
+                f"{name}: the disk under {final.parent} is full; nothing was kept of this stage. "
+                "Free some space or choose another --workdir"
+            ) from error
+        raise
+    log.info("%s: done in %.1f s", name, seconds)
+    return Stage(name, final, digest, seconds=seconds, reused=False)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error`, or what caused it, is ENOSPC (pyarrow and Ray wrap it as text)."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if getattr(seen, "errno", None) == 28 or "No space left on device" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
