@@ -307,6 +307,7 @@ class Settings(BaseSettings):
         cli_use_class_docs_for_groups=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
+        cli_parse_none_str="none",
     )
 
     recipe: str = DEFAULT_RECIPE
@@ -372,18 +373,18 @@ def load_settings(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe", default=DEFAULT_RECIPE)
     try:
-        recipe = first.parse_known_args(argv)[0].recipe
+        known, rest = first.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    values = read_recipe(recipe)
+    values = {"recipe": known.recipe, **read_recipe(known.recipe)}
     try:
         cli = CliSettingsSource[Any](
             Settings,
             cli_prog_name=prog,
-            cli_parse_args=argv,
+            cli_parse_args=rest,
             cli_exit_on_error=False,
         )
-        return Settings(_cli_settings_source=cli, **{**values, "recipe": recipe})  # type: ignore[call-arg]
+        return Settings(_cli_settings_source=cli, **values)  # type: ignore[call-arg]
     except ValidationError as error:
         raise UserError(_describe(error)) from error
     except SettingsError as error:

@@ -1,0 +1,25 @@
+# EXTRA=gpu installs faiss-gpu instead of faiss-cpu.
+EXTRA ?= cpu
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install test lint demo
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),dev]'
+	touch $@
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Everything on a small catalogue of its own; results lie under $$ACEBERT_HOME (~/.acebert).
+demo: install
+	$(BIN)/python ray_jobs/compare.py --recipes twinbert_tiny acebert_tiny

@@ -1,0 +1,226 @@
+"""Titles and queries as word pieces, tokenised once and memory-mapped from then on.
+
+The vocabulary is the backbone's, or a WordPiece vocabulary trained on the catalogue's titles and
+the queries clicked on training days: words of validation and test days stay out of it.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from acebert.config import Settings
+from acebert.errors import UserError
+from acebert.workdir import Stage, run_stage
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+BATCH = 10_000  # texts tokenised at a time
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different length in one flat array: row r is `values[offsets[r]:offsets[r + 1]]`.
+
+    Attributes:
+        values: int32 [total]
+        offsets: int64 [rows + 1]
+    """
+
+    values: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> NDArray[np.int32]:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def lengths(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Lengths of `rows` [B] → int64 [B]."""
+        return self.offsets[rows + 1] - self.offsets[rows]
+
+    def take(self, rows: NDArray[np.integer]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Values of `rows`, one after the other, int32 [sum of lengths], and lengths, int64 [B]."""
+        lengths = self.lengths(rows)
+        return self.values[ranges(self.offsets[rows], lengths)], lengths
+
+    def save(self, directory: Path, name: str) -> None:
+        np.save(directory / f"{name}.ids.npy", self.values)
+        np.save(directory / f"{name}.offsets.npy", self.offsets)
+
+    @classmethod
+    def load(cls, directory: Path, name: str) -> "Ragged":
+        """Memory-maps what `save` wrote."""
+        return cls(
+            np.load(directory / f"{name}.ids.npy", mmap_mode="r", allow_pickle=False),
+            np.load(directory / f"{name}.offsets.npy", mmap_mode="r", allow_pickle=False),
+        )
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[list[int]]) -> "Ragged":
+        lists = list(rows)
+        offsets = np.zeros(len(lists) + 1, np.int64)
+        np.cumsum([len(row) for row in lists], out=offsets[1:])
+        values = np.fromiter((v for row in lists for v in row), np.int32, int(offsets[-1]))
+        return cls(values, offsets)
+
+
+def ranges(starts: NDArray[np.integer], lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    """[s0, s0+1, … (l0 of them), s1, s1+1, … (l1 of them), …], int64."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def tokenize(settings: Settings, ingested: Stage) -> Stage:
+    """The 'tokens' stage: vocabulary, titles and queries (docs/architecture.md, tokens).
+
+    Raises:
+        UserError: the backbone's tokenizer cannot be loaded, or is no WordPiece one.
+    """
+    key: dict[str, Any] = {
+        "version": VERSION,
+        "ingest": ingested.digest,
+        "title_tokens": settings.text.title_tokens,
+        "query_tokens": settings.text.query_tokens,
+    }
+    if settings.model.backbone is None:
+        key["vocab_size"] = settings.text.vocab_size
+    else:
+        key["backbone"] = backbone_digest(settings.model.backbone)
+
+    def build(out: Path) -> None:
+        tokenizer = _tokenizer(settings, ingested)
+        tokenizer.save_pretrained(out / "tokenizer")
+        titles = _tokenise_all(_titles(ingested), tokenizer, settings.text.title_tokens)
+        titles.save(out, "titles")
+        queries = pq.read_table(ingested.path / "queries.parquet", columns=["text"])["text"]
+        encoded = _tokenise_all(_batches(queries), tokenizer, settings.text.query_tokens)
+        encoded.save(out, "queries")
+        unknown = float(np.mean(encoded.values == tokenizer.unk_token_id)) if len(queries) else 0.0
+        log.info(
+            "tokens: %d titles (%.1f word pieces), %d queries (%.1f), vocabulary %d, "
+            "%.2f %% of the queries' pieces unknown",
+            len(titles),
+            len(titles.values) / max(1, len(titles)),
+            len(encoded),
+            len(encoded.values) / max(1, len(encoded)),
+            len(tokenizer),
+            100 * unknown,
+        )
+
+    return run_stage(settings.workdir, "tokens", key, build)
+
+
+def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
+    """The fast WordPiece tokenizer of a model directory or hub name.
+
+    Raises:
+        UserError: it is not there, or has no [CLS], [SEP], [PAD] and [MASK].
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--model.backbone {directory}: no tokenizer could be loaded from there, neither as a "
+            f"local directory nor from the model hub: {str(error).splitlines()[0]}"
+        ) from error
+    for name in ("cls_token_id", "sep_token_id", "pad_token_id", "mask_token_id"):
+        if getattr(tokenizer, name) is None:
+            raise UserError(f"--model.backbone {directory}: its tokenizer has no {name[:-3]}")
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], max_tokens: int) -> Ragged:
+    """Word pieces of `texts` without special tokens, at most `max_tokens` each."""
+    backend = tokenizer.backend_tokenizer
+    return Ragged.from_rows(
+        encoding.ids[:max_tokens]
+        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
+    )
+
+
+def backbone_digest(name: str) -> Any:
+    """What identifies start weights: the hub name, or size and time of a directory's files."""
+    directory = Path(name)
+    if not directory.is_dir():
+        return name
+    files = sorted(p for p in directory.glob("*") if p.suffix in {".json", ".safetensors", ".txt"})
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
+def _tokenizer(settings: Settings, ingested: Stage) -> PreTrainedTokenizerFast:
+    if settings.model.backbone is not None:
+        return load_tokenizer(settings.model.backbone)
+    return train_wordpiece(_vocabulary_texts(ingested), settings.text.vocab_size)
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer trained on `texts`, lower-casing as bert-base-uncased does."""
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    trained = BertWordPieceTokenizer(lowercase=True)
+    trained.train_from_iterator(texts, vocab_size=vocab_size, min_frequency=2, show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer,
+        unk_token="[UNK]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        mask_token="[MASK]",
+    )
+
+
+def _vocabulary_texts(ingested: Stage) -> Iterator[str]:
+    for titles in _titles(ingested):
+        yield from titles
+    rows = duckdb.sql(
+        f"SELECT text FROM '{ingested.path}/queries.parquet' WHERE clicks > 0 ORDER BY query"
+    ).fetchall()
+    yield from (text for (text,) in rows)
+
+
+def _titles(ingested: Stage) -> Iterator[list[str]]:
+    """Titles in the order of product rows."""
+    parts = sorted((ingested.path / "products").glob("part-*.parquet"))
+    scanner = ds.dataset(parts).scanner(columns=["product", "title"], batch_size=BATCH)
+    expected = 0
+    for batch in scanner.to_batches():
+        products = batch["product"].to_numpy()
+        if not np.array_equal(products, np.arange(expected, expected + len(products))):
+            raise RuntimeError(f"{ingested.path}/products: rows are not in order")
+        expected += len(products)
+        yield batch["title"].to_pylist()
+
+
+def _batches(texts: pa.ChunkedArray) -> Iterator[list[str]]:
+    for start in range(0, len(texts), BATCH):
+        yield texts.slice(start, BATCH).to_pylist()
+
+
+def _tokenise_all(
+    batches: Iterable[list[str]], tokenizer: PreTrainedTokenizerFast, max_tokens: int
+) -> Ragged:
+    parts = [encode(tokenizer, batch, max_tokens) for batch in batches]
+    lengths = np.concatenate([np.diff(part.offsets) for part in parts] or [np.zeros(0, np.int64)])
+    values = np.concatenate([part.values for part in parts] or [np.zeros(0, np.int32)])
+    return Ragged(values, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def special_ids(tokenizer_dir: Path) -> dict[str, int]:
+    """cls, sep, pad and mask ids without loading transformers' tokenizer classes."""
+    tokenizer = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    return {name: ids[f"[{name.upper()}]"] for name in ("cls", "sep", "pad", "mask")}

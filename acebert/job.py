@@ -1,0 +1,56 @@
+"""What the scripts under ray_jobs/ share: settings, log lines a person can read, errors.
+
+A script is `run_job(work, __doc__)`. It runs with plain `python`, where it starts Ray itself, and
+by `ray job submit`, where it joins the cluster.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from acebert.config import Settings, load_settings
+from acebert.errors import UserError
+
+
+def run_job(
+    work: Callable[[Settings], None] | Callable[[Settings, argparse.Namespace], None],
+    description: str | None,
+    extra: argparse.ArgumentParser | None = None,
+    argv: list[str] | None = None,
+) -> NoReturn:
+    """Parse the command line, run `work(settings)` or, with `extra`, `work(settings, arguments)`.
+
+    `extra` is a parser made with add_help=False for arguments that are no settings. Exits with 0,
+    or with 2 and the message alone after a `UserError`.
+    """
+    set_up_logging()
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if extra is None:
+            work(load_settings(argv, description=description))  # type: ignore[call-arg]
+        else:
+            if "-h" in argv or "--help" in argv:
+                extra.print_help()
+            arguments, rest = extra.parse_known_args(argv)
+            work(load_settings(rest, description=description), arguments)  # type: ignore[call-arg]
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def set_up_logging() -> None:
+    """Our own lines at INFO with the time of day, other libraries' from WARNING on."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stdout,
+    )
+    logging.getLogger("acebert").setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

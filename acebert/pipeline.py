@@ -1,0 +1,143 @@
+"""The stages in their order. Each function makes what is missing before its own stage."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+
+from acebert.cluster import connect
+from acebert.config import Settings, read_recipe, settings_from
+from acebert.data.demo import build_demo
+from acebert.data.ingest import ingest
+from acebert.data.partitions import plan
+from acebert.data.preprocess import preprocess
+from acebert.data.tokens import tokenize
+from acebert.errors import UserError
+from acebert.evaluation.embed import embed
+from acebert.evaluation.evaluate import evaluate_baselines, evaluate_embeddings
+from acebert.tracking import start_run
+from acebert.training.finetune import finetune
+from acebert.workdir import Stage
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The stages that come before training; `features` is None for a text-only model."""
+
+    ingested: Stage
+    tokens: Stage
+    features: Stage | None
+
+
+def ingest_stage(settings: Settings) -> Stage:
+    """The validated catalogue and log: the user's, or the demo's."""
+    products, impressions = settings.data.products, settings.data.impressions
+    if products is None or impressions is None:
+        demo = _tracked(settings, build_demo(settings))
+        products, impressions = str(demo.path / "products.parquet"), str(demo.path / "impressions")
+    return _tracked(settings, ingest(settings, products, impressions))
+
+
+def catalogue_stages(settings: Settings) -> Catalogue:
+    ingested = ingest_stage(settings)
+    tokens = _tracked(settings, tokenize(settings, ingested))
+    features = None
+    if settings.reads_images:
+        connect()
+        features = _tracked(settings, preprocess(settings, ingested))
+    return Catalogue(ingested, tokens, features)
+
+
+def plan_stage(settings: Settings) -> Stage:
+    ingested = ingest_stage(settings)
+    connect()
+    return _tracked(settings, plan(settings, ingested))
+
+
+def finetune_stage(settings: Settings) -> Stage:
+    """The model directory."""
+    data = catalogue_stages(settings)
+    planned = plan_stage(settings)
+    connect()
+    return finetune(settings, data.ingested, data.tokens, data.features, planned)
+
+
+def embed_stage(settings: Settings, model: Path, queries: list[str]) -> Stage:
+    """Vectors of the whole catalogue and of `queries`, by a model directory."""
+    settings = model_settings(settings, model)
+    data = catalogue_stages(settings)
+    connect()
+    return _tracked(
+        settings, embed(settings, model, data.ingested, data.tokens, data.features, queries)
+    )
+
+
+def evaluate_stage(settings: Settings, model: Path) -> Stage:
+    """Metrics of a model directory on the test day."""
+    settings = model_settings(settings, model)
+    ingested = ingest_stage(settings)
+    embedded = embed_stage(settings, model, test_queries(ingested))
+    name = Path(settings.recipe).stem
+    return _tracked(settings, evaluate_embeddings(settings, ingested, embedded.path, name))
+
+
+def baselines_stage(settings: Settings) -> Stage:
+    """Metrics of the rows that need no training."""
+    return _tracked(settings, evaluate_baselines(settings, ingest_stage(settings)))
+
+
+def model_settings(settings: Settings, model: Path) -> Settings:
+    """The settings that a model was trained with, working in the work directory of `settings`."""
+    if not (model / "settings.yaml").is_file():
+        raise UserError(f"--model {model}: no model directory (it has no settings.yaml)")
+    own = settings_from(read_recipe(str(model / "settings.yaml")))
+    ours = {"workdir": settings.workdir, "eval": settings.eval, "tracking": settings.tracking}
+    return own.model_copy(update=ours)
+
+
+def test_queries(ingested: Stage) -> list[str]:
+    """Distinct queries of the test day, most searched first."""
+    rows = duckdb.sql(
+        f"""SELECT text FROM '{ingested.path}/queries.parquet'
+        JOIN (SELECT query, count(*) AS n FROM '{ingested.path}/test_impressions.parquet' GROUP BY 1)
+        USING (query) ORDER BY n DESC, text"""
+    ).fetchall()
+    return [text for (text,) in rows]
+
+
+def _tracked(settings: Settings, stage: Stage) -> Stage:
+    """Note a stage that was built (not reused) as an MLflow run, with what it wrote to be seen."""
+    if stage.reused:
+        return stage
+    started = time.time() - stage.seconds
+    with start_run(settings, stage.name, stage.digest, started=started) as run:
+        run.log_metrics({"seconds": stage.seconds, **_numbers(stage.path)})
+        for path in sorted(stage.path.rglob("*")):
+            if path.suffix in {".png", ".json"} and "tokenizer" not in path.parts:
+                below = path.parent.relative_to(stage.path)
+                run.log_artifact(path, None if below == Path(".") else str(below))
+    return stage
+
+
+def _numbers(directory: Path) -> dict[str, float]:
+    """Numbers of the stage's report.json and metrics.json, nested names joined by a slash."""
+    out: dict[str, float] = {}
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for name, below in value.items():
+                walk(f"{prefix}/{name}" if prefix else _metric_name(name), below)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            out[_metric_name(prefix)] = float(value)
+
+    for path in [*directory.glob("report.json"), *directory.rglob("metrics.json")]:
+        below = "/".join(path.parent.relative_to(directory).parts)
+        walk(below, json.loads(path.read_text()))
+    return out
+
+
+def _metric_name(name: str) -> str:
+    """What MLflow allows in a metric's name."""
+    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)

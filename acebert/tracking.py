@@ -1,0 +1,196 @@
+"""MLflow: where runs are kept, how a stage becomes one, how workers reach it.
+
+* The server is MLFLOW_TRACKING_URI's, else a sqlite file in the work directory.
+* The driver makes the experiment and the run. sqlite is reached on the driver's node alone, so
+  workers hand their metrics to `MetricsActor`, which is pinned there; no training step waits.
+* A run belongs to a stage's digest: a job that was stopped and is started again goes on in it.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from filelock import FileLock
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from acebert import __version__
+from acebert.config import Settings, flatten
+
+log = logging.getLogger(__name__)
+
+STAGE_TAG = "acebert.stage"
+DIGEST_TAG = "acebert.digest"
+TABLE_TAG = "table"
+Row = tuple[str, float, int]
+"""name, value, step"""
+
+
+def tracking_uri(settings: Settings) -> str:
+    """MLFLOW_TRACKING_URI, else sqlite in the work directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{settings.workdir / 'mlflow.db'}"
+
+
+def client(settings: Settings) -> MlflowClient:
+    """A client; the first one in a work directory creates the database, others wait for it."""
+    settings.workdir.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    with FileLock(settings.workdir / ".mlflow.lock"):
+        made = MlflowClient(tracking_uri(settings))
+        made.search_experiments(max_results=1)
+    return made
+
+
+def _experiment(mlflow_client: MlflowClient, settings: Settings) -> str:
+    name = settings.tracking.experiment
+    found = mlflow_client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    local = tracking_uri(settings).startswith("sqlite:")
+    location = (settings.workdir / "mlartifacts").as_uri() if local else None
+    try:
+        return mlflow_client.create_experiment(name, artifact_location=location)
+    except MlflowException:  # another process made it in between
+        found = mlflow_client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return found.experiment_id
+
+
+class Run:
+    """One MLflow run, ended whatever stops the block that it is used in."""
+
+    def __init__(self, mlflow_client: MlflowClient, run_id: str) -> None:
+        self.client = mlflow_client
+        self.run_id = run_id
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        log_rows(self.client, self.run_id, [(k, v, step) for k, v in metrics.items()])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def log_artifact(self, path: Path, under: str | None = None) -> None:
+        if path.is_dir():
+            self.client.log_artifacts(self.run_id, str(path), under or path.name)
+        else:
+            self.client.log_artifact(self.run_id, str(path), under)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+        status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
+        self.client.set_terminated(self.run_id, status)
+
+
+def log_rows(mlflow_client: MlflowClient, run_id: str, rows: list[Row]) -> None:
+    """Metrics in batches of the 1,000 that MLflow takes at a time."""
+    now = int(time.time() * 1000)
+    metrics = [Metric(name, float(value), now, step) for name, value, step in rows]
+    for start in range(0, len(metrics), 1000):
+        mlflow_client.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+
+def start_run(
+    settings: Settings,
+    stage: str,
+    digest: str,
+    *,
+    name: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    started: float | None = None,
+) -> Run:
+    """The run of this stage and digest: the unfinished one that is there, else a new one.
+
+    Params are the flat settings; tags name stage, digest, code, machine and, where
+    `tracking.tag` is set, the table that the run is a row of. `started` is a Unix time.
+    """
+    mlflow_client = client(settings)
+    experiment = _experiment(mlflow_client, settings)
+    known = mlflow_client.search_runs(
+        [experiment],
+        f"tags.`{STAGE_TAG}` = '{stage}' AND tags.`{DIGEST_TAG}` = '{digest}' "
+        "AND attributes.status != 'FINISHED'",
+        max_results=1,
+    )
+    if known:
+        run = Run(mlflow_client, known[0].info.run_id)
+        mlflow_client.update_run(run.run_id, status="RUNNING")
+        log.info("mlflow: goes on in run %s", run.run_id)
+        return run
+    all_tags = {
+        STAGE_TAG: stage,
+        DIGEST_TAG: digest,
+        "acebert.recipe": settings.recipe,
+        **_provenance(),
+        **({TABLE_TAG: settings.tracking.tag} if settings.tracking.tag else {}),
+        **(tags or {}),
+    }
+    created = mlflow_client.create_run(
+        experiment,
+        start_time=int((started or time.time()) * 1000),
+        run_name=name or settings.tracking.run_name or f"{stage} {Path(settings.recipe).stem}",
+        tags=all_tags,
+    )
+    flat = flatten(settings.model_dump(mode="json", exclude={"tracking"}))
+    params = [Param(k, str(v)) for k, v in flat.items()]
+    for start in range(0, len(params), 100):
+        mlflow_client.log_batch(created.info.run_id, params=params[start : start + 100])
+    return Run(mlflow_client, created.info.run_id)
+
+
+def _provenance() -> dict[str, str]:
+    cluster = ray.cluster_resources() if ray.is_initialized() else {}
+    return {
+        "acebert.version": __version__,
+        "acebert.code": code_digest(),
+        "machine.host": platform.node(),
+        "machine.cpus": str(int(cluster.get("CPU", os.cpu_count() or 1))),
+        "machine.gpus": str(int(cluster.get("GPU", 0))),
+        "machine.python": platform.python_version(),
+    }
+
+
+def code_digest() -> str:
+    """First 12 hex digits of a SHA-256 over the package's own source."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class MetricsActor:
+    """Takes rows of metrics from workers and writes them on the driver's node."""
+
+    def __init__(self, uri: str) -> None:
+        self._client = MlflowClient(uri)
+
+    def log(self, run_id: str, rows: list[Row]) -> int:
+        """Write `rows`; returns how many, so that a caller can wait for them."""
+        log_rows(self._client, run_id, rows)
+        return len(rows)
+
+
+def metrics_actor(settings: Settings) -> Any:
+    """The actor handle, pinned to this (the driver's) node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return MetricsActor.options(scheduling_strategy=here).remote(tracking_uri(settings))  # type: ignore[attr-defined]

@@ -1,0 +1,342 @@
+"""Fine-tuning in plain torch: encoder steps, domain-classifier steps, validation, early stop.
+
+No Ray here: `run` trains one rank of a process group (or alone) and hands its state to `save`.
+
+* A step's dropout comes from (seed, step, rank), a batch from (seed, epoch, step): a run that is
+  resumed from a state repeats what the undisturbed one does.
+* k encoder steps, then one step of the domain classifier (paper section 3.3.2). The latter takes
+  the embeddings of the last encoder step, detached: it costs no forward of the encoder.
+* Metrics stay tensors on the device until somebody looks at them.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from acebert.config import Settings
+from acebert.errors import UserError
+from acebert.models.domain import DomainClassifier, domain_accuracy, domain_loss, encoder_term
+from acebert.models.dual import DualEncoder
+from acebert.models.losses import semantic_matching_loss
+from acebert.training.pairs import InputStore, PairBatches, StagePaths, TrainBatch
+from acebert.training.schedule import lr_factor, progress
+from acebert.training.validation import ValidationSample
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights and optimisers it is all that resuming needs.
+
+    Attributes:
+        step: encoder steps done
+        seconds: training time used, without validation and start-up [s]
+        best: best value of the validation metric, -inf before the first
+        since_best: validations since then
+        history: one row a step
+        validations: one row a validation
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = float("-inf")
+    since_best: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    validations: list[dict[str, float]] = field(default_factory=list)
+
+
+class Finetuner:
+    """Model, adversary and their optimisers on one rank."""
+
+    def __init__(
+        self, settings: Settings, model: DualEncoder, device: torch.device, rank: int, world: int
+    ) -> None:
+        self.settings = settings
+        self.device = device
+        self.rank, self.world = rank, world
+        self.model = model.to(device)
+        forward: nn.Module = self.model
+        if settings.train.compile:
+            forward = torch.compile(forward)  # type: ignore[assignment]
+        if world > 1:
+            ids = [device] if device.type == "cuda" else None
+            forward = DistributedDataParallel(forward, device_ids=ids)
+        self.forward = forward
+        train = settings.train
+        self.optimizer = torch.optim.AdamW(
+            model.parameter_groups(train.lr, train.new_layer_lr_factor, train.weight_decay),
+            fused=True,
+        )
+        self._peak = [group["lr"] for group in self.optimizer.param_groups]
+        self.adversary = settings.adversary
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.domain = DomainClassifier(settings.model.embedding_dim, self.adversary.hidden)
+        self.domain.to(device)
+        self.domain_optimizer = torch.optim.Adam(self.domain.parameters(), lr=self.adversary.lr)
+
+    def encoder_step(
+        self, batch: TrainBatch, step: int, share: float
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """One update of the encoders; the classifier's parameters stay as they are.
+
+        Returns the step's metrics and the embeddings of query and product [b, d], detached.
+        """
+        torch.manual_seed(hash((self.settings.seed, step, self.rank)))
+        bf16 = self.settings.train.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            v_q, v_p = self.forward(batch.query, batch.product, batch.image)
+        main, metrics = semantic_matching_loss(
+            v_q, v_p, self.model.gamma, query_mask=batch.query_mask, product_mask=batch.product_mask
+        )
+        loss = main
+        if self.adversary.form != "off":
+            ramp = min(1.0, (step + 1) / max(1, self.adversary.ramp_steps))
+            term = encoder_term(self.adversary.form, self.domain, v_q, v_p)
+            loss = main + self.adversary.weight * ramp * term
+            metrics["adversary"] = term.detach()
+        factor = lr_factor(self.settings.train, step, share)
+        for group, peak in zip(self.optimizer.param_groups, self._peak, strict=True):
+            group["lr"] = peak * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.max_grad_norm)
+        self.optimizer.step()
+        metrics["grad_norm"] = norm.detach()
+        metrics["lr"] = torch.tensor(self.settings.train.lr * factor)
+        metrics["gamma"] = torch.as_tensor(self.model.gamma).detach()
+        return metrics, v_q.detach(), v_p.detach()
+
+    def domain_step(self, v_q: torch.Tensor, v_p: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One update of the domain classifier on embeddings [b, d] that carry no gradient."""
+        loss = domain_loss(self.domain, v_q, v_p)
+        self.domain_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.world > 1:
+            for parameter in self.domain.parameters():
+                assert parameter.grad is not None
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.world
+        self.domain_optimizer.step()
+        accuracy = domain_accuracy(self.domain, v_q, v_p)
+        return {"domain_loss": loss.detach(), "domain_accuracy": accuracy}
+
+    def state(self) -> dict[str, Any]:
+        """Weights and optimiser states, on the device; equal on all ranks."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "domain": self.domain.state_dict(),
+            "domain_optimizer": self.domain_optimizer.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.domain.load_state_dict(state["domain"])
+        self.domain_optimizer.load_state_dict(state["domain_optimizer"])
+
+
+def run(
+    settings: Settings,
+    paths: StagePaths,
+    model: DualEncoder,
+    *,
+    device: torch.device,
+    rank: int,
+    world: int,
+    save: Callable[[Finetuner, Progress, bool], None],
+    resume: tuple[Mapping[str, Any], Progress] | None = None,
+) -> Progress:
+    """Train this rank until the budget is used or the validation metric stops improving.
+
+    `save(finetuner, progress, is_best)` is called by every rank after each validation. `resume` is
+    what an earlier `save` kept. With `world` > 1 a process group is expected.
+
+    Raises:
+        UserError: the weights are not finite, or the validation day measures nothing. All ranks
+            raise it at the same step.
+    """
+    batches = PairBatches(settings, paths, rank, world)
+    sample = ValidationSample.draw(settings, paths)
+    tuner = Finetuner(settings, model, device, rank, world)
+    state = Progress()
+    if resume is not None:
+        tuner.load_state(resume[0])
+        state = resume[1]
+    train = settings.train
+    total = min(train.max_steps or 10**12, train.epochs * batches.steps_per_epoch)
+    if rank == 0:
+        log.info(
+            "finetune: %d steps of %d pairs (%d an epoch), validation on %d queries, %d products",
+            total,
+            train.batch_size,
+            batches.steps_per_epoch,
+            len(sample.queries),
+            len(sample.products),
+        )
+    pending: list[dict[str, torch.Tensor]] = []
+    spoken = time.perf_counter()
+    share = 0.0
+    tuner.model.train()
+    clock = time.perf_counter()
+    for batch in batches.stream(state.step, total):
+        share = _same_on_all_ranks(
+            progress(train, state.step, total, state.seconds), train.max_minutes, world
+        )
+        if share >= 1:
+            break
+        metrics, v_q, v_p = tuner.encoder_step(batch.to(device), state.step, share)
+        state.step += 1
+        if settings.adversary.form != "off" and state.step % settings.adversary.k == 0:
+            metrics |= tuner.domain_step(v_q, v_p)
+        now = time.perf_counter()
+        state.seconds += now - clock
+        metrics["seconds"] = torch.tensor(now - clock)
+        clock = now
+        pending.append(metrics)
+        if rank == 0 and now - spoken > SECONDS_BETWEEN_LINES:
+            _collect(pending, state)
+            _say(state, total, share, train.batch_size)
+            spoken = now
+        if state.step % train.validate_every == 0 or state.step == total:
+            _collect(pending, state)
+            stop = _validate(tuner, sample, batches.inputs, state, save)
+            clock = spoken = time.perf_counter()
+            if stop:
+                return state
+    if not state.validations or state.validations[-1]["step"] != state.step:
+        _collect(pending, state)
+        _validate(tuner, sample, batches.inputs, state, save)
+    return state
+
+
+def _same_on_all_ranks(share: float, max_minutes: float | None, world: int) -> float:
+    """Rank 0's view where the clock counts: the learning rate must not differ between ranks."""
+    if max_minutes is None or world == 1:
+        return share
+    value = torch.tensor([share])
+    if dist.get_backend() == "nccl":
+        value = value.cuda()
+    dist.broadcast(value, 0)
+    return float(value)
+
+
+def _collect(pending: list[dict[str, torch.Tensor]], state: Progress) -> None:
+    """Bring the pending steps' metrics to the host and into the history."""
+    first = state.step - len(pending)
+    for i, metrics in enumerate(pending, 1):
+        row = {name: float(value) for name, value in metrics.items()}
+        state.history.append({"step": first + i, **row})
+    pending.clear()
+
+
+def _say(state: Progress, total: int, share: float, batch_size: int) -> None:
+    rows = state.history[-50:]
+    seconds = sum(row["seconds"] for row in rows)
+    left = state.seconds * (1 - share) / share if share else float("nan")
+    log.info(
+        "finetune: step %d of %d, loss %.3f, in-batch accuracy %.3f, %.0f pairs/s, %.0f s left",
+        state.step,
+        total,
+        np.mean([row["loss"] for row in rows]),
+        np.mean([row["accuracy"] for row in rows]),
+        len(rows) * batch_size / seconds,
+        left,
+    )
+
+
+def _validate(
+    tuner: Finetuner,
+    sample: ValidationSample,
+    inputs: InputStore,
+    state: Progress,
+    save: Callable[[Finetuner, Progress, bool], None],
+) -> bool:
+    """Measure, note and save; True when early stopping has waited long enough."""
+    start = time.perf_counter()
+    queries, products = encode_sample(tuner, sample, inputs)
+    if not (np.isfinite(queries).all() and np.isfinite(products).all()):  # equal on all ranks
+        raise UserError(
+            f"finetune: the weights are not finite after step {state.step}. Lower --train.lr, "
+            "raise --train.warmup_steps, or set --train.precision fp32"
+        )
+    measured = sample.measure(queries, products)
+    value = measured[tuner.settings.train.valid_metric]
+    if np.isnan(value):
+        raise UserError(
+            f"--train.valid_metric {tuner.settings.train.valid_metric}: the validation day has "
+            "no search to measure it on (no clicks, or no row that was not clicked)"
+        )
+    is_best = value > state.best
+    state.best = max(value, state.best)
+    state.since_best = 0 if is_best else state.since_best + 1
+    state.validations.append({"step": state.step, "seconds": state.seconds, **measured})
+    if tuner.rank == 0:
+        log.info(
+            "finetune: step %d, validation GAUC %.4f, Recall@100 of the sample %.4f%s (%.1f s)",
+            state.step,
+            measured["gauc"],
+            measured["recall_100"],
+            ", best so far" if is_best else "",
+            time.perf_counter() - start,
+        )
+    save(tuner, state, is_best)
+    tuner.model.train()
+    if state.since_best >= tuner.settings.train.patience:
+        if tuner.rank == 0:
+            log.info("finetune: no better for %d validations, stops", state.since_best)
+        return True
+    return False
+
+
+def encode_sample(
+    tuner: Finetuner, sample: ValidationSample, inputs: InputStore
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Vectors of the sample's queries [Q, d] and products [C, d], each rank encoding its share."""
+    tuner.model.eval()
+    B = tuner.settings.eval.batch_size
+    bf16 = tuner.settings.train.precision == "bf16"
+    hot = tuner.settings.model.hot_queries != "off"
+
+    def encode(n: int, of: Callable[[NDArray[np.int64]], torch.Tensor]) -> NDArray[np.float32]:
+        mine = np.arange(n)[tuner.rank :: tuner.world]
+        with (
+            torch.inference_mode(),
+            torch.autocast(tuner.device.type, torch.bfloat16, enabled=bf16),
+        ):
+            parts = [of(mine[i : i + B]).float().cpu() for i in range(0, len(mine), B)]
+        own = torch.cat(parts).numpy() if parts else np.zeros((0, 0), np.float32)
+        if tuner.world == 1:
+            return own
+        shares: list[NDArray[np.float32]] = [own] * tuner.world
+        dist.all_gather_object(shares, own)
+        full = np.empty((n, max(share.shape[1] for share in shares)), np.float32)
+        for rank, share in enumerate(shares):
+            if len(share):
+                full[rank :: tuner.world] = share
+        return full
+
+    def queries(rows: NDArray[np.int64]) -> torch.Tensor:
+        return tuner.model.encode_queries(inputs.queries(sample.queries[rows]).to(tuner.device))
+
+    def products(rows: NDArray[np.int64]) -> torch.Tensor:
+        lists = sample.hot_lists[rows] if hot else None
+        text, image = inputs.products(sample.products[rows], lists)
+        return tuner.model.encode_products(
+            text.to(tuner.device), None if image is None else image.to(tuner.device)
+        )
+
+    return encode(len(sample.queries), queries), encode(len(sample.products), products)

@@ -1,0 +1,18 @@
+"""Measure a model directory on the test day: GAUC, Recall@K, breakdown, TREC files."""
+
+import argparse
+from pathlib import Path
+
+from acebert.config import Settings
+from acebert.job import run_job
+from acebert.pipeline import evaluate_stage
+
+
+def work(settings: Settings, arguments: argparse.Namespace) -> None:
+    print(evaluate_stage(settings, arguments.model).path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model", type=Path, required=True, help="directory that finetune printed")
+    run_job(work, __doc__, parser)

@@ -1,0 +1,13 @@
+"""Fine-tune a dual encoder (Ray Train); the last line printed is its model directory."""
+
+from acebert.config import Settings
+from acebert.job import run_job
+from acebert.pipeline import finetune_stage
+
+
+def work(settings: Settings) -> None:
+    print(finetune_stage(settings).path)
+
+
+if __name__ == "__main__":
+    run_job(work, __doc__)

@@ -1,0 +1,13 @@
+"""Draw the demo catalogue and its search log: products.parquet, impressions/, boxes.parquet."""
+
+from acebert.config import Settings
+from acebert.data.demo import build_demo
+from acebert.job import run_job
+
+
+def work(settings: Settings) -> None:
+    print(build_demo(settings).path)
+
+
+if __name__ == "__main__":
+    run_job(work, __doc__)

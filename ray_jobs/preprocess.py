@@ -1,0 +1,16 @@
+"""Tokens of titles and queries; RoI, patch features and pixels of photos (Ray Data)."""
+
+from acebert.config import Settings
+from acebert.job import run_job
+from acebert.pipeline import catalogue_stages
+
+
+def work(settings: Settings) -> None:
+    data = catalogue_stages(settings)
+    print(data.tokens.path)
+    if data.features:
+        print(data.features.path)
+
+
+if __name__ == "__main__":
+    run_job(work, __doc__)

@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from acebert.config import RECIPES, flatten, load_settings, read_recipe, settings_from
+from acebert.errors import UserError
+
+
+def test_command_line_wins_over_recipe_and_recipe_over_default():
+    settings = load_settings(["--recipe", "acebert_tiny", "--train.lr", "0.5"])
+    assert settings.train.lr == 0.5
+    assert settings.train.batch_size == 128  # acebert/recipes/_tiny.yaml
+    assert settings.train.max_grad_norm == 1.0  # config.py
+
+
+def test_later_include_wins_and_own_keys_win_over_includes(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("train: {lr: 1.0, epochs: 7}\n")
+    (tmp_path / "b.yaml").write_text("train: {lr: 2.0}\n")
+    own = tmp_path / "own.yaml"
+    own.write_text(f"include: [{tmp_path}/a.yaml, {tmp_path}/b.yaml]\nmodel: {{layers: 3}}\n")
+    assert read_recipe(str(own)) == {"train": {"lr": 2.0, "epochs": 7}, "model": {"layers": 3}}
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in RECIPES.glob("[!_]*.yaml")))
+def test_every_recipe_loads_and_survives_a_round_trip_through_yaml(recipe: str, tmp_path: Path):
+    settings = load_settings(["--recipe", recipe])
+    saved = tmp_path / "settings.yaml"
+    saved.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    assert load_settings(["--recipe", str(saved)]) == settings
+    assert settings_from(settings.model_dump(mode="json")) == settings
+
+
+@pytest.mark.parametrize(
+    ("recipe", "patches", "pixels", "roi", "hot", "adversary"),
+    [
+        ("twinbert", False, False, True, "off", "off"),
+        ("fashionbert", True, False, False, "off", "off"),
+        ("cebert", True, True, True, "off", "off"),
+        ("acebert", True, True, True, "as_is", "minimax"),
+    ],
+)
+def test_paper_recipes_are_the_rows_of_table_1(recipe, patches, pixels, roi, hot, adversary):
+    s = load_settings(["--recipe", recipe])
+    assert (s.model.patches, s.model.pixels) == (patches, pixels)
+    assert s.model.hot_queries == hot
+    assert s.adversary.form == adversary
+    assert not patches or s.image.roi == roi
+    assert (s.train.batch_size, s.model.embedding_dim, s.train.lr) == (
+        384,
+        128,
+        5e-5,
+    )  # section 4.4
+    assert s.loss.false_negatives == "keep"
+    tiny = load_settings(["--recipe", f"{recipe}_tiny"])
+    assert tiny.model.backbone is None
+    assert tiny.model.hot_queries == hot
+    assert tiny.adversary.form == adversary
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--train.lrr", "1"], ["--train.lrr"]),
+        (["--train.lr", "fast"], ["train.lr", "number", "fast"]),
+        (["--train.batch_size", "128", "--train.num_workers", "3"], ["128", "num_workers 3"]),
+        (["--recipe", "nonesuch"], ["nonesuch", "acebert_tiny"]),
+        (["--data.products", "p.parquet"], ["data.impressions"]),
+        (["--data.test_from", "yesterday"], ["data.test_from", "yesterday"]),
+        (["--model.backbone", "none", "--model.width", "10", "--model.heads", "3"], ["10", "3"]),
+        (["--image.pixel_side", "100"], ["pixel_side", "100"]),
+        (["--image.cnn_side", "100"], ["cnn_side", "128"]),
+        (["--adversary.form", "maximin"], ["adversary.form", "minimax"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(argv: list[str], words: list[str]):
+    with pytest.raises(UserError) as error:
+        load_settings(argv)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_unknown_key_in_a_recipe_is_refused_by_name(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text("train: {learning_rate: 1}\n")
+    with pytest.raises(UserError, match=r"train\.learning_rate"):
+        load_settings(["--recipe", str(path)])
+
+
+def test_help_names_every_leaf_with_its_default(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        load_settings(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for leaf in flatten(load_settings([]).model_dump()):
+        assert f"--{leaf}" in text
+    assert text.count("(default") >= 80
+
+
+def test_workdir_is_absolute_and_defaults_to_acebert_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ACEBERT_HOME", str(tmp_path))
+    assert load_settings([]).workdir == tmp_path
+    monkeypatch.chdir(tmp_path)
+    assert load_settings(["--workdir", "w"]).workdir == tmp_path / "w"

@@ -1,0 +1,84 @@
+import multiprocessing
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from acebert.errors import UserError
+from acebert.workdir import digest_of, run_stage
+
+
+def test_same_key_is_built_once_and_another_key_apart(tmp_path: Path):
+    built: list[int] = []
+
+    def build(out: Path) -> None:
+        built.append(1)
+        (out / "x").write_text("x")
+
+    first = run_stage(tmp_path, "s", {"a": 1}, build)
+    again = run_stage(tmp_path, "s", {"a": 1}, build)
+    other = run_stage(tmp_path, "s", {"a": 2}, build)
+    assert (first.reused, again.reused, other.reused) == (False, True, False)
+    assert first.path == again.path != other.path
+    assert len(built) == 2
+    assert again.seconds == pytest.approx(first.seconds, abs=1e-3)
+
+
+def test_digest_does_not_depend_on_the_order_of_keys():
+    assert digest_of({"a": 1, "b": [2, 3]}) == digest_of({"b": [2, 3], "a": 1})
+    assert digest_of({"a": 1}) != digest_of({"a": 1.5})
+
+
+def test_a_build_that_fails_leaves_nothing_that_looks_whole(tmp_path: Path):
+    def build(out: Path) -> None:
+        (out / "half").write_text("x")
+        raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        run_stage(tmp_path, "s", {}, build)
+    assert not list(tmp_path.rglob("half"))
+    assert run_stage(tmp_path, "s", {}, lambda out: None).reused is False
+
+
+def test_what_a_killed_process_left_is_built_anew(tmp_path: Path):
+    script = textwrap.dedent(
+        f"""
+        import os, pathlib, signal
+        from acebert.workdir import run_stage
+        def build(out):
+            (out / "half").write_text("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        run_stage(pathlib.Path({str(tmp_path)!r}), "s", {{}}, build)
+        """
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    stage = run_stage(tmp_path, "s", {}, lambda out: (out / "whole").write_text("x") and None)
+    assert sorted(p.name for p in stage.path.iterdir()) == ["stage.json", "whole"]
+
+
+def _slow_stage(tmp_path: Path) -> bool:
+    return run_stage(tmp_path, "s", {}, lambda out: time.sleep(1)).reused
+
+
+def test_two_processes_that_want_one_stage_build_it_once(tmp_path: Path):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert sorted(pool.map(_slow_stage, [tmp_path, tmp_path])) == [False, True]
+
+
+def test_a_full_disk_is_said_plainly(tmp_path: Path):
+    def build(out: Path) -> None:
+        with open("/dev/full", "w") as full:  # every write to it fails with ENOSPC
+            full.write("x" * 10_000)
+
+    with pytest.raises(UserError, match=r"disk under .* is full.*--workdir"):
+        run_stage(tmp_path, "s", {}, build)
+
+
+def test_a_workdir_that_is_a_file_is_refused(tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        run_stage(file, "s", {}, lambda out: None)
