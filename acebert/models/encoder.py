@@ -1,0 +1,497 @@
+"""CE-BERT (paper section 2): a BERT encoder whose embedding layer takes three kinds of token.
+
+    [CLS] title [SEP] (hot query [SEP] …)   16 patches [SEP]   49 pixel patches [SEP]
+
+Each token is content + segment + position embedding, then LayerNorm and dropout, as in BERT.
+Decisions:
+* Parameters of the text path have BERT's names, so that BERT's weights load as they are, and on
+  text alone the model is BERT.
+* Image positions have tables of their own (17 and 50 rows, [SEP] included): how far the text is
+  padded changes nothing.
+* A row without an image keeps its image tokens but nobody attends to them: the shapes of a batch
+  and the parameters that take part in a step do not depend on which products have a photo.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, BertConfig, BertModel
+from transformers import initialization as init
+from transformers.models.bert.modeling_bert import (
+    BertEmbeddings,
+    BertEncoder,
+    BertLayer,
+    BertPreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from acebert.errors import UserError
+
+log = logging.getLogger(__name__)
+
+TITLE, HOT_QUERY, PATCH, PIXEL = range(4)  # segments
+NUM_PATCHES = 16  # N of section 2.1: the RoI's 4×4 cells
+PIXEL_GRID = 7  # section 4.4.1: 224 px in patches of 32 px
+NUM_PIXEL_PATCHES = PIXEL_GRID**2
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """Padded tokens.
+
+    Attributes:
+        input_ids: int64 [B, L]
+        attention_mask: bool [B, L], False on padding; a row's first token is never padding
+        segment_ids: int64 [B, L], TITLE or HOT_QUERY
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    segment_ids: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TextInputs":
+        return TextInputs(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.attention_mask.to(device, non_blocking=non_blocking),
+            self.segment_ids.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Features of the products' photos.
+
+    Attributes:
+        has_image: bool [B]; where it is False the other two are not looked at
+        patches: floating [B, 16, D1], or None for a model without patches
+        pixels: uint8 [B, S, S, 3], RGB, or None for a model without pixels
+    """
+
+    has_image: Tensor
+    patches: Tensor | None = None
+    pixels: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageInputs":
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=non_blocking)
+
+        return ImageInputs(
+            self.has_image.to(device, non_blocking=non_blocking),
+            move(self.patches),
+            move(self.pixels),
+        )
+
+
+class CEBertConfig(BertConfig):
+    """BERT's configuration and the image side's.
+
+    Attributes:
+        patch_dim: D1, width of a patch feature; 0: the model reads no patches
+        pixel_side: S, side of the pixel input [px], a multiple of 7; 0: it reads no pixels
+        image_attention_bias: added to every attention score whose key is an image token
+        sep_token_id: the [SEP] that closes patches and pixels
+    """
+
+    model_type = "ce_bert"
+
+    type_vocab_size: int = 4
+    patch_dim: int = 0
+    pixel_side: int = 0
+    image_attention_bias: float = 0.0
+    sep_token_id: int = 102
+
+    @property
+    def pixel_dim(self) -> int:
+        """Values of one pixel patch: (S/7)²·3, 3072 in the paper."""
+        return (self.pixel_side // PIXEL_GRID) ** 2 * 3
+
+    @property
+    def reads_images(self) -> bool:
+        return self.patch_dim > 0 or self.pixel_side > 0
+
+
+AutoConfig.register(CEBertConfig.model_type, CEBertConfig)
+
+
+class CEBertEmbeddings(BertEmbeddings):
+    """Tokens of the three kinds → [B, L, D], LayerNorm and dropout shared (Fig. 2)."""
+
+    def __init__(self, config: CEBertConfig) -> None:
+        super().__init__(config)
+        self.sep_token_id = config.sep_token_id
+        D = config.hidden_size
+        if config.patch_dim:
+            self.patch_projection = nn.Linear(config.patch_dim, D)
+            self.patch_position_embeddings = nn.Embedding(NUM_PATCHES + 1, D)
+        if config.pixel_side:
+            self.pixel_projection = nn.Linear(config.pixel_dim, D)
+            self.pixel_position_embeddings = nn.Embedding(NUM_PIXEL_PATCHES + 1, D)
+            self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN), persistent=False)
+            self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD), persistent=False)
+
+    def text(self, text: TextInputs) -> Tensor:
+        """[B, L, D]"""
+        return BertEmbeddings.forward(
+            self, input_ids=text.input_ids, token_type_ids=text.segment_ids
+        )
+
+    def patches(self, patches: Tensor) -> Tensor:
+        """[B, 16, D1] → [B, 17, D]"""
+        content = self.patch_projection(patches.to(self.patch_projection.weight.dtype))
+        return self._image_tokens(content, PATCH, self.patch_position_embeddings)
+
+    def pixels(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, S, S, 3] → [B, 50, D]"""
+        dtype = self.pixel_projection.weight.dtype
+        x = (pixels.to(dtype) / 255 - self.pixel_mean) / self.pixel_std
+        content = self.pixel_projection(cut_pixels(x))
+        return self._image_tokens(content, PIXEL, self.pixel_position_embeddings)
+
+    def _image_tokens(self, content: Tensor, segment: int, positions: nn.Embedding) -> Tensor:
+        """Content [B, n, D] and a [SEP] → tokens [B, n+1, D]."""
+        sep = self.word_embeddings.weight[self.sep_token_id].expand(len(content), 1, -1)
+        x = torch.cat([content.to(sep.dtype), sep], dim=1)
+        x = x + self.token_type_embeddings.weight[segment] + positions.weight
+        return self.dropout(self.LayerNorm(x))
+
+
+def cut_pixels(images: Tensor) -> Tensor:
+    """[B, S, S, 3] → [B, 49, (S/7)²·3]: 7×7 patches in row-major order, each flattened row by row,
+    channels last."""
+    B, S = images.shape[:2]
+    s = S // PIXEL_GRID
+    cut = images.reshape(B, PIXEL_GRID, s, PIXEL_GRID, s, 3).transpose(2, 3)
+    return cut.reshape(B, NUM_PIXEL_PATCHES, s * s * 3)
+
+
+class CEBertModel(BertPreTrainedModel):
+    """CE-BERT without heads; `save_pretrained` and `from_pretrained` as for any transformers model.
+
+    Attributes:
+        new_parameters: names of the parameters that did not come from a backbone
+    """
+
+    config_class = CEBertConfig
+    config: CEBertConfig
+    base_model_prefix = "ce_bert"
+    _no_split_modules = ("CEBertEmbeddings", "BertLayer")
+    # Masks are made for SDPA: booleans, or a float where image tokens carry a bias.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+
+    def __init__(self, config: CEBertConfig) -> None:
+        super().__init__(config)
+        if config._attn_implementation != "sdpa":
+            raise ValueError(
+                f"CE-BERT attends by 'sdpa', attn_implementation is {config._attn_implementation!r}"
+            )
+        self.embeddings = CEBertEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.new_parameters: frozenset[str] = frozenset()
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if not isinstance(module, CEBertEmbeddings):
+            return
+        # By fan-in: content of unit variance comes out as large as segment and position
+        # embeddings. At BERT's 0.02 a token would be 2048 or 3072 terms of content, and the
+        # LayerNorm would leave a few percent for what and where it is.
+        if self.config.patch_dim:
+            std = self.config.initializer_range / self.config.patch_dim**0.5
+            init.normal_(module.patch_projection.weight, std=std)
+        if self.config.pixel_side:
+            std = self.config.initializer_range / self.config.pixel_dim**0.5
+            init.normal_(module.pixel_projection.weight, std=std)
+            init.copy_(module.pixel_mean, torch.tensor(IMAGENET_MEAN))
+            init.copy_(module.pixel_std, torch.tensor(IMAGENET_STD))
+
+    def forward(self, text: TextInputs, image: ImageInputs | None = None) -> Tensor:
+        """Last hidden states [B, L_total, D]: text, 17 patch tokens, 50 pixel tokens.
+
+        Without `image` the sequence is the text alone, and the model is BERT.
+
+        Raises:
+            UserError: text longer than the position table.
+            ValueError: `image` lacks features that this model reads, or has the wrong shape.
+        """
+        hidden, mask = self._embed(text, image)
+        return self.encoder(hidden, attention_mask=mask).last_hidden_state
+
+    def first_token(self, text: TextInputs, image: ImageInputs | None = None) -> Tensor:
+        """`forward`'s [CLS] state, [B, D], without the rest of the last layer's work: no other
+        token's query, output and feed-forward are needed. Raises as `forward`."""
+        hidden, mask = self._embed(text, image)
+        *layers, last = self.encoder.layer
+        for layer in layers:
+            hidden = layer(hidden, mask)
+        return _first_token(last, hidden, mask[:, :, :1])
+
+    def _embed(self, text: TextInputs, image: ImageInputs | None) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L_total, D] and SDPA's mask [B, 1, L_total, L_total]."""
+        self._check(text, image)
+        hidden, keys = self.embeddings.text(text), text.attention_mask.bool()
+        L = keys.shape[1]
+        if image is not None and self.config.reads_images:
+            parts = [hidden]
+            if self.config.patch_dim:
+                parts.append(self.embeddings.patches(image.patches))
+            if self.config.pixel_side:
+                parts.append(self.embeddings.pixels(image.pixels))
+            hidden = torch.cat(parts, dim=1)
+            image_keys = image.has_image.bool()[:, None].expand(-1, hidden.shape[1] - L)
+            keys = torch.cat([keys, image_keys], dim=1)
+        mask = keys[:, None, None, :]
+        if hidden.shape[1] > L and self.config.image_attention_bias:
+            bias = hidden.new_zeros(hidden.shape[1])
+            bias[L:] = self.config.image_attention_bias
+            mask = torch.where(mask, bias, -torch.inf)
+        return hidden, mask.expand(-1, -1, hidden.shape[1], -1)
+
+    def _check(self, text: TextInputs, image: ImageInputs | None) -> None:
+        config, (B, L) = self.config, text.input_ids.shape
+        if L > config.max_position_embeddings:
+            raise UserError(
+                f"a text of {L} tokens is longer than the encoder's {config.max_position_embeddings} "
+                "positions: lower text.title_tokens, text.query_tokens or data.hot_queries"
+            )
+        if image is None:
+            return
+        if config.patch_dim:
+            _check_shape("patches", image.patches, (B, NUM_PATCHES, config.patch_dim))
+        if config.pixel_side:
+            S = config.pixel_side
+            _check_shape("pixels", image.pixels, (B, S, S, 3))
+
+
+def _first_token(layer: BertLayer, hidden: Tensor, mask: Tensor) -> Tensor:
+    """Row 0 of `layer(hidden, mask)`: hidden [B, L, D], mask [B, 1, 1, L] → [B, D]."""
+    attention = layer.attention.self
+    first = hidden[:, :1]
+
+    def heads(x: Tensor) -> Tensor:  # [B, l, D] → [B, heads, l, D/heads]
+        return x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+    context = F.scaled_dot_product_attention(
+        heads(attention.query(first)),
+        heads(attention.key(hidden)),
+        heads(attention.value(hidden)),
+        attn_mask=mask,
+        dropout_p=attention.dropout.p if layer.training else 0.0,
+        scale=attention.scaling,
+    )
+    attended = layer.attention.output(context.transpose(1, 2).flatten(2), first)
+    return layer.feed_forward_chunk(attended)[:, 0]
+
+
+def _check_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
+    if x is None or tuple(x.shape) != shape:
+        got = "none" if x is None else tuple(x.shape)
+        raise ValueError(f"the model reads {name} of shape {shape}, the batch has {got}")
+
+
+def load_backbone(
+    name_or_dir: str | None,
+    *,
+    layers: int,
+    dropout: float,
+    vocab_size: int,
+    sep_token_id: int,
+    width: int = 768,
+    heads: int = 12,
+    patch_dim: int = 0,
+    pixel_side: int = 0,
+    image_attention_bias: float = 0.0,
+    seed: int = 0,
+) -> CEBertModel:
+    """CE-BERT from a Hugging Face BERT, or with random weights.
+
+    From a BERT: its word, position and title-segment embeddings and its first `layers` layers; the
+    hot-query segment starts as the title's; the image side is new. What was taken, what is new and
+    what was left out is logged.
+
+    Args:
+        name_or_dir: hub name or local directory of a BERT (or of a CE-BERT that `save_pretrained`
+            wrote, which brings its image side along); None: random weights
+        layers: transformer layers
+        dropout: of hidden states and of attention
+        vocab_size: of the tokenizer in use, at most the backbone's
+        sep_token_id: [SEP] of that tokenizer
+        width, heads: of a random encoder; a backbone brings its own
+        patch_dim, pixel_side, image_attention_bias: as in CEBertConfig
+        seed: of whatever is new; the global random state is left as it was
+
+    Raises:
+        UserError: there is no such backbone, it is no BERT, it has fewer layers than asked for, or
+            a smaller vocabulary than the tokenizer.
+    """
+    own = {
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+        "type_vocab_size": 4,
+        "patch_dim": patch_dim,
+        "pixel_side": pixel_side,
+        "image_attention_bias": image_attention_bias,
+        "sep_token_id": sep_token_id,
+        "num_hidden_layers": layers,
+    }
+    if name_or_dir is None:
+        config = CEBertConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            **own,
+        )
+        with seeded(seed):
+            model = CEBertModel(config)
+        model.new_parameters = frozenset(name for name, _ in model.named_parameters())
+        log.info("encoder: %d layers of width %d, random weights (seed %d)", layers, width, seed)
+        return model
+
+    start = _backbone_config(name_or_dir)
+    if layers > start.num_hidden_layers:
+        raise UserError(
+            f"--model.layers {layers}: {name_or_dir} has {start.num_hidden_layers} layers"
+        )
+    if vocab_size > start.vocab_size:
+        raise UserError(
+            f"--model.backbone {name_or_dir}: its table has {start.vocab_size} words, the "
+            f"tokenizer {vocab_size}; they do not belong together"
+        )
+    inherited = {
+        key: getattr(start, key)
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "hidden_act",
+            "max_position_embeddings",
+            "initializer_range",
+            "layer_norm_eps",
+            "pad_token_id",
+        )
+    }
+    with seeded(seed):
+        model = CEBertModel(CEBertConfig(**inherited, **own))
+        weights, left_out = _backbone_weights(name_or_dir, start, layers)
+    _take(model, weights, left_out, name_or_dir)
+    return model
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of the CPU from `seed` inside, the global state untouched outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _backbone_config(name_or_dir: str) -> BertConfig:
+    try:
+        config = AutoConfig.from_pretrained(_source(name_or_dir))
+    except (OSError, ValueError) as error:
+        raise _missing(name_or_dir, error) from error
+    if not isinstance(config, BertConfig) or config.model_type not in ("bert", "ce_bert"):
+        raise UserError(
+            f"--model.backbone {name_or_dir}: a {config.model_type} model; it has to be a BERT "
+            "(model_type 'bert' in its config.json)"
+        )
+    return config
+
+
+def _backbone_weights(
+    name_or_dir: str, config: BertConfig, layers: int
+) -> tuple[dict[str, Tensor], set[str]]:
+    """The backbone's tensors by CE-BERT's names, and the names of those left out."""
+    config.num_hidden_layers = layers
+    model_class = CEBertModel if isinstance(config, CEBertConfig) else BertModel
+    kwargs = {} if model_class is CEBertModel else {"add_pooling_layer": False}
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # what is left out is told by us
+    transformers_logging.disable_progress_bar()
+    try:
+        start, report = model_class.from_pretrained(
+            _source(name_or_dir),
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,  # never a pickle
+            output_loading_info=True,
+            **kwargs,
+        )
+    except (OSError, ValueError) as error:
+        raise _missing(name_or_dir, error) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+    if report["missing_keys"]:
+        raise UserError(
+            f"--model.backbone {name_or_dir}: its weights lack {', '.join(sorted(report['missing_keys']))}"
+        )
+    return dict(start.named_parameters()), set(report["unexpected_keys"])
+
+
+def _take(
+    model: CEBertModel, weights: dict[str, Tensor], left_out: set[str], name_or_dir: str
+) -> None:
+    """Copies `weights` into the parameters of the same name and shape; the rest stays new."""
+    new = set()
+    segments = "embeddings.token_type_embeddings.weight"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            start = weights.pop(name, None)
+            if name == segments and start is not None and len(start) < len(parameter):
+                parameter[TITLE] = start[0]
+                parameter[HOT_QUERY] = start[0]
+            elif start is None or start.shape != parameter.shape:
+                new.add(name)
+            else:
+                parameter.copy_(start)
+    model.new_parameters = frozenset(new)
+    taken = {name for name, _ in model.named_parameters()} - new
+    log.info(
+        "encoder: %d layers of width %d. From %s: %s. New: %s. Left out: %s",
+        model.config.num_hidden_layers,
+        model.config.hidden_size,
+        name_or_dir,
+        _grouped(taken),
+        _grouped(new),
+        _grouped(left_out | set(weights)),
+    )
+
+
+def _grouped(names: set[str]) -> str:
+    """'embeddings.LayerNorm (2), encoder.layer.0 (16)': parameters counted by their module."""
+    groups: Counter[str] = Counter()
+    for name in sorted(names):
+        parts = name.split(".")
+        depth = parts.index("layer") + 2 if "layer" in parts else len(parts) - 1
+        groups[".".join(parts[: max(depth, 1)])] += 1
+    return ", ".join(f"{group} ({count})" for group, count in groups.items()) or "nothing"
+
+
+def _source(name_or_dir: str) -> str:
+    directory = Path(name_or_dir).expanduser()
+    return str(directory) if directory.is_dir() else name_or_dir
+
+
+def _missing(name_or_dir: str, error: Exception) -> UserError:
+    return UserError(
+        f"--model.backbone {name_or_dir}: no BERT could be loaded from there: it is neither a local "
+        "directory with config.json and model.safetensors nor a model that the hub can be asked "
+        f"for (HF_HUB_OFFLINE=1 forbids asking): {str(error).splitlines()[0]}"
+    )
