@@ -24,7 +24,7 @@ from ray.train.torch import TorchTrainer
 
 from acebert.config import Settings, settings_from
 from acebert.data.features import FeatureStore
-from acebert.data.tokens import backbone_digest, load_tokenizer
+from acebert.data.tokens import backbone_digest, load_tokenizer, special_ids
 from acebert.errors import UserError
 from acebert.job import set_up_logging
 from acebert.models.dual import DualEncoder
@@ -78,6 +78,7 @@ def new_model(settings: Settings, paths: StagePaths) -> DualEncoder:
     return DualEncoder.new(
         settings.model,
         vocab_size=len(load_tokenizer(paths.tokens / "tokenizer")),
+        sep_token_id=special_ids(paths.tokens / "tokenizer")["sep"],
         patch_dim=features.patch_dim if features and settings.model.patches else 0,
         pixel_side=features.pixel_side if features and settings.model.pixels else 0,
         gamma=settings.loss.gamma,

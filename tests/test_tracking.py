@@ -1,0 +1,67 @@
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import ray
+
+from acebert.config import Settings, load_settings
+from acebert.tracking import client, metrics_actor, start_run, tracking_uri
+
+
+@pytest.fixture()
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return load_settings(["--workdir", str(tmp_path), "--tracking.tag", "t1"])
+
+
+def test_a_run_carries_flat_params_tags_and_metrics(settings: Settings):
+    with start_run(settings, "finetune", "d1") as run:
+        run.log_metrics({"gauc": 0.5}, step=3)
+    seen = client(settings).get_run(run.run_id)
+    assert seen.info.status == "FINISHED"
+    assert seen.data.params["train.batch_size"] == str(settings.train.batch_size)
+    assert seen.data.tags["table"] == "t1"
+    assert seen.data.tags["acebert.digest"] == "d1"
+    (metric,) = client(settings).get_metric_history(run.run_id, "gauc")
+    assert (metric.value, metric.step) == (0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")]
+)
+def test_a_run_is_ended_whatever_stops_it_and_a_second_try_goes_on_in_it(
+    settings: Settings, error: type[BaseException], status: str
+):
+    with pytest.raises(error), start_run(settings, "finetune", "d1") as first:
+        raise error
+    assert client(settings).get_run(first.run_id).info.status == status
+    with start_run(settings, "finetune", "d1") as again:
+        assert client(settings).get_run(again.run_id).info.status == "RUNNING"
+    assert again.run_id == first.run_id
+    with start_run(settings, "finetune", "d2") as other:
+        pass
+    assert other.run_id != first.run_id
+
+
+def _make_run(settings: Settings) -> str:
+    with start_run(settings, "s", str(multiprocessing.current_process().pid)) as run:
+        return client(settings).get_run(run.run_id).info.experiment_id
+
+
+def test_processes_that_start_at_once_share_one_new_experiment(settings: Settings):
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        assert len(set(pool.map(_make_run, [settings] * 3))) == 1
+
+
+def test_workers_log_through_the_actor_on_the_drivers_node(settings: Settings, ray_cluster: None):
+    actor = metrics_actor(settings)
+    with start_run(settings, "finetune", "d1") as run:
+        rows = [("train/loss", float(i), i) for i in range(2500)]  # MLflow takes 1,000 at a time
+        assert ray.get(actor.log.remote(run.run_id, rows)) == 2500
+    history = client(settings).get_metric_history(run.run_id, "train/loss")
+    assert sorted((m.step, m.value) for m in history) == [(i, float(i)) for i in range(2500)]
+
+
+def test_the_environment_names_another_server(settings: Settings, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert tracking_uri(settings) == "http://127.0.0.1:9"
