@@ -1,0 +1,382 @@
+"""A user's input: its files, which columns they have, and their rows as batches of text.
+
+`find_files` lists (cheap: it makes the stage's key), `open_source` reads heads and checks columns,
+`Source.batches` streams. Memory is bounded by a batch, whatever the size of a file or row group.
+
+Rows that no reader can take apart (a CSV row with too few fields, a line that is no JSON) come out
+like others, with all cells null and `problem` set: they are counted, not lost.
+"""
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from acebert.data.schema import Column, Kind, as_text, check_type, resolve
+from acebert.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FORMATS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+}
+COMPRESSIONS = {".gz", ".bz2", ".zst", ".lz4"}  # of CSV and JSON lines, as pyarrow names them
+WANTED = "Parquet (.parquet), CSV (.csv, .tsv) or JSON lines (.jsonl, .ndjson, .json)"
+
+BATCH_ROWS = 65_536
+IMAGE_BATCH_ROWS = 250
+CSV_BLOCK = 4 << 20  # bytes; no single CSV row may be longer
+JSON_PEEK = 1000  # lines of a JSON file that show which columns it has
+
+ROW_BITS = 40
+"""A row's place in an input, `seq`, is file number << ROW_BITS | row in the file (from 1)."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file as the listing of its directory shows it."""
+
+    name: str
+    """path or URI, for messages"""
+    path: str
+    filesystem: pafs.FileSystem
+    format: str
+    size: int
+    mtime_ns: int | None
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the stage's key knows of the file: no byte of it is read."""
+        return {"uri": self.name, "size": self.size, "mtime_ns": self.mtime_ns}
+
+
+def find_files(where: str, setting: str) -> list[SourceFile]:
+    """Data files at a path or URI, by name; a directory is searched through all its levels.
+
+    In a directory, files of other formats and those whose name starts with '.' or '_' are skipped.
+
+    Raises:
+        UserError: nothing there, no data file there, or no such kind of URI; `setting` names the
+            setting at fault.
+    """
+    prefix = ""
+    try:
+        if "://" in where:
+            filesystem, path = pafs.FileSystem.from_uri(where)
+            prefix = "" if where.startswith("file:") else where.split("://")[0] + "://"
+        else:
+            filesystem, path = pafs.LocalFileSystem(), str(Path(where).expanduser().absolute())
+        info = filesystem.get_file_info(path)
+    except (pa.ArrowInvalid, OSError, NotImplementedError) as error:
+        raise UserError(f"--{setting} {where}: cannot be reached: {error}") from error
+    if info.type == pafs.FileType.NotFound:
+        raise UserError(f"--{setting} {where}: there is no such file or directory")
+    if info.type == pafs.FileType.Directory:
+        inside = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+        infos = sorted((i for i in inside if _is_data(i, path)), key=lambda i: i.path)
+        if not infos:
+            raise UserError(
+                f"--{setting} {where}: no data file among the {len(inside)} entries of this "
+                f"directory; {WANTED} are read"
+            )
+    elif format_of(path) is None:
+        raise UserError(f"--{setting} {where}: unknown kind of file; {WANTED} are read")
+    else:
+        infos = [info]
+    return [
+        SourceFile(
+            name=prefix + info.path,
+            path=info.path,
+            filesystem=filesystem,
+            format=str(format_of(info.path)),
+            size=info.size,
+            mtime_ns=info.mtime_ns,
+        )
+        for info in infos
+    ]
+
+
+def _is_data(info: pafs.FileInfo, root: str) -> bool:
+    inner = Path(info.path[len(root) :].lstrip("/"))
+    hidden = any(part.startswith((".", "_")) for part in inner.parts)
+    return info.type == pafs.FileType.File and not hidden and format_of(info.path) is not None
+
+
+def format_of(path: str) -> str | None:
+    """`parquet`, `csv`, `tsv` or `jsonl` by the name's ending, None for any other."""
+    *_, inner, last = ["", "", *(suffix.lower() for suffix in Path(path).suffixes)]
+    if last in COMPRESSIONS:
+        return FORMATS.get(inner) if FORMATS.get(inner) != "parquet" else None
+    return FORMATS.get(last)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input, heads read and columns found."""
+
+    setting: str
+    spec: tuple[Column, ...]
+    files: list[SourceFile]
+    present: list[dict[str, str]]
+    """for each file: our column name → the file's"""
+    first_file: int
+    """number of its first file: files are numbered through all inputs of a stage"""
+
+    def has(self, column: str) -> bool:
+        return any(column in found for found in self.present)
+
+    @property
+    def text_columns(self) -> list[str]:
+        return [column.name for column in self.spec if column.kind is not Kind.BYTES]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of `batches`: `seq` int64, `problem` str or null, then every text column as str."""
+        texts = [(name, pa.string()) for name in self.text_columns]
+        return pa.schema([("seq", pa.int64()), ("problem", pa.string()), *texts])
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All rows, at most BATCH_ROWS at a time; a column that a file lacks is null.
+
+        Raises:
+            UserError: a file that cannot be read to its end; it names the file.
+        """
+        read = {"parquet": _parquet, "csv": _csv, "tsv": _csv, "jsonl": _json_lines}
+        for number, (file, found) in enumerate(zip(self.files, self.present, strict=True)):
+            texts = {ours: found[ours] for ours in self.text_columns if ours in found}
+            base = (self.first_file + number) << ROW_BITS
+            try:
+                for rows, problems, columns in read[file.format](file, texts):
+                    arrays = [columns.get(n, _nulls(len(rows))) for n in self.text_columns]
+                    seq = pa.array(base + rows, pa.int64())
+                    yield pa.record_batch([seq, problems, *arrays], schema=self.schema)
+            except (pa.ArrowException, OSError, EOFError) as error:
+                raise UserError(f"{file.name}: cannot be read: {error}") from error
+
+    def images(self) -> Iterator[pa.BinaryArray]:
+        """The column `image` of all rows in the order of `batches`, a few at a time, undecoded."""
+        for file, found in zip(self.files, self.present, strict=True):
+            try:
+                # Images are there in Parquet only; other files were refused when opened.
+                with _open_parquet(file) as parquet:
+                    theirs = found.get("image")
+                    names = [theirs] if theirs else []
+                    for batch in parquet.iter_batches(IMAGE_BATCH_ROWS, columns=names):
+                        column = batch.column(0) if theirs else pa.nulls(batch.num_rows)
+                        yield column.cast(pa.binary())
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{file.name}: cannot be read: {error}") from error
+
+
+def open_source(
+    files: list[SourceFile],
+    setting: str,
+    spec: tuple[Column, ...],
+    columns: dict[str, str],
+    first_file: int = 0,
+) -> Source:
+    """Look into every file's head: are the columns there, and of a fitting type?
+
+    `columns` maps our names to theirs (the setting data.columns). Files of 0 bytes are passed
+    over: they hold no row.
+
+    Raises:
+        UserError: a missing column or a wrong type (it names file and column), or an unreadable
+            file.
+    """
+    files = [file for file in files if file.size > 0]
+    present = []
+    for file in files:
+        try:
+            if file.format == "parquet":
+                present.append(_parquet_columns(file, spec, columns))
+            else:
+                names = _json_names(file) if file.format == "jsonl" else _csv_names(file)
+                found = resolve(file.name, names, spec, columns)
+                for column in spec:
+                    if column.kind is Kind.BYTES and column.name in found:
+                        raise UserError(
+                            f"{file.name}: column {found[column.name]!r}: text files hold no "
+                            f"bytes. Bring images as a binary column in Parquet, or give "
+                            f"their addresses as image_uri"
+                        )
+                present.append(found)
+        except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{file.name}: is not readable as {file.format}: {error}") from error
+    return Source(setting, spec, files, present, first_file)
+
+
+def _nulls(n: int) -> pa.StringArray:
+    return pa.nulls(n, pa.string())
+
+
+Rows = tuple[np.ndarray, pa.StringArray, dict[str, pa.StringArray]]
+"""Row numbers in the file (from 1), problems (mostly null), and columns by our names."""
+
+
+def _open_parquet(file: SourceFile) -> pq.ParquetFile:
+    # Buffered and not pre-buffered: a huge row group is read piece by piece.
+    return pq.ParquetFile(
+        file.filesystem.open_input_file(file.path), buffer_size=1 << 20, pre_buffer=False
+    )
+
+
+def _parquet_columns(
+    file: SourceFile, spec: tuple[Column, ...], columns: dict[str, str]
+) -> dict[str, str]:
+    with _open_parquet(file) as parquet:
+        schema = parquet.schema_arrow
+    found = resolve(file.name, schema.names, spec, columns)
+    for column in spec:
+        if column.name in found:
+            theirs = found[column.name]
+            check_type(file.name, theirs, column.kind, schema.field(theirs).type)
+    return found
+
+
+def _parquet(file: SourceFile, texts: dict[str, str]) -> Iterator[Rows]:
+    with _open_parquet(file) as parquet:
+        done = 0
+        for batch in parquet.iter_batches(BATCH_ROWS, columns=list(texts.values())):
+            n = batch.num_rows
+            columns = {ours: as_text(batch.column(theirs)) for ours, theirs in texts.items()}
+            yield np.arange(done + 1, done + n + 1), _nulls(n), columns
+            done += n
+
+
+def _stream(file: SourceFile) -> pa.NativeFile:
+    return file.filesystem.open_input_stream(file.path, compression="detect")
+
+
+def _csv_names(file: SourceFile) -> list[str]:
+    with io.TextIOWrapper(_stream(file), encoding="utf-8-sig", newline="") as text:
+        return next(csv.reader(text, delimiter=_delimiter(file)), [])
+
+
+def _delimiter(file: SourceFile) -> str:
+    return "\t" if file.format == "tsv" else ","
+
+
+def _csv(file: SourceFile, texts: dict[str, str]) -> Iterator[Rows]:
+    ragged: list[tuple[int, str]] = []  # row in the file, problem
+
+    def skip(row: pacsv.InvalidRow) -> str:
+        ragged.append((row.number - 1, "not as many CSV fields as the header"))  # header is 1
+        return "skip"
+
+    reader = pacsv.open_csv(
+        _stream(file),
+        # One thread: only then does the parser know row numbers.
+        pacsv.ReadOptions(block_size=CSV_BLOCK, use_threads=False),
+        pacsv.ParseOptions(
+            delimiter=_delimiter(file), newlines_in_values=True, invalid_row_handler=skip
+        ),
+        # As bytes: text that is not UTF-8 must fail its row, not the file.
+        pacsv.ConvertOptions(
+            include_columns=list(texts.values()),
+            column_types={name: pa.binary() for name in texts.values()},
+            strings_can_be_null=True,
+            null_values=[""],
+        ),
+    )
+    done = 0  # rows that were whole
+    with reader:
+        for batch in reader:
+            whole = np.arange(done + 1, done + batch.num_rows + 1)
+            # The i-th ragged row, number b, comes before the b - i-th whole one.
+            before = np.array([number for number, _ in ragged], np.int64) - np.arange(len(ragged))
+            rows = whole + np.searchsorted(before, whole, side="right")
+            yield rows, *_decoded(batch, texts)
+            done += batch.num_rows
+    for start in range(0, len(ragged), BATCH_ROWS):
+        part = ragged[start : start + BATCH_ROWS]
+        problems = pa.array([problem for _, problem in part], pa.string())
+        yield np.array([number for number, _ in part]), problems, {}
+
+
+def _decoded(
+    batch: pa.RecordBatch, texts: dict[str, str]
+) -> tuple[pa.StringArray, dict[str, pa.StringArray]]:
+    """Binary columns as text; a row with a cell that is not UTF-8 loses it and has a problem."""
+    problems = np.full(batch.num_rows, None, object)
+    columns = {}
+    for ours, theirs in texts.items():
+        column = batch.column(theirs)
+        try:
+            columns[ours] = column.cast(pa.string())
+        except pa.ArrowInvalid:
+            cells = []
+            for row, cell in enumerate(column.to_pylist()):
+                try:
+                    cells.append(None if cell is None else cell.decode())
+                except UnicodeDecodeError:
+                    cells.append(None)
+                    problems[row] = "not UTF-8"
+            columns[ours] = pa.array(cells, pa.string())
+    return pa.array(problems, pa.string()), columns
+
+
+def _json_names(file: SourceFile) -> list[str]:
+    names: dict[str, None] = {}
+    with io.BufferedReader(_stream(file)) as stream:
+        for line in islice(stream, JSON_PEEK):
+            if line.lstrip().startswith(b"["):
+                raise UserError(
+                    f"{file.name}: looks like one JSON array; JSON lines are wanted, one object "
+                    f"a line (jq -c '.[]' makes them)"
+                )
+            names |= dict.fromkeys(_object(line) or {})
+    return list(names)
+
+
+def _json_lines(file: SourceFile, texts: dict[str, str]) -> Iterator[Rows]:
+    with io.BufferedReader(_stream(file)) as stream:
+        lines = ((number, line) for number, line in enumerate(stream, 1) if not line.isspace())
+        while part := list(islice(lines, BATCH_ROWS)):
+            objects = [_object(line) for _, line in part]
+            problems = ["not a JSON object" if row is None else None for row in objects]
+            columns = {
+                ours: pa.array([_cell((row or {}).get(theirs)) for row in objects], pa.string())
+                for ours, theirs in texts.items()
+            }
+            rows = np.array([number for number, _ in part])
+            yield rows, pa.array(problems, pa.string()), columns
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        text = line.decode("utf-8-sig")
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError):  # both decoders' errors are ValueErrors
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _cell(value: Any) -> str | None:
+    """A JSON value as `schema.as_text` gives the same value from Parquet."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return json.dumps(value)  # true, 12, 12.5; what is nested stays as it is written
