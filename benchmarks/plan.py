@@ -10,6 +10,7 @@ size: shared pages counted once, mapped files included); `anonymous` is what of 
 """
 
 import argparse
+import logging
 import os
 import shutil
 import tempfile
@@ -25,7 +26,7 @@ import ray
 
 from acebert.cluster import PRIVATE_BY_DEFAULT
 from acebert.data.partitions import Plan, write_plan
-from acebert.data.plan_arithmetic import DEAL, Layout, _keys, layout_of, permute
+from acebert.data.plan_arithmetic import DEAL, Layout, layout_of, permute, round_keys
 
 W = 384
 CATEGORIES = 5000
@@ -58,7 +59,7 @@ def write_pairs(path: Path, n: int) -> None:
 
 def sort_by_ray(pairs_file: Path, layout: Layout) -> None:
     """What the plan would cost as a push shuffle: key every row, let Ray Data sort, count."""
-    keys = _keys(layout.seed, 0, DEAL)
+    keys = round_keys(layout.seed, 0, DEAL)
 
     def key(batch: pa.Table) -> pa.Table:
         pair = batch["pair"].to_numpy().astype(np.uint64)
@@ -71,7 +72,9 @@ def sort_by_ray(pairs_file: Path, layout: Layout) -> None:
 
     # The keys are uniform, so the boundaries are known: Ray need not sample.
     shards = max(2, layout.pairs // ROW_GROUP)
-    boundaries = [int(layout.partitions * i / shards) << 32 for i in range(1, shards)]
+    boundaries: list[int | float] = [
+        int(layout.partitions * i / shards) << 32 for i in range(1, shards)
+    ]
     dataset = (
         ray.data.read_parquet(str(pairs_file))
         .map_batches(key, batch_format="pyarrow", batch_size=ROW_GROUP)
@@ -155,7 +158,7 @@ def main() -> None:
         address="local",
         object_store_memory=OBJECT_STORE,
         include_dashboard=False,
-        logging_level="WARNING",
+        logging_level=logging.WARNING,
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     idle = memory()
