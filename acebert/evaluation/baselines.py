@@ -1,0 +1,168 @@
+"""Rows that need no training: what a team has before it trains anything.
+
+* BM25 on titles, and on titles with the hot queries of the days before the test day (bm25s: its
+  'lucene' variant with k1 = 1.5, b = 0.75; words are its default tokens: lower case, at least two
+  letters, no English stop words, no stemming).
+* Click look-up: the products clicked for the very same query before the test day, by clicks.
+* Popularity: the products clicked most before the test day, whatever the query.
+
+Each is a `recall.Scorer`, so it is searched and measured exactly as embeddings are. A product that
+shares no word with the query, or was never clicked, is not returned: its score is -inf. (The
+engine's own order is a row too, but it only ranks what it showed: GAUC alone.)
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import bm25s
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from acebert.evaluation.testset import TestSet
+
+if TYPE_CHECKING:
+    import torch
+
+RRF_K = 60
+
+logging.getLogger("bm25s").setLevel(logging.INFO)  # it logs at DEBUG whatever the root is set to
+
+
+def words(texts: list[str]) -> list[list[str]]:
+    """The words that BM25 matches, of each text."""
+    return bm25s.tokenize(texts, return_ids=False, show_progress=False)
+
+
+class Bm25:
+    """BM25 of one document a product.
+
+    Args:
+        documents: text of each product [n].
+        queries: texts [Q].
+    """
+
+    tie = 0.0
+
+    def __init__(self, documents: list[str], queries: list[str]) -> None:
+        self.products = len(documents)
+        self._model = bm25s.BM25()
+        self._model.index(words(documents), show_progress=False)
+        self._queries = [self._model.get_tokens_ids(tokens) for tokens in words(queries)]
+
+    def scores(self, queries: NDArray[np.int64]) -> "torch.Tensor":
+        import torch
+
+        block = np.full((len(queries), self.products), -np.inf, np.float32)
+        for row, query in zip(block, queries, strict=True):
+            if tokens := self._queries[query]:
+                scores = self._model.get_scores_from_ids(tokens)
+                np.copyto(row, scores, where=scores > 0)
+        return torch.from_numpy(block)
+
+
+class ClickLookup:
+    """The products clicked for a query before, scored by clicks.
+
+    Args:
+        products: n.
+        queries: Q.
+        query, product, clicks: what was clicked; a pair may come more than once [any length].
+    """
+
+    tie = 0.0
+
+    def __init__(
+        self,
+        products: int,
+        queries: int,
+        query: NDArray[np.int64],
+        product: NDArray[np.int64],
+        clicks: NDArray[np.int64],
+    ) -> None:
+        self.products = products
+        pair, which = np.unique(query * products + product, return_inverse=True)
+        self._query, self._product = np.divmod(pair, products)
+        self._clicks = np.bincount(which, clicks).astype(np.float32)
+        self._start = np.searchsorted(self._query, np.arange(queries + 1))
+
+    def scores(self, queries: NDArray[np.int64]) -> "torch.Tensor":
+        import torch
+
+        block = np.full((len(queries), self.products), -np.inf, np.float32)
+        for row, query in zip(block, queries, strict=True):
+            own = slice(self._start[query], self._start[query + 1])
+            row[self._product[own]] = self._clicks[own]
+        return torch.from_numpy(block)
+
+
+class Popularity:
+    """The same products for every query, scored by clicks [n]."""
+
+    tie = 0.0
+
+    def __init__(self, clicks: NDArray[np.int64]) -> None:
+        self.products = len(clicks)
+        self._scores = np.where(clicks > 0, clicks, -np.inf).astype(np.float32)
+
+    def scores(self, queries: NDArray[np.int64]) -> "torch.Tensor":
+        import torch
+
+        return torch.from_numpy(self._scores).expand(len(queries), -1)
+
+
+def clicks_before(
+    root: Path, test: TestSet
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(query row of the test set or -1, product, clicks) of all days before the test day."""
+    tables = [
+        pq.read_table(root / name, columns=["query", "product", "clicks"])
+        for name in ("pairs.parquet", "valid_pairs.parquet")
+    ]
+    log, product, clicks = (
+        np.concatenate([table[name].to_numpy().astype(np.int64) for table in tables])
+        for name in ("query", "product", "clicks")
+    )
+    known = test.log_query >= 0
+    to_row = np.full(max(log.max(initial=0), test.log_query.max(initial=0)) + 1, -1, np.int64)
+    to_row[test.log_query[known]] = np.flatnonzero(known)
+    return to_row[log], product, clicks
+
+
+def titles_with_hot_queries(root: Path, test: TestSet) -> list[str]:
+    """Each product's title, then its hot queries of all days before the test day [n]."""
+    texts = pq.read_table(root / "queries.parquet", columns=["text"])["text"].to_pylist()
+    lists = pq.read_table(root / "hot_lists.parquet")["queries"].to_pylist()
+    rows = pq.read_table(root / "product_hot_lists.parquet", columns=["product", "test"])
+    hot = rows.sort_by("product")["test"].to_pylist()
+    return [
+        " ".join([title, *(texts[query] for query in lists[row])])
+        for title, row in zip(test.titles, hot, strict=True)
+    ]
+
+
+def reciprocal_rank_fusion(
+    first: NDArray[np.int32], second: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Fuse two systems' lists: score = Σ 1 / (60 + rank) (Cormack, Clarke and Büttcher, 2009).
+
+    Args:
+        first, second: catalogue rows, best first, -1 for none [Q, depth].
+
+    Returns:
+        The same for the fused lists, and their scores (-inf: none) [Q, depth].
+    """
+    queries, depth = first.shape
+    rows = np.concatenate([first, second], axis=1)
+    gain = np.tile(1 / (RRF_K + 1 + np.arange(depth)), 2) * np.ones((queries, 1))
+    order = np.argsort(rows, axis=1, kind="stable")
+    rows, gain = np.take_along_axis(rows, order, 1), np.take_along_axis(gain, order, 1)
+    # A product in both lists stands twice, side by side: the first takes both scores.
+    twice = rows[:, 1:] == rows[:, :-1]
+    gain[:, :-1] += np.where(twice, gain[:, 1:], 0.0)
+    gain[:, 1:][twice] = -np.inf
+    gain[rows < 0] = -np.inf
+    best = np.lexsort((rows, -gain), axis=1)[:, :depth]
+    score = np.take_along_axis(gain, best, 1).astype(np.float32)
+    return np.where(np.isneginf(score), -1, np.take_along_axis(rows, best, 1)), score

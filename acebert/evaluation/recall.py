@@ -1,0 +1,242 @@
+"""Exact search of the whole catalogue, and Recall@K with ties (paper section 4.2).
+
+    Recall@K(q) = |A_K ∩ T| / |T|
+
+T: the products clicked for q on the test day. A_K: the K products of the catalogue with the best
+scores. Where scores are equal, A_K is not one set: Recall is its expected value when equal scores
+are put in random order. A target with `greater` products above it and `equal` products at its
+score, itself included, stands in the first K with probability
+
+    clip((K − greater) / equal, 0, 1).
+
+So (greater, equal) of each target is all that Recall, nDCG and MRR need. The catalogue is scored a
+block of queries at a time: memory is bounded by `BLOCK_BYTES`, not by queries × products. The best
+`depth` products of a query decide nearly all counts; the full row is read again only for targets
+whose ties reach beyond them.
+
+Two scores within `tie` of each other are equal. Vectors of two products with the same text differ
+in the last bits with the batch that they were computed in, and so do products of matrices with the
+shape of the block; a hair's breadth there must not decide a rank.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+BLOCK_BYTES = 256 * 2**20
+
+
+class Scorer(Protocol):
+    """Scores of the whole catalogue for some queries."""
+
+    products: int
+    """n, products in the catalogue"""
+    tie: float
+    """scores that differ by no more are equal"""
+
+    def scores(self, queries: NDArray[np.int64]) -> "torch.Tensor":
+        """float32 [b, n] for b queries, by their rows; -inf: the product is not returned."""
+        ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one pass over the catalogue found, for Q queries, T targets and m asked pairs."""
+
+    top: NDArray[np.int32]
+    """best products of each query, best first, ties by catalogue row; -1: no more [Q, depth]"""
+    top_score: NDArray[np.float32]
+    """their scores; -inf where there is no product [Q, depth]"""
+    greater: NDArray[np.int64]
+    """products that score above the target; `depth` where there are as many or more [T]"""
+    equal: NDArray[np.int64]
+    """products that score as the target does, itself included; meaningful below depth [T]"""
+    pair_score: NDArray[np.float32]
+    """score of each asked (query, product) pair [m]"""
+
+
+class DotProduct:
+    """Scorer of embeddings: q · p, on the GPU where there is one.
+
+    Args:
+        queries: float32 [Q, D].
+        products: float32 [n, D].
+    """
+
+    tie = 1e-6  # float32 sums of 128 products of unit vectors agree to about 2e-7
+
+    def __init__(self, queries: NDArray[np.float32], products: NDArray[np.float32]) -> None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.products = len(products)
+        self._queries = torch.from_numpy(queries).to(device)
+        self._products = torch.from_numpy(products).to(device).T
+
+    def scores(self, queries: NDArray[np.int64]) -> "torch.Tensor":
+        return self._queries[queries] @ self._products
+
+
+def search_catalogue(
+    scorer: Scorer,
+    queries: int,
+    target_query: NDArray[np.int64],
+    target_product: NDArray[np.int64],
+    depth: int,
+    pair_query: NDArray[np.int64] | None = None,
+    pair_product: NDArray[np.int64] | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> Found:
+    """Score every product for every query; keep the best, the targets' ranks, the asked scores.
+
+    Args:
+        queries: Q; query rows are 0..Q-1.
+        target_query, target_product: rows of the clicked pairs [T], each pair once.
+        depth: best products to keep, the largest K that will be asked for.
+        pair_query, pair_product: rows of pairs whose score is wanted [m].
+        block_bytes: bytes of scores held at a time (at least one query's).
+    """
+    none = np.empty(0, np.int64)
+    pair_query = none if pair_query is None else pair_query
+    pair_product = none if pair_product is None else pair_product
+    n = scorer.products
+    kept = min(depth, n)
+    top = np.full((queries, depth), -1, np.int32)
+    top_score = np.full((queries, depth), -np.inf, np.float32)
+    greater = np.full(len(target_query), depth, np.int64)
+    equal = np.ones(len(target_query), np.int64)
+    pair_score = np.empty(len(pair_query), np.float32)
+
+    rows_a_block = max(1, block_bytes // (4 * n))
+    targets = _by_block(target_query, queries, rows_a_block)
+    pairs = _by_block(pair_query, queries, rows_a_block)
+    for start in range(0, queries, rows_a_block):
+        stop = min(start + rows_a_block, queries)
+        block = scorer.scores(np.arange(start, stop))
+        t, p = next(targets), next(pairs)
+        top[start:stop, :kept], top_score[start:stop, :kept] = _best(block, kept, scorer.tie)
+        greater[t], equal[t] = _count(
+            block, top_score[start:stop], target_query[t] - start, target_product[t], scorer.tie
+        )
+        pair_score[p] = _gather(block, pair_query[p] - start, pair_product[p])
+        log.debug("searched %d of %d queries", stop, queries)
+    return Found(top, top_score, greater, equal, pair_score)
+
+
+def expected_hits(
+    greater: NDArray[np.int64], equal: NDArray[np.int64], k: int
+) -> NDArray[np.float64]:
+    """Probability that each target is among the first k [T]."""
+    return np.clip((k - greater) / equal, 0.0, 1.0)
+
+
+def recall(
+    greater: NDArray[np.int64],
+    equal: NDArray[np.int64],
+    target_query: NDArray[np.int64],
+    queries: int,
+    k: int,
+) -> NDArray[np.float64]:
+    """Expected Recall@k of each query; NaN where it has no target [Q]."""
+    targets = np.bincount(target_query, minlength=queries)
+    hits = np.bincount(target_query, expected_hits(greater, equal, k), minlength=queries)
+    return np.divide(hits, targets, out=np.full(queries, np.nan), where=targets > 0)
+
+
+def ranks_in_lists(
+    top: NDArray[np.int32],
+    top_score: NDArray[np.float32],
+    target_query: NDArray[np.int64],
+    target_product: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(greater, equal) of each target where a system is known by its lists alone.
+
+    A target that is not in its query's list gets greater = depth. Arguments as in `Found`.
+    """
+    lists = top[target_query]
+    place = lists == target_product[:, None]
+    scores = top_score[target_query]
+    own = np.where(place, scores, -np.inf).max(axis=1)[:, None]
+    greater = (scores > own).sum(axis=1)
+    equal = (scores == own).sum(axis=1)
+    missing = ~place.any(axis=1)
+    greater[missing], equal[missing] = top.shape[1], 1
+    return greater, equal
+
+
+def _by_block(query: NDArray[np.int64], queries: int, rows: int) -> Iterator[NDArray[np.int64]]:
+    """For each block of `rows` queries, which entries of `query` lie in it."""
+    order = np.argsort(query, kind="stable")
+    edges = np.r_[np.arange(0, queries, rows), queries]
+    bounds: list[int] = np.searchsorted(query[order], edges).tolist()
+    for first, end in pairwise(bounds):
+        yield order[first:end]
+
+
+def _best(
+    block: "torch.Tensor", kept: int, tie: float
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The best `kept` products of each row, by score, then by catalogue row."""
+    import torch
+
+    scores, rows = block.topk(kept)
+    # topk takes any of the products that tie at the end of the list: take the first ones.
+    last = scores[:, -1:]
+    at_end = (scores == last).sum(1)
+    for r in torch.nonzero(((block == last).sum(1) > at_end) & torch.isfinite(last[:, 0])):
+        i = int(r)
+        ties = torch.nonzero(block[i] == last[i])[: int(at_end[i]), 0]
+        rows[i, kept - int(at_end[i]) :] = ties
+    out, score = rows.cpu().numpy().astype(np.int32), scores.cpu().numpy()
+    out[np.isneginf(score)] = -1
+    order = np.lexsort((out, -score), axis=1)
+    return np.take_along_axis(out, order, 1), np.take_along_axis(score, order, 1)
+
+
+def _count(
+    block: "torch.Tensor",
+    top_score: NDArray[np.float32],
+    row: NDArray[np.int64],
+    product: NDArray[np.int64],
+    tie: float,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(greater, equal) of the targets of a block; `row` counts from the block's first query."""
+    import torch
+
+    depth = top_score.shape[1]
+    own = _gather(block, row, product)
+    lists = top_score[row]
+    greater = (lists > own[:, None] + tie).sum(axis=1)
+    equal = np.maximum((lists >= own[:, None] - tie).sum(axis=1) - greater, 1)
+    greater[np.isneginf(own)] = depth
+    # The list may end within the target's ties: then count them in the whole row.
+    cut = np.flatnonzero(
+        (greater < depth) & (lists[:, -1] <= own + tie) & np.isfinite(lists[:, -1])
+    )
+    step = max(1, block.numel() // (4 * block.shape[1]))
+    for low in range(0, len(cut), step):
+        c = cut[low : low + step]
+        value = torch.from_numpy(own[c]).to(block.device)[:, None]
+        rows = block[torch.from_numpy(row[c]).to(block.device)]
+        equal[c] = ((rows >= value - tie) & (rows <= value + tie)).sum(1).cpu().numpy()
+    return greater, equal
+
+
+def _gather(
+    block: "torch.Tensor", row: NDArray[np.int64], column: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    import torch
+
+    r = torch.from_numpy(row).to(block.device)
+    c = torch.from_numpy(column).to(block.device)
+    return block[r, c].cpu().numpy()

@@ -1,0 +1,168 @@
+"""Rows of results side by side: a table to read, and differences that may be claimed."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from acebert.errors import UserError
+from acebert.evaluation.recall import recall
+from acebert.evaluation.significance import (
+    Interval,
+    Ratios,
+    difference,
+    interval,
+    mean_of_queries,
+    weighted_by_query,
+)
+
+QUERY_GROUPS = {"seen": ("seen", True), "unseen": ("seen", False)} | {
+    "head": ("head", True),
+    "tail": ("head", False),
+}
+TARGET_GROUPS = {
+    "cold": ("cold", True),
+    "warm": ("cold", False),
+    "with_image": ("with_image", True),
+    "without_image": ("with_image", False),
+    "title_lacks": ("title_lacks", True),
+    "title_has": ("title_lacks", False),
+}
+
+
+def read_metrics(directory: Path) -> dict[str, Any]:
+    """metrics.json of a row.
+
+    Raises:
+        UserError: `directory` is not a row of results.
+    """
+    path = directory / "metrics.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: no row of results (it has no metrics.json)")
+    metrics: dict[str, Any] = json.loads(path.read_text())
+    return metrics
+
+
+def rows_table(directories: Sequence[Path], width: int = 100) -> str:
+    """A text table: GAUC, each Recall@K and MRR; '-' where a system has no such number.
+
+    `±` is half of the 95 % interval in metrics.json, which is nearly symmetric.
+    """
+    rows = [read_metrics(directory) for directory in directories]
+    names = ["gauc", *_recalls(rows), "rr"]
+    table = Table(
+        title="±: half of the 95 % interval, bootstrap over the test day's queries",
+        title_style="dim",
+        title_justify="left",
+    )
+    table.add_column("row", no_wrap=True)
+    for name in names:
+        table.add_column(_label(name), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["name"], *(_cell(row, name) for name in names))
+    notes = {f"{row['name']}: {note}" for row in rows for note in row["notes"]}
+    text = io.StringIO()
+    console = Console(width=width, file=text)
+    console.print(table)
+    for note in sorted(notes):
+        console.print(note)
+    return text.getvalue()
+
+
+def read_ratios(directories: Sequence[Path], metric: str, group: str | None = None) -> Ratios:
+    """A metric of one row from the directories of its seeds, for the bootstrap.
+
+    Args:
+        metric: `gauc`, or a column of per_query.parquet (`recall_100`, `rr`, `ndcg_10`).
+        group: a group of the breakdown (`title_lacks`); of targets, Recall alone.
+
+    Raises:
+        UserError: no such metric or group there, or the seeds differ in their test queries.
+    """
+    tables = [_read(directory / "per_query.parquet") for directory in directories]
+    queries = tables[0]["query"].to_pylist()
+    for directory, table in zip(directories, tables, strict=True):
+        if table["query"].to_pylist() != queries:
+            raise UserError(f"{directory}: other test queries than {directories[0]}")
+    if group is not None and group not in QUERY_GROUPS | TARGET_GROUPS:
+        known = ", ".join(QUERY_GROUPS | TARGET_GROUPS)
+        raise UserError(f"no group {group!r} in the breakdown; there are {known}")
+    if metric == "gauc":
+        ratios = _gauc_ratios(directories, queries)
+    elif group in TARGET_GROUPS and metric.startswith("recall_"):
+        return _target_ratios(directories, queries, int(metric.removeprefix("recall_")), group)
+    elif metric in tables[0].column_names:
+        values = [table[metric].to_numpy(zero_copy_only=False) for table in tables]
+        ratios = mean_of_queries(np.stack(values))
+    else:
+        raise UserError(f"{directories[0]}: no metric {metric!r} in per_query.parquet")
+    if group is None:
+        return ratios
+    if group in TARGET_GROUPS:
+        raise UserError(f"{metric} has no value by {group}: a group of products, Recall only")
+    column, wanted = QUERY_GROUPS[group]
+    inside = (tables[0][column].to_numpy() == wanted).astype(np.float64)
+    return Ratios(ratios.numerator * inside, ratios.denominator * inside)
+
+
+def compare(
+    a: Sequence[Path], b: Sequence[Path], metric: str, group: str | None = None, samples: int = 2000
+) -> Interval:
+    """95 % interval of row a − row b, each given by the directories of its seeds."""
+    return difference(read_ratios(a, metric, group), read_ratios(b, metric, group), samples)
+
+
+def interval_of_seeds(directories: Sequence[Path], metric: str, samples: int = 2000) -> Interval:
+    """95 % interval of a row over its seeds and queries."""
+    return interval(read_ratios(directories, metric), samples)
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {path.parent} has no such metric")
+    return pq.read_table(path)
+
+
+def _gauc_ratios(directories: Sequence[Path], queries: list[str]) -> Ratios:
+    row = {query: i for i, query in enumerate(queries)}
+    tables = [_read(directory / "per_search.parquet") for directory in directories]
+    of = np.array([row[query] for query in tables[0]["query"].to_pylist()], np.int64)
+    aucs = np.stack([table["auc"].to_numpy(zero_copy_only=False) for table in tables])
+    return weighted_by_query(aucs, tables[0]["impressions"].to_numpy(), of, len(queries))
+
+
+def _target_ratios(directories: Sequence[Path], queries: list[str], k: int, group: str) -> Ratios:
+    """Recall@k of the targets in a group of the breakdown."""
+    column, wanted = TARGET_GROUPS[group]
+    row = {query: i for i, query in enumerate(queries)}
+    values = []
+    for directory in directories:
+        table = _read(directory / "per_target.parquet")
+        inside = table[column].to_numpy(zero_copy_only=False) == wanted
+        of = np.array([row[query] for query in table["query"].to_pylist()], np.int64)
+        greater, equal = table["greater"].to_numpy(), table["equal"].to_numpy()
+        values.append(recall(greater[inside], equal[inside], of[inside], len(queries), k))
+    return mean_of_queries(np.stack(values))
+
+
+def _recalls(rows: list[dict[str, Any]]) -> list[str]:
+    names = {name for row in rows for name in row["overall"] if name.startswith("recall_")}
+    return sorted(names, key=lambda name: int(name.removeprefix("recall_")))
+
+
+def _label(name: str) -> str:
+    return {"gauc": "GAUC", "rr": "MRR"}.get(name, name.replace("recall_", "Recall@"))
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = row["overall"].get(name)
+    if value is None:
+        return "-"
+    bounds = row["interval"].get(name)
+    return f"{value:.3f}" + (f" ±{(bounds['high'] - bounds['low']) / 2:.3f}" if bounds else "")
