@@ -121,14 +121,16 @@ def write_plan(
     columns.rmdir()
 
     W = layout.batch_size
-    slots = layout.full_batches * W * (W - 1)
+    hard_shares = same_category / (layout.full_batches * W * (W - 1))
+    hard_share, floor = float(hard_shares.mean()), random_hard_share(pairs_of_category)
     report = {
         **asdict(layout),
         "epochs": epochs,
         "steps": layout.full_batches,
         "remainder": layout.remainder,
-        "hard_share": [int(same) / slots for same in same_category],
-        "random_hard_share": random_hard_share(pairs_of_category),
+        "hard_share": hard_share,
+        "hard_share_by_epoch": hard_shares.tolist(),
+        "random_hard_share": floor,
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     log.info(
@@ -140,8 +142,8 @@ def write_plan(
         f"{layout.pairs:,}",
         f"{layout.partitions:,}",
         layout.remainder,
-        np.mean(report["hard_share"]),
-        report["random_hard_share"],
+        hard_share,
+        floor,
     )
 
 
@@ -162,8 +164,8 @@ class Plan:
         self.epochs: int = report["epochs"]
         self.remainder: int = report["remainder"]
         """Pairs in each epoch's short last batch."""
-        self.hard_share: list[float] = report["hard_share"]
-        """Of each epoch: mean share of a slot's in-batch negatives that are of its category."""
+        self.hard_share_by_epoch: list[float] = report["hard_share_by_epoch"]
+        """Mean share of a pair's in-batch negatives that are of its category."""
         self._open_epoch: int | None = None
 
     def steps(self, epoch: int) -> int:

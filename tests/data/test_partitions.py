@@ -6,6 +6,7 @@ import sys
 from itertools import chain, groupby
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +26,7 @@ from acebert.data.plan_arithmetic import (
     permute,
     random_hard_share,
 )
+from acebert.data.plan_figure import draw_plan, read_points, table_text
 from acebert.errors import UserError
 from acebert.workdir import Stage
 
@@ -358,6 +360,37 @@ def test_opening_what_is_no_plan_is_a_user_error(tmp_path: Path) -> None:
         Plan(tmp_path)
 
 
+# ------------------------------------------------------------------------------------ the figure
+
+
+def test_drawing_shows_the_exact_hard_share_of_each_number_of_partitions(tmp_path: Path) -> None:
+    n, W = 1500, 16
+    categories = categories_of(n, 15)
+    stage = ingested(tmp_path / "ingest", categories)
+    (stage.path / "products").mkdir()
+    names = [None if code == 14 else f"type {code}" for code in range(15)]
+    table = pa.table({"category": names, "category_code": np.arange(15, dtype=np.int32)})
+    pq.write_table(table, stage.path / "products" / "part-00000.parquet")
+    argv = ["--workdir", str(tmp_path), "--train.batch_size", str(W), "--train.epochs", "2"]
+    drawn = draw_plan(load_settings([*argv, "--plan.partitions", "7", "--seed", "3"]), stage)
+    points = read_points(drawn)
+    assert [p.partitions for p in points] == [1, 2, 5, 7, 10, 20, 50, 93]
+    assert [p.partitions for p in points if p.chosen] == [7]
+    for point in points:
+        shares = []
+        for epoch in range(2):
+            batches = plain_epoch(categories.tolist(), W, point.partitions, 3, epoch)
+            shares.append(hard_share(categories[np.array(batches[:93])]))
+        assert point.hard_share == pytest.approx(np.mean(shares))
+        assert point.batches_per_partition == pytest.approx(n / (point.partitions * W))
+    lines = table_text(points).splitlines()
+    assert len(lines) == 9
+    assert lines[4].endswith("← chosen")
+    picture = cv2.imread(str(drawn.path / "plan.png"))
+    assert picture.shape[0] > 500
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+
 # --------------------------------------------------------------------------------------- on Ray
 
 
@@ -400,7 +433,7 @@ def test_plan_stage_holds_each_pair_once_an_epoch_in_batches_of_w(tmp_path: Path
         assert [len(batch) for batch in batches] == [W] * 39 + [n % W]
         assert sorted(chain(*batches)) == list(range(n))
         orders.add(tuple(batches[0]))
-        assert reader.hard_share[epoch] == pytest.approx(
+        assert reader.hard_share_by_epoch[epoch] == pytest.approx(
             hard_share(categories[np.array(batches[:-1])])
         )
     assert len(orders) == 20
@@ -415,7 +448,7 @@ def test_one_category_and_no_remainder_work(tmp_path: Path) -> None:
     argv = ["--workdir", str(tmp_path), "--train.epochs", "1", "--train.batch_size", "64"]
     reader = Plan(plan(load_settings(argv), stage).path)
     assert reader.remainder == 0
-    assert reader.hard_share == [1.0]
+    assert reader.hard_share_by_epoch == [1.0]
     assert sorted(chain(*batches_of(reader, 0))) == list(range(640))
     with pytest.raises(IndexError, match="step 10 of an epoch of 10 batches"):
         reader.batch(0, 10)

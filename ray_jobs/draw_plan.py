@@ -1,0 +1,16 @@
+"""Draw the mini-batches' categories as the paper's Fig. 4 does, and the hard share against P."""
+
+from acebert.config import Settings
+from acebert.data.plan_figure import draw_plan, read_points, table_text
+from acebert.job import run_job
+from acebert.pipeline import ingest_stage
+
+
+def work(settings: Settings) -> None:
+    drawn = draw_plan(settings, ingest_stage(settings))
+    print(table_text(read_points(drawn)))
+    print(drawn.path / "plan.png")
+
+
+if __name__ == "__main__":
+    run_job(work, __doc__)
