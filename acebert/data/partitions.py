@@ -263,9 +263,9 @@ def lay_out_columns(pairs_file: Path, columns: Path) -> Ints:
             counts = np.bincount(codes, minlength=len(pairs_of_category))
             counts[: len(pairs_of_category)] += pairs_of_category
             pairs_of_category = counts
-            codes.tofile(categories)
+            categories.write(codes.data)
             ends = [batch[name].to_numpy().astype("<i4", copy=False) for name in SCHEMA.names[1:]]
-            np.stack(ends, axis=1).tofile(rows)
+            rows.write(np.stack(ends, axis=1).data)
             n += len(pair)
     return pairs_of_category
 

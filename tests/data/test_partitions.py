@@ -28,7 +28,7 @@ from acebert.data.plan_arithmetic import (
 )
 from acebert.data.plan_figure import draw_plan, read_points, table_text
 from acebert.errors import UserError
-from acebert.workdir import Stage
+from acebert.workdir import Stage, is_disk_full
 
 U64 = 2**64
 
@@ -343,6 +343,14 @@ def test_pairs_that_break_the_contract_are_refused(
     pq.write_table(table.set_column(place, field, pa.array(values, field.type)), file)
     with pytest.raises(UserError, match=message):
         lay_out_columns(file, tmp_path)
+
+
+def test_a_full_disk_is_known_as_such(tmp_path: Path) -> None:
+    file = write_pairs(tmp_path / "pairs.parquet", np.zeros(4, np.int32))
+    (tmp_path / "rows.i4").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        lay_out_columns(file, tmp_path)
+    assert is_disk_full(caught.value)
 
 
 def test_missing_file_or_column_is_named(tmp_path: Path) -> None:
