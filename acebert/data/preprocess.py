@@ -1,0 +1,323 @@
+"""Preprocess: photos of the catalogue → RoIs, patch features and pixels, on Ray Data.
+
+    stage = preprocess(settings, ingested)
+    store = FeatureStore(stage.path)
+
+What is written is in docs/architecture.md, 'features'. Ray Data streams runs of at most 1,000 rows
+(addresses, not photos) to workers, which read the photos themselves, write a shard and return its
+counts, so that neither photos nor features pass through the object store:
+
+* CNN on CPUs: an actor a core does all of it, with one torch thread. Decoding and the CNN then
+  share the cores evenly by themselves, whichever of them is slow.
+* CNN on GPUs: tasks decode and crop; two actors a GPU run the CNN, one of them while the other
+  writes. Only here blocks of crops (at most 128 MiB) pass through the object store.
+
+Memory is bounded by the number of workers times the bytes of a run, whatever the catalogue's size.
+"""
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from hashlib import file_digest
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from acebert.config import Settings
+from acebert.data.crops import Batch, CropSpec, ShardReport, encode, prepare
+from acebert.data.features import FeatureStore, write_shard_list
+from acebert.data.image import decode, draw_roi
+from acebert.data.photos import PhotoStorage, Rows
+from acebert.errors import UserError
+from acebert.workdir import Stage, run_stage
+
+if TYPE_CHECKING:
+    from acebert.data.patches import PatchCNN
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+MAX_ROWS = 1_000
+MIN_ROWS = 100
+MAX_BYTES = 96 << 20  # of a run's crops and pixels; below the size at which Ray splits blocks
+RUNS_PER_WORKER = 4  # at least, so that workers end together
+CPU_SHARE = 0.9  # of a CPU for a worker: what else is scheduled must find a little left
+REPORT_SECONDS = 5.0
+GRID_PHOTOS = 24
+
+
+def preprocess(settings: Settings, ingested: Stage) -> Stage:
+    """Compute what the settings' model reads of the photos; reused when nothing has changed.
+
+    The key knows photos in the rows by ingest's digest, and those behind an `image_uri` by their
+    address only: a file that changes under the same address goes unnoticed.
+
+    Raises:
+        UserError: no such CNN or weights; more than data.max_bad_share of the photos broken; the
+            disk is full.
+        ValueError: the model reads no images (`settings.reads_images`).
+    """
+    if not settings.reads_images:
+        raise ValueError("a model that reads neither patches nor pixels needs no features")
+    spec = crop_spec(settings)
+    key = {"version": VERSION, "ingest": ingested.digest, **_image_key(settings)}
+    return run_stage(
+        settings.workdir, "features", key, lambda out: _build(settings, spec, ingested, out)
+    )
+
+
+def crop_spec(settings: Settings) -> CropSpec:
+    """The settings that matter for crops, as workers take them."""
+    image, model = settings.image, settings.model
+    return CropSpec(
+        # Photos decoded are larger than their files, but for tiny ones.
+        storage=PhotoStorage(settings.data.products, int(image.max_megapixels * 3e6) + 2**20),
+        roi=image.roi,
+        cnn_side=image.cnn_side if model.patches else 0,
+        pixel_side=image.pixel_side if model.pixels else 0,
+        pixel_source=image.pixel_source,
+        pixel_format=image.pixel_format,
+        max_megapixels=image.max_megapixels,
+    )
+
+
+def _image_key(settings: Settings) -> dict[str, Any]:
+    """The settings that change the result."""
+    image, model = settings.image, settings.model
+    names = {"roi", "max_megapixels"}
+    if model.patches:
+        names |= {"cnn", "cnn_weights", "cnn_side"}
+    if model.pixels:
+        names |= {"pixel_source", "pixel_side", "pixel_format"}
+    key = image.model_dump(include=names) | {"patches": model.patches, "pixels": model.pixels}
+    if model.patches and Path(image.cnn_weights).is_file():
+        with open(image.cnn_weights, "rb") as file:
+            key["cnn_weights"] = file_digest(file, "sha256").hexdigest()  # wherever it lies
+    return key
+
+
+def _build(settings: Settings, spec: CropSpec, ingested: Stage, out: Path) -> None:
+    products = ingested.path / "products"
+    cnn = _load_cnn(settings) if spec.cnn_side else None
+    workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    runs = plan_runs(products, spec, workers)
+    total = sum(run.count for run in runs)
+    limit = settings.data.max_bad_share
+    start = time.perf_counter()
+    reports: list[ShardReport] = []
+    broken: list[tuple[str, str]] = []
+    for report in _progress(stream_shards(runs, spec, cnn, out), total):
+        reports.append(report)
+        broken += report.broken
+        if len(broken) > limit * total:  # no need to see the rest
+            break
+    seconds = time.perf_counter() - start
+    done = sum(report.shard["rows"] for report in reports)
+    photos = done - sum(report.missing for report in reports)
+    reasons = dict(Counter(reason for _, reason in broken).most_common())
+    if len(broken) > limit * photos:
+        counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
+        examples = ", ".join(key for key, _ in broken[:5])
+        raise UserError(
+            f"{products}: {len(broken):,} of {photos:,} photos are broken ({counts}), for example "
+            f"those of products {examples}. data.max_bad_share allows {limit:.1%}: mend the "
+            "photos or raise it"
+        )
+    patch_dim = cnn.patch_dim if cnn else 0
+    write_shard_list(out, [report.shard for report in reports], patch_dim, spec.pixel_side)
+    _write_broken(broken, out)
+    summary = {
+        "products": done,
+        "photos": photos,
+        "missing": done - photos,
+        "broken": len(broken),
+        "broken_by_reason": reasons,
+        "rois_found": sum(report.rois for report in reports),
+        "cnn": settings.image.cnn if cnn else None,
+        "cnn_weights": cnn.weights_name if cnn else None,
+        "clipped_to_fp16": sum(report.clipped for report in reports),
+        "shards": len(reports),
+        "bytes": sum(report.shard["bytes"] for report in reports),
+        "images_per_second": round(photos / seconds, 1),
+    }
+    (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    log.info(
+        "features: %s photos, %s missing, %s broken %s, RoI found in %s; %.0f images/s",
+        f"{photos:,}",
+        f"{done - photos:,}",
+        f"{len(broken):,}",
+        reasons or "",
+        f"{summary['rois_found']:,}",
+        photos / seconds,
+    )
+    draw_grid(runs, spec, out)
+
+
+def _load_cnn(settings: Settings) -> "PatchCNN":
+    """Built here once and handed to the actors: they ask no hub, and all have the same weights."""
+    from acebert.data.patches import PatchCNN
+
+    image = settings.image
+    return PatchCNN(image.cnn, image.cnn_weights, image.cnn_side, image.cnn_batch)
+
+
+def plan_runs(products: Path, spec: CropSpec, workers: int) -> list[Rows]:
+    """Cut ingest's row groups into runs that fit in memory and keep all workers busy."""
+    files = {path: pq.read_metadata(path) for path in sorted(products.glob("part-*.parquet"))}
+    total = sum(metadata.num_rows for metadata in files.values())
+    fair = -(-total // (RUNS_PER_WORKER * workers))
+    size = max(1, min(MAX_ROWS, max(MIN_ROWS, fair), MAX_BYTES // max(1, spec.row_bytes)))
+    runs = []
+    for path, metadata in files.items():
+        for group in range(metadata.num_row_groups):
+            rows = metadata.row_group(group).num_rows
+            parts = -(-rows // size)
+            cuts = np.linspace(0, rows, parts + 1).astype(int).tolist()
+            runs += [Rows(str(path), group, start, stop - start) for start, stop in pairwise(cuts)]
+    return runs
+
+
+def stream_shards(
+    runs: list[Rows], spec: CropSpec, cnn: "PatchCNN | None", out: Path
+) -> Iterator[ShardReport]:
+    """Write a shard for each run under `out`, by Ray Data; what each held comes as it is done."""
+    resources = ray.cluster_resources()
+    cpus, gpus = max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
+    if cnn is None:
+        gpus = 0
+    shared = [ray.put(cnn)]  # in a list, for Ray to hand on the reference and not the object
+    rows = ray.data.from_items([asdict(run) for run in runs], override_num_blocks=len(runs))
+    context = rows.context
+    context.enable_progress_bars = False  # ours counts photos, and writes a line into any log
+    context.print_on_execution_start = False
+    if gpus:
+        shards = rows.map_batches(
+            _Prepare(spec), batch_size=1, num_cpus=CPU_SHARE, zero_copy_batch=True
+        ).map_batches(
+            _Encode,
+            fn_constructor_args=(shared, out),
+            batch_size=None,
+            num_gpus=0.5,
+            num_cpus=(1 - CPU_SHARE) / 2,
+            compute=ray.data.ActorPoolStrategy(size=2 * gpus),
+            zero_copy_batch=True,
+        )
+    else:
+        shards = rows.map_batches(
+            _PrepareAndEncode,
+            fn_constructor_args=(spec, shared, out),
+            batch_size=1,
+            num_cpus=CPU_SHARE,
+            compute=ray.data.ActorPoolStrategy(size=min(cpus, len(runs))),
+        )
+    for row in shards.iter_rows():
+        fields = json.loads(row["report"])
+        fields["broken"] = [tuple(pair) for pair in fields["broken"]]
+        yield ShardReport(**fields)
+
+
+class _Prepare:
+    """One run of rows → the batch of its crops."""
+
+    def __init__(self, spec: CropSpec) -> None:
+        self.spec = spec
+
+    def __call__(self, batch: Batch) -> Batch:
+        return prepare(_only_row(batch), self.spec)
+
+
+class _Encode:
+    """A batch of crops → the report of its shard, which it writes."""
+
+    def __init__(self, shared: list["ray.ObjectRef"], out: Path) -> None:
+        self.out = out
+        self.cnn: PatchCNN | None = ray.get(shared[0])
+        if self.cnn is not None:
+            import torch
+
+            from acebert.data.patches import best_device
+
+            torch.set_num_threads(1)  # an actor a core
+            self.cnn.to(best_device())
+
+    def __call__(self, batch: Batch) -> pa.Table:
+        report = encode(batch, self.cnn, self.out)
+        return pa.table({"report": [json.dumps(asdict(report))]})
+
+
+class _PrepareAndEncode:
+    """Both in one process."""
+
+    def __init__(self, spec: CropSpec, shared: list["ray.ObjectRef"], out: Path) -> None:
+        self.prepare, self.encode = _Prepare(spec), _Encode(shared, out)
+
+    def __call__(self, batch: Batch) -> pa.Table:
+        return self.encode(self.prepare(batch))
+
+
+def _only_row(batch: Batch) -> Rows:
+    return Rows(**{name: values[0] for name, values in batch.items()})
+
+
+def _progress(reports: Iterator[ShardReport], total: int) -> Iterator[ShardReport]:
+    """Log how far it is, every few seconds."""
+    start = last = time.perf_counter()
+    done = 0
+    for report in reports:
+        done += report.shard["rows"]
+        now = time.perf_counter()
+        if now - last >= REPORT_SECONDS:
+            rate = done / (now - start)
+            left = (total - done) / rate
+            log.info(
+                "features: %s of %s products, %.0f/s, %.0f s left",
+                f"{done:,}",
+                f"{total:,}",
+                rate,
+                left,
+            )
+            last = now
+        yield report
+
+
+def _write_broken(broken: list[tuple[str, str]], out: Path) -> None:
+    columns = {
+        "product_id": pa.array([key for key, _ in broken], pa.string()),
+        "reason": pa.array([reason for _, reason in broken], pa.string()),
+    }
+    pq.write_table(pa.table(columns), out / "broken_images.parquet")
+
+
+def draw_grid(runs: list[Rows], spec: CropSpec, out: Path) -> None:
+    """Draw `grid.png`: photos from all over the catalogue with their RoIs and 4×4 cells."""
+    from matplotlib.figure import Figure
+
+    store = FeatureStore(out)
+    chosen = [runs[i] for i in np.unique(np.linspace(0, len(runs) - 1, 6).astype(int))]
+    each = -(-GRID_PHOTOS // len(chosen))
+    figure = Figure(figsize=(12, 8.6), layout="constrained")
+    axes = figure.subplots(4, 6).ravel()
+    shown = 0
+    for run in chosen:
+        photos = [p for p in spec.storage.read(run) if store.has_image(np.array([p.product]))[0]]
+        for i in np.unique(np.linspace(0, len(photos) - 1, each).astype(int)) if photos else ():
+            photo = photos[i]
+            if shown == GRID_PHOTOS or photo.data is None:
+                break
+            image = decode(photo.data, spec.max_megapixels)
+            x0, y0, x1, y1 = store.rois(np.array([photo.product]))[0].tolist()
+            axes[shown].imshow(draw_roi(image, (x0, y0, x1, y1)))
+            axes[shown].set_title(photo.product_id, fontsize=8)
+            shown += 1
+    for axis in axes:
+        axis.set_axis_off()
+    figure.suptitle("Region of interest (green) and its 4×4 patches", fontsize=11)
+    figure.savefig(out / "grid.png", dpi=110)
