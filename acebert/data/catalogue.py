@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from acebert.data.database import feed, read
-from acebert.data.schema import number_sql, time_sql
+from acebert.data.schema import number_sql, plausible_sql, time_sql
 from acebert.data.source import Source
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ def load_products(con: duckdb.DuckDBPyConnection, source: Source) -> None:
         _CATALOGUE.format(
             price=number_sql("price", "REAL"),
             listed_at=time_sql("listed_at"),
+            plausible=plausible_sql("instant"),
             raw=", ".join(f"{column}: {column}" for column in RAW_PRODUCT),
         )
     )
@@ -64,7 +65,7 @@ _CATALOGUE = """
 CREATE TABLE catalogue AS
 WITH typed AS (
     SELECT seq, product_id, coalesce(title, '') AS title, category, image_uri,
-        {price} AS price_read, {listed_at} AS listed_at_read,
+        {price} AS price_read, {listed_at} AS instant,
         price, listed_at,
         {{{raw}}} AS raw,
         CASE
@@ -74,6 +75,8 @@ WITH typed AS (
                 THEN 'duplicate product_id'
         END AS reason
     FROM raw_products
+), plausible AS (
+    SELECT *, {plausible} AS listed_at_read FROM typed
 ), codes AS (
     SELECT category, row_number() OVER (ORDER BY category) - 1 AS code
     FROM (SELECT DISTINCT category FROM typed WHERE reason IS NULL AND category IS NOT NULL)
@@ -87,7 +90,7 @@ SELECT seq, CAST(product AS INTEGER) AS product, reason,
     price_read AS price, listed_at_read AS listed_at, image_uri,
     price IS NOT NULL AND price_read IS NULL AS unreadable_price,
     listed_at IS NOT NULL AND listed_at_read IS NULL AS unreadable_listed_at
-FROM typed LEFT JOIN codes USING (category) LEFT JOIN numbers USING (seq)
+FROM plausible LEFT JOIN codes USING (category) LEFT JOIN numbers USING (seq)
 ORDER BY seq
 """
 

@@ -180,17 +180,23 @@ def time_sql(text: str) -> str:
     """DuckDB expression: TIMESTAMP in UTC [µs] that the text means, null if none.
 
     ISO 8601 with or without offset or zone name (without: UTC), YYYYMMDD, or an epoch number in
-    seconds, ms, µs or ns, told apart by its size. Years 1970 to 2261 (what 64 bits of ns hold):
-    others are taken for mistakes. The connection's TimeZone must be UTC.
+    seconds, ms, µs or ns, told apart by its size. The connection's TimeZone must be UTC. Wrap
+    what it gives in `plausible_sql`.
     """
     value = f"TRY_CAST({text} AS DOUBLE)"
     micros = (
         f"CASE WHEN abs({value}) < 1e11 THEN {value} * 1e6 WHEN abs({value}) < 1e14 "
         f"THEN {value} * 1e3 WHEN abs({value}) < 1e17 THEN {value} ELSE {value} / 1e3 END"
     )
-    time = (
-        f"CASE WHEN regexp_full_match({text}, '\\d{{8}}') THEN try_strptime({text}, '%Y%m%d') "
-        f"WHEN {value} IS NOT NULL THEN make_timestamp(TRY_CAST({micros} AS BIGINT)) "
-        f"ELSE CAST(TRY_CAST({text} AS TIMESTAMPTZ) AS TIMESTAMP) END"
+    return (
+        f"CASE WHEN contains({text}, '-') THEN CAST(TRY_CAST({text} AS TIMESTAMPTZ) AS TIMESTAMP) "
+        f"WHEN length({text}) = 8 THEN try_strptime({text}, '%Y%m%d') "
+        f"ELSE make_timestamp(TRY_CAST({micros} AS BIGINT)) END"
     )
-    return f"(SELECT t FROM (SELECT {time} AS t) WHERE year(t) BETWEEN 1970 AND 2261)"
+
+
+def plausible_sql(time: str) -> str:
+    """DuckDB expression: the time if it lies in the years 1970 to 2261 (what 64 bits of ns hold);
+    others are taken for mistakes: null. (Apart from `time_sql`, or it would be computed twice.)
+    """
+    return f"CASE WHEN year({time}) BETWEEN 1970 AND 2261 THEN {time} END"

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from acebert.config import DataSettings
 from acebert.data.database import feed
-from acebert.data.schema import flag_sql, normalized, number_sql, time_sql
+from acebert.data.schema import flag_sql, normalized, number_sql, plausible_sql, time_sql
 from acebert.data.source import Source
 from acebert.data.split import FILE_DAYS, Days
 from acebert.errors import UserError
@@ -81,6 +81,7 @@ def load_log(con: duckdb.DuckDBPyConnection, logs: dict[str, Source]) -> None:
             input=number,
             clicked=clicked,
             time=time_sql("timestamp"),
+            plausible=plausible_sql("instant"),
             timed=timed,
             day="CAST(time AS DATE)" if timed else f"DATE '{FILE_DAYS[number]}'",
             position=number_sql("position", "SMALLINT"),
@@ -106,9 +107,11 @@ INSERT INTO log
 WITH typed AS (
     SELECT seq, problem, text, search_id, user_id, product,
         {{{raw}}} AS raw, query, product_id, timestamp, position,
-        {clicked} AS is_clicked, {time} AS time, {position} AS place
+        {clicked} AS is_clicked, {time} AS instant, {position} AS place
     FROM incoming LEFT JOIN (SELECT product_id, product FROM catalogue WHERE reason IS NULL)
         USING (product_id)
+), plausible AS (
+    SELECT *, {plausible} AS time FROM typed
 ), judged AS (
     SELECT *, CASE
         WHEN problem IS NOT NULL THEN problem
@@ -119,10 +122,10 @@ WITH typed AS (
         WHEN is_clicked IS NULL THEN 'clicked is not a boolean'
         WHEN {timed} AND timestamp IS NULL THEN 'no timestamp'
         WHEN {timed} AND time IS NULL THEN 'bad timestamp'
-    END AS reason FROM typed
+    END AS reason FROM plausible
 )
 SELECT seq, {input}, reason, CASE WHEN reason IS NOT NULL THEN raw END, text, product, is_clicked,
-    time, {day}, place, search_id, hash(user_id || '{salt}'),
+    time, {day}, place, search_id, CASE WHEN user_id IS NOT NULL THEN hash(user_id || '{salt}') END,
     position IS NOT NULL AND place IS NULL
 FROM judged
 """

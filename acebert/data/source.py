@@ -266,7 +266,9 @@ def _stream(file: SourceFile) -> pa.NativeFile:
 
 
 def _csv_names(file: SourceFile) -> list[str]:
-    with io.TextIOWrapper(_stream(file), encoding="utf-8-sig", newline="") as text:
+    with io.TextIOWrapper(
+        _stream(file), encoding="utf-8-sig", errors="replace", newline=""
+    ) as text:
         return next(csv.reader(text, delimiter=_delimiter(file)), [])
 
 
@@ -334,16 +336,14 @@ def _decoded(
 
 
 def _json_names(file: SourceFile) -> list[str]:
-    names: dict[str, None] = {}
     with io.BufferedReader(_stream(file)) as stream:
-        for line in islice(stream, JSON_PEEK):
-            if line.lstrip().startswith(b"["):
-                raise UserError(
-                    f"{file.name}: looks like one JSON array; JSON lines are wanted, one object "
-                    f"a line (jq -c '.[]' makes them)"
-                )
-            names |= dict.fromkeys(_object(line) or {})
-    return list(names)
+        lines = [line for line in islice(stream, JSON_PEEK) if not line.isspace()]
+    if lines and lines[0].lstrip().startswith(b"["):
+        raise UserError(
+            f"{file.name}: looks like one JSON array; JSON lines are wanted, one object a line "
+            "(jq -c '.[]' makes them)"
+        )
+    return list(dict.fromkeys(name for line in lines for name in _object(line) or {}))
 
 
 def _json_lines(file: SourceFile, texts: dict[str, str]) -> Iterator[Rows]:
