@@ -39,7 +39,8 @@ def domain_loss(domain: nn.Module, v_q: Tensor, v_p: Tensor) -> Tensor:
         domain: D, possibly wrapped in DDP
         v_q, v_p: embeddings of queries and products [b, d]
     """
-    return _cross_entropy(*_logits(domain, v_q.detach(), v_p.detach()), QUERY, PRODUCT)
+    logits_q, logits_p = _logits(domain, v_q.detach(), v_p.detach())
+    return _cross_entropy(logits_q, logits_p, QUERY, PRODUCT)
 
 
 def encoder_term(
@@ -57,10 +58,11 @@ def encoder_term(
     if isinstance(domain, DistributedDataParallel):
         domain = domain.module
     frozen = {name: parameter.detach() for name, parameter in domain.named_parameters()}
-    logits = functional_call(domain, frozen, (torch.cat([v_q, v_p]),)).split([len(v_q), len(v_p)])
+    logits = functional_call(domain, frozen, (torch.cat([v_q, v_p]),))
+    logits_q, logits_p = logits.split([len(v_q), len(v_p)])
     if form == "minimax":
-        return -_cross_entropy(*logits, QUERY, PRODUCT)
-    return _cross_entropy(*logits, 0.5, 0.5)
+        return -_cross_entropy(logits_q, logits_p, QUERY, PRODUCT)
+    return _cross_entropy(logits_q, logits_p, 0.5, 0.5)
 
 
 @torch.no_grad()

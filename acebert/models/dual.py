@@ -103,22 +103,22 @@ class DualEncoder(nn.Module):
                 return Tower(encoder, model.embedding_dim)
 
         product = tower(patch_dim, pixel_side)
+        encoders = {"tower": product.encoder}
         query = None
         if not model.shared_towers:
             query = tower(0, 0)
+            encoders["query_tower"] = query.encoder
             same = {k: v for k, v in product.state_dict().items() if k in query.state_dict()}
             query.load_state_dict(same)
         dual = cls(product, query, gamma=gamma, gamma_learned=gamma_learned)
-        dual.new_parameters = frozenset(
-            name
-            for name, _ in dual.named_parameters()
-            if _encoder_name(name) is None
-            or _encoder_name(name) in dual._tower_of(name).encoder.new_parameters
-        )
+        loaded = {
+            f"{side}.encoder.{name}"
+            for side, encoder in encoders.items()
+            for name, _ in encoder.named_parameters()
+            if name not in encoder.new_parameters
+        }
+        dual.new_parameters = frozenset(dict(dual.named_parameters()).keys() - loaded)
         return dual
-
-    def _tower_of(self, name: str) -> Tower:
-        return self.query_tower if name.startswith("query_tower.") else self.tower  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:
@@ -218,9 +218,3 @@ class DualEncoder(nn.Module):
                 f"describes: {error}"
             ) from error
         return model
-
-
-def _encoder_name(name: str) -> str | None:
-    """A parameter's name inside its tower's encoder; None for projections and γ."""
-    _, _, inside = name.partition(".encoder.")
-    return inside or None

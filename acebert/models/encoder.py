@@ -18,9 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, BertModel
 from transformers import initialization as init
@@ -71,7 +73,7 @@ class ImageInputs:
     """Features of the products' photos.
 
     Attributes:
-        has_image: bool [B]; where it is False the other two are not looked at
+        has_image: bool [B]; where it is False the other two may be any finite numbers
         patches: floating [B, 16, D1], or None for a model without patches
         pixels: uint8 [B, S, S, 3], RGB, or None for a model without pixels
     """
@@ -125,6 +127,9 @@ AutoConfig.register(CEBertConfig.model_type, CEBertConfig)
 class CEBertEmbeddings(BertEmbeddings):
     """Tokens of the three kinds → [B, L, D], LayerNorm and dropout shared (Fig. 2)."""
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, config: CEBertConfig) -> None:
         super().__init__(config)
         self.sep_token_id = config.sep_token_id
@@ -140,9 +145,7 @@ class CEBertEmbeddings(BertEmbeddings):
 
     def text(self, text: TextInputs) -> Tensor:
         """[B, L, D]"""
-        return BertEmbeddings.forward(
-            self, input_ids=text.input_ids, token_type_ids=text.segment_ids
-        )
+        return self(input_ids=text.input_ids, token_type_ids=text.segment_ids)
 
     def patches(self, patches: Tensor) -> Tensor:
         """[B, 16, D1] → [B, 17, D]"""
@@ -151,8 +154,7 @@ class CEBertEmbeddings(BertEmbeddings):
 
     def pixels(self, pixels: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] → [B, 50, D]"""
-        dtype = self.pixel_projection.weight.dtype
-        x = (pixels.to(dtype) / 255 - self.pixel_mean) / self.pixel_std
+        x = (pixels / 255).sub_(self.pixel_mean).div_(self.pixel_std)
         content = self.pixel_projection(cut_pixels(x))
         return self._image_tokens(content, PIXEL, self.pixel_position_embeddings)
 
@@ -183,7 +185,6 @@ class CEBertModel(BertPreTrainedModel):
     config_class = CEBertConfig
     config: CEBertConfig
     base_model_prefix = "ce_bert"
-    _no_split_modules = ("CEBertEmbeddings", "BertLayer")
     # Masks are made for SDPA: booleans, or a float where image tokens carry a bias.
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -240,39 +241,37 @@ class CEBertModel(BertPreTrainedModel):
 
     def _embed(self, text: TextInputs, image: ImageInputs | None) -> tuple[Tensor, Tensor]:
         """Tokens [B, L_total, D] and SDPA's mask [B, 1, L_total, L_total]."""
-        self._check(text, image)
+        config, (B, L) = self.config, text.input_ids.shape
+        if config.max_position_embeddings < L:
+            raise UserError(
+                f"text of {L} tokens; the encoder has {config.max_position_embeddings} positions: "
+                "lower text.title_tokens, text.query_tokens or data.hot_queries"
+            )
         hidden, keys = self.embeddings.text(text), text.attention_mask.bool()
-        L = keys.shape[1]
-        if image is not None and self.config.reads_images:
+        if image is not None and config.reads_images:
             parts = [hidden]
-            if self.config.patch_dim:
-                parts.append(self.embeddings.patches(image.patches))
-            if self.config.pixel_side:
-                parts.append(self.embeddings.pixels(image.pixels))
+            if config.patch_dim:
+                shape = (B, NUM_PATCHES, config.patch_dim)
+                parts.append(self.embeddings.patches(_checked("patches", image.patches, shape)))
+            if config.pixel_side:
+                S = config.pixel_side
+                parts.append(self.embeddings.pixels(_checked("pixels", image.pixels, (B, S, S, 3))))
             hidden = torch.cat(parts, dim=1)
-            image_keys = image.has_image.bool()[:, None].expand(-1, hidden.shape[1] - L)
+            image_keys = image.has_image.bool()[:, None].expand(B, hidden.shape[1] - L)
             keys = torch.cat([keys, image_keys], dim=1)
         mask = keys[:, None, None, :]
-        if hidden.shape[1] > L and self.config.image_attention_bias:
+        if hidden.shape[1] > L and config.image_attention_bias:
             bias = hidden.new_zeros(hidden.shape[1])
-            bias[L:] = self.config.image_attention_bias
+            bias[L:] = config.image_attention_bias
             mask = torch.where(mask, bias, -torch.inf)
         return hidden, mask.expand(-1, -1, hidden.shape[1], -1)
 
-    def _check(self, text: TextInputs, image: ImageInputs | None) -> None:
-        config, (B, L) = self.config, text.input_ids.shape
-        if L > config.max_position_embeddings:
-            raise UserError(
-                f"a text of {L} tokens is longer than the encoder's {config.max_position_embeddings} "
-                "positions: lower text.title_tokens, text.query_tokens or data.hot_queries"
-            )
-        if image is None:
-            return
-        if config.patch_dim:
-            _check_shape("patches", image.patches, (B, NUM_PATCHES, config.patch_dim))
-        if config.pixel_side:
-            S = config.pixel_side
-            _check_shape("pixels", image.pixels, (B, S, S, 3))
+
+def _checked(name: str, x: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    if x is None or tuple(x.shape) != shape:
+        got = "none" if x is None else tuple(x.shape)
+        raise ValueError(f"the model reads {name} of shape {shape}, the batch has {got}")
+    return x
 
 
 def _first_token(layer: BertLayer, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -293,12 +292,6 @@ def _first_token(layer: BertLayer, hidden: Tensor, mask: Tensor) -> Tensor:
     )
     attended = layer.attention.output(context.transpose(1, 2).flatten(2), first)
     return layer.feed_forward_chunk(attended)[:, 0]
-
-
-def _check_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
-    if x is None or tuple(x.shape) != shape:
-        got = "none" if x is None else tuple(x.shape)
-        raise ValueError(f"the model reads {name} of shape {shape}, the batch has {got}")
 
 
 def load_backbone(
@@ -336,7 +329,7 @@ def load_backbone(
         UserError: there is no such backbone, it is no BERT, it has fewer layers than asked for, or
             a smaller vocabulary than the tokenizer.
     """
-    own = {
+    own: dict[str, Any] = {
         "hidden_dropout_prob": dropout,
         "attention_probs_dropout_prob": dropout,
         "type_vocab_size": 4,
@@ -370,7 +363,7 @@ def load_backbone(
             f"--model.backbone {name_or_dir}: its table has {start.vocab_size} words, the "
             f"tokenizer {vocab_size}; they do not belong together"
         )
-    inherited = {
+    inherited: dict[str, Any] = {
         key: getattr(start, key)
         for key in (
             "vocab_size",
@@ -417,8 +410,9 @@ def _backbone_weights(
 ) -> tuple[dict[str, Tensor], set[str]]:
     """The backbone's tensors by CE-BERT's names, and the names of those left out."""
     config.num_hidden_layers = layers
-    model_class = CEBertModel if isinstance(config, CEBertConfig) else BertModel
-    kwargs = {} if model_class is CEBertModel else {"add_pooling_layer": False}
+    own = isinstance(config, CEBertConfig)
+    model_class: Any = CEBertModel if own else BertModel
+    kwargs = {} if own else {"add_pooling_layer": False}
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()  # what is left out is told by us
@@ -432,16 +426,14 @@ def _backbone_weights(
             output_loading_info=True,
             **kwargs,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _missing(name_or_dir, error) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-    if report["missing_keys"]:
-        raise UserError(
-            f"--model.backbone {name_or_dir}: its weights lack {', '.join(sorted(report['missing_keys']))}"
-        )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"--model.backbone {name_or_dir}: its weights lack {', '.join(missing)}")
     return dict(start.named_parameters()), set(report["unexpected_keys"])
 
 
@@ -491,7 +483,7 @@ def _source(name_or_dir: str) -> str:
 
 def _missing(name_or_dir: str, error: Exception) -> UserError:
     return UserError(
-        f"--model.backbone {name_or_dir}: no BERT could be loaded from there: it is neither a local "
-        "directory with config.json and model.safetensors nor a model that the hub can be asked "
-        f"for (HF_HUB_OFFLINE=1 forbids asking): {str(error).splitlines()[0]}"
+        f"--model.backbone {name_or_dir}: no BERT could be loaded from there. It has to be a local "
+        "directory with config.json and model.safetensors, or a model's name on the Hugging Face "
+        f"hub (which is not asked where HF_HUB_OFFLINE=1): {str(error).splitlines()[0]}"
     )
