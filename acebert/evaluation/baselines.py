@@ -44,6 +44,7 @@ class Bm25:
     """
 
     tie = 0.0
+    device = "cpu"
 
     def __init__(self, documents: list[str], queries: list[str]) -> None:
         self.products = len(documents)
@@ -51,15 +52,12 @@ class Bm25:
         self._model.index(words(documents), show_progress=False)
         self._queries = [self._model.get_tokens_ids(tokens) for tokens in words(queries)]
 
-    def scores(self, queries: NDArray[np.int64]) -> "torch.Tensor":
-        import torch
-
-        block = np.full((len(queries), self.products), -np.inf, np.float32)
-        for row, query in zip(block, queries, strict=True):
+    def score(self, queries: NDArray[np.int64], out: "torch.Tensor") -> None:
+        out.fill_(-np.inf)
+        for row, query in zip(out.numpy(), queries, strict=True):
             if tokens := self._queries[query]:
                 scores = self._model.get_scores_from_ids(tokens)
                 np.copyto(row, scores, where=scores > 0)
-        return torch.from_numpy(block)
 
 
 class ClickLookup:
@@ -72,6 +70,7 @@ class ClickLookup:
     """
 
     tie = 0.0
+    device = "cpu"
 
     def __init__(
         self,
@@ -87,29 +86,25 @@ class ClickLookup:
         self._clicks = np.bincount(which, clicks).astype(np.float32)
         self._start = np.searchsorted(self._query, np.arange(queries + 1))
 
-    def scores(self, queries: NDArray[np.int64]) -> "torch.Tensor":
-        import torch
-
-        block = np.full((len(queries), self.products), -np.inf, np.float32)
-        for row, query in zip(block, queries, strict=True):
+    def score(self, queries: NDArray[np.int64], out: "torch.Tensor") -> None:
+        out.fill_(-np.inf)
+        for row, query in zip(out.numpy(), queries, strict=True):
             own = slice(self._start[query], self._start[query + 1])
             row[self._product[own]] = self._clicks[own]
-        return torch.from_numpy(block)
 
 
 class Popularity:
     """The same products for every query, scored by clicks [n]."""
 
     tie = 0.0
+    device = "cpu"
 
     def __init__(self, clicks: NDArray[np.int64]) -> None:
         self.products = len(clicks)
         self._scores = np.where(clicks > 0, clicks, -np.inf).astype(np.float32)
 
-    def scores(self, queries: NDArray[np.int64]) -> "torch.Tensor":
-        import torch
-
-        return torch.from_numpy(self._scores).expand(len(queries), -1)
+    def score(self, queries: NDArray[np.int64], out: "torch.Tensor") -> None:
+        out.numpy()[:] = self._scores
 
 
 def clicks_before(

@@ -50,7 +50,7 @@ from acebert.evaluation.recall import (
     recall,
     search_catalogue,
 )
-from acebert.evaluation.significance import Ratios, interval, mean_of_queries, weighted_by_query
+from acebert.evaluation.significance import Ratios, intervals, mean_of_queries, weighted_by_query
 from acebert.evaluation.testset import TestSet, load_test_set
 from acebert.evaluation.trec import Judgement, write_qrels, write_run
 from acebert.index import ProductIndex
@@ -298,15 +298,14 @@ class _Row:
         self._write_queries(out, per_query)
 
         samples = self.settings.eval.bootstrap
-        intervals = {
-            name: {"low": drawn.low, "high": drawn.high}
-            for name, ratio in ratios.items()
-            if samples and (drawn := interval(ratio, samples))
-        }
+        drawn = intervals(list(ratios.values()), samples) if samples and ratios else []
         metrics: dict[str, Any] = {
             "name": self.name,
             "overall": overall,
-            "interval": intervals,
+            "interval": {
+                name: {"low": own.low, "high": own.high}
+                for name, own in zip(ratios, drawn, strict=False)
+            },
             "counts": counts,
             "breakdown": breakdown(
                 self.groups,

@@ -44,8 +44,11 @@ class Scorer(Protocol):
     tie: float
     """scores that differ by no more are equal"""
 
-    def scores(self, queries: NDArray[np.int64]) -> "torch.Tensor":
-        """float32 [b, n] for b queries, by their rows; -inf: the product is not returned."""
+    device: str
+    """torch device that scores are made on"""
+
+    def score(self, queries: NDArray[np.int64], out: "torch.Tensor") -> None:
+        """Fill `out`, float32 [b, n], for b queries by their rows; -inf: it is not returned."""
         ...
 
 
@@ -78,13 +81,15 @@ class DotProduct:
     def __init__(self, queries: NDArray[np.float32], products: NDArray[np.float32]) -> None:
         import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.products = len(products)
-        self._queries = torch.from_numpy(queries).to(device)
-        self._products = torch.from_numpy(products).to(device).T
+        self._queries = torch.from_numpy(queries).to(self.device)
+        self._products = torch.from_numpy(products).to(self.device).T
 
-    def scores(self, queries: NDArray[np.int64]) -> "torch.Tensor":
-        return self._queries[queries] @ self._products
+    def score(self, queries: NDArray[np.int64], out: "torch.Tensor") -> None:
+        import torch
+
+        torch.mm(self._queries[queries], self._products, out=out)
 
 
 def search_catalogue(
@@ -106,6 +111,8 @@ def search_catalogue(
         pair_query, pair_product: rows of pairs whose score is wanted [m].
         block_bytes: bytes of scores held at a time (at least one query's).
     """
+    import torch
+
     none = np.empty(0, np.int64)
     pair_query = none if pair_query is None else pair_query
     pair_product = none if pair_product is None else pair_product
@@ -120,11 +127,14 @@ def search_catalogue(
     rows_a_block = max(1, block_bytes // (4 * n))
     targets = _by_block(target_query, queries, rows_a_block)
     pairs = _by_block(pair_query, queries, rows_a_block)
+    # One buffer for all blocks: fresh memory of that size costs more than the product does.
+    buffer = torch.empty(min(rows_a_block, queries), n, device=scorer.device)
     for start in range(0, queries, rows_a_block):
         stop = min(start + rows_a_block, queries)
-        block = scorer.scores(np.arange(start, stop))
+        block = buffer[: stop - start]
+        scorer.score(np.arange(start, stop), block)
         t, p = next(targets), next(pairs)
-        top[start:stop, :kept], top_score[start:stop, :kept] = _best(block, kept, scorer.tie)
+        top[start:stop, :kept], top_score[start:stop, :kept] = _best(block, kept)
         greater[t], equal[t] = _count(
             block, top_score[start:stop], target_query[t] - start, target_product[t], scorer.tie
         )
@@ -178,26 +188,23 @@ def _by_block(query: NDArray[np.int64], queries: int, rows: int) -> Iterator[NDA
     """For each block of `rows` queries, which entries of `query` lie in it."""
     order = np.argsort(query, kind="stable")
     edges = np.r_[np.arange(0, queries, rows), queries]
-    bounds: list[int] = np.searchsorted(query[order], edges).tolist()
+    bounds = np.asarray(np.searchsorted(query[order], edges))
     for first, end in pairwise(bounds):
         yield order[first:end]
 
 
-def _best(
-    block: "torch.Tensor", kept: int, tie: float
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def _best(block: "torch.Tensor", kept: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """The best `kept` products of each row, by score, then by catalogue row."""
-    import torch
-
-    scores, rows = block.topk(kept)
+    best = block.topk(min(kept + 1, block.shape[1]))
+    score, out = best.values.cpu().numpy(), best.indices.cpu().numpy().astype(np.int32)
+    last = score[:, kept - 1]
     # topk takes any of the products that tie at the end of the list: take the first ones.
-    last = scores[:, -1:]
-    at_end = (scores == last).sum(1)
-    for r in torch.nonzero(((block == last).sum(1) > at_end) & torch.isfinite(last[:, 0])):
-        i = int(r)
-        ties = torch.nonzero(block[i] == last[i])[: int(at_end[i]), 0]
-        rows[i, kept - int(at_end[i]) :] = ties
-    out, score = rows.cpu().numpy().astype(np.int32), scores.cpu().numpy()
+    cut = (score[:, kept:] == last[:, None]).any(axis=1) & np.isfinite(last)
+    score, out = score[:, :kept], out[:, :kept]
+    for i in np.flatnonzero(cut):
+        at_end = score[i] == last[i]
+        tied = np.flatnonzero(block[i].cpu().numpy() == last[i])
+        out[i, at_end] = tied[: at_end.sum()]
     out[np.isneginf(score)] = -1
     order = np.lexsort((out, -score), axis=1)
     return np.take_along_axis(out, order, 1), np.take_along_axis(score, order, 1)

@@ -14,6 +14,7 @@ is stretched by sqrt(S/(S-1)) · t/z, with Student's t for the degrees of freedo
 one seed there is nothing to draw, and the interval speaks of that seed's model alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,9 +94,14 @@ def weighted_by_query(
 
 def interval(row: Ratios, samples: int = 1000, seed: int = 0) -> Interval:
     """95 % interval of a row's value."""
-    rng = np.random.default_rng(seed)
-    drawn = _draw([row], samples, rng)[0]
-    return _percentiles(row.value, drawn, len(row.numerator))
+    return intervals([row], samples, seed)[0]
+
+
+def intervals(rows: Sequence[Ratios], samples: int = 1000, seed: int = 0) -> list[Interval]:
+    """95 % interval of each of several metrics of one row, on the same drawn queries."""
+    freedom = len(rows[0].numerator) - 1
+    drawn = _draw(rows, freedom, samples, np.random.default_rng(seed))
+    return [_percentiles(r.value, d, freedom + 1) for r, d in zip(rows, drawn, strict=True)]
 
 
 def difference(a: Ratios, b: Ratios, samples: int = 1000, seed: int = 0) -> Interval:
@@ -106,22 +112,23 @@ def difference(a: Ratios, b: Ratios, samples: int = 1000, seed: int = 0) -> Inte
     """
     if a.denominator.shape != b.denominator.shape or not np.allclose(a.denominator, b.denominator):
         raise UserError("the two rows were not measured on the same test queries")
-    rng = np.random.default_rng(seed)
-    drawn_a, drawn_b = _draw([a, b], samples, rng)
+    freedom = len(a.numerator) + len(b.numerator) - 2
+    drawn_a, drawn_b = _draw([a, b], freedom, samples, np.random.default_rng(seed))
     seeds = min(len(a.numerator), len(b.numerator))
     return _percentiles(a.value - b.value, drawn_a - drawn_b, seeds)
 
 
-def _draw(rows: list[Ratios], samples: int, rng: np.random.Generator) -> list[NDArray[np.float64]]:
+def _draw(
+    rows: Sequence[Ratios], freedom: int, samples: int, rng: np.random.Generator
+) -> list[NDArray[np.float64]]:
     """Bootstrap values of each row [samples], on the same queries."""
     queries = len(rows[0].denominator)
-    freedom = sum(len(row.numerator) - 1 for row in rows)
     out: list[list[NDArray[np.float64]]] = [[] for _ in rows]
     for start in range(0, samples, CHUNK):
         size = min(CHUNK, samples - start)
         counts = _counts(queries, size, rng)
-        total = counts @ rows[0].denominator
         for row, values in zip(rows, out, strict=True):
+            total = counts @ row.denominator
             by_seed = (counts @ row.numerator.T) / np.where(total > 0, total, np.nan)[:, None]
             values.append(_draw_seeds(by_seed, freedom, rng))
     return [np.concatenate(values) for values in out]
