@@ -1,0 +1,316 @@
+"""Eq. 4-5 against numpy, false negatives against brute force, two ranks against one process.
+
+Run as a script, this file is one rank of the two (see `two_ranks`).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import acebert
+from acebert.config import ModelSettings
+from acebert.models.domain import DomainClassifier, domain_loss, encoder_term
+from acebert.models.dual import DualEncoder
+from acebert.models.encoder import ImageInputs, TextInputs
+from acebert.models.losses import ClickedPairs, false_negative_mask, semantic_matching_loss
+
+W, d = 6, 8
+
+
+def unit_vectors(seed: int = 0, n: int = W) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    v_q, v_p = torch.nn.functional.normalize(torch.randn(2, n, d), dim=-1)
+    return v_q, v_p
+
+
+def equation_5(
+    v_q: Tensor,
+    v_p: Tensor,
+    gamma: float,
+    q_mask: Tensor | None = None,
+    p_mask: Tensor | None = None,
+) -> float:
+    """As printed; a masked pair is left out of the denominator of Eq. 4."""
+    cosine = v_q.double().numpy() @ v_p.double().numpy().T
+    total = 0.0
+    for i in range(len(v_q)):
+        products = [j for j in range(len(v_p)) if q_mask is None or not q_mask[i, j]]
+        queries = [j for j in range(len(v_q)) if p_mask is None or not p_mask[i, j]]
+        own = np.exp(gamma * cosine[i, i])
+        total += np.log(own / sum(np.exp(gamma * cosine[i, j]) for j in products))
+        total += np.log(own / sum(np.exp(gamma * cosine[j, i]) for j in queries))
+    return -total / len(v_q)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 20.0, 100.0])
+def test_loss_is_equation_5(gamma: float) -> None:
+    v_q, v_p = unit_vectors()
+    loss, metrics = semantic_matching_loss(v_q, v_p, gamma)
+    assert loss.item() == pytest.approx(equation_5(v_q, v_p, gamma), rel=1e-5)
+    assert metrics["loss"] == loss
+
+
+def test_masked_pairs_leave_the_denominators() -> None:
+    v_q, v_p = unit_vectors()
+    q_mask, p_mask = torch.rand(2, W, W) < 0.4
+    q_mask.fill_diagonal_(False)
+    p_mask.fill_diagonal_(False)
+    loss, metrics = semantic_matching_loss(v_q, v_p, 5.0, query_mask=q_mask, product_mask=p_mask)
+    assert loss.item() == pytest.approx(equation_5(v_q, v_p, 5.0, q_mask, p_mask), rel=1e-5)
+    assert metrics["masked"].item() == pytest.approx(int(q_mask.sum()) / W)
+
+
+def test_a_masked_pair_sends_no_gradient() -> None:
+    v_q, v_p = (v.requires_grad_() for v in unit_vectors(n=2))
+    everything_else = ~torch.eye(2, dtype=torch.bool)
+    loss, _ = semantic_matching_loss(
+        v_q, v_p, 20.0, query_mask=everything_else, product_mask=everything_else
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert not v_q.grad.any()  # type: ignore[union-attr]
+    assert not v_p.grad.any()  # type: ignore[union-attr]
+
+
+def test_accuracy_counts_queries_whose_own_product_is_on_top_of_those_not_masked() -> None:
+    v_p = torch.eye(3, d)
+    v_q = torch.stack([v_p[0], 0.6 * v_p[1] + 0.8 * v_p[2], v_p[2]])
+    _, metrics = semantic_matching_loss(v_q, v_p, 20.0)
+    assert metrics["accuracy"].item() == pytest.approx(2 / 3)
+    mask = torch.zeros(3, 3, dtype=torch.bool)
+    mask[1, 2] = True
+    _, metrics = semantic_matching_loss(v_q, v_p, 20.0, query_mask=mask)
+    assert metrics["accuracy"] == 1
+
+
+def test_scores_are_fp32_under_autocast() -> None:
+    v_q, v_p = unit_vectors()
+    exact, _ = semantic_matching_loss(v_q, v_p, 20.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = semantic_matching_loss(v_q, v_p, 20.0)
+    assert torch.equal(loss, exact)
+
+
+def test_gamma_gets_the_gradient_of_equation_5() -> None:
+    v_q, v_p = unit_vectors()
+    gamma = torch.tensor(3.0, requires_grad=True)
+    semantic_matching_loss(v_q, v_p, gamma)[0].backward()
+    slope = (equation_5(v_q, v_p, 3.0 + 1e-4) - equation_5(v_q, v_p, 3.0 - 1e-4)) / 2e-4
+    assert gamma.grad is not None
+    assert gamma.grad.item() == pytest.approx(slope, rel=1e-4)
+
+
+def test_a_mask_of_the_wrong_shape_is_refused() -> None:
+    v_q, v_p = unit_vectors()
+    with pytest.raises(ValueError, match="query_mask has shape"):
+        semantic_matching_loss(v_q, v_p, 1.0, query_mask=torch.zeros(W, W + 1, dtype=torch.bool))
+
+
+# ---- false negatives
+
+ids = st.integers(0, 6)
+pair_lists = st.lists(st.tuples(ids, ids), min_size=1, max_size=12)
+
+
+def columns(pairs: list[tuple[int, int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    table = np.array(pairs, np.int32).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(batch=pair_lists, log=st.lists(st.tuples(ids, ids), max_size=20), data=st.data())
+@pytest.mark.parametrize("form", ["keep", "batch", "log"])
+def test_mask_is_the_brute_force_one(
+    form: Any, batch: list[tuple[int, int]], log: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, len(batch) - 1))
+    stop = data.draw(st.integers(start + 1, len(batch)))
+    clicked = ClickedPairs(*columns(log), n_products=7)
+    query_mask, product_mask = false_negative_mask(
+        *columns(batch), form, clicked, slice(start, stop)
+    )
+    known = {"keep": set(), "batch": set(batch), "log": set(batch) | set(log)}[form]
+    for i in range(start, stop):
+        for j in range(len(batch)):
+            (query, product), (other_query, other_product) = batch[i], batch[j]
+            assert query_mask[i - start, j] == (i != j and (query, other_product) in known)
+            assert product_mask[i - start, j] == (i != j and (other_query, product) in known)
+
+
+def test_same_query_and_same_product_are_masked_and_the_own_pair_never() -> None:
+    query, product = np.array([1, 1, 2, 1]), np.array([5, 6, 5, 5])
+    query_mask, product_mask = false_negative_mask(query, product, "batch", None, slice(0, 4))
+    #      (1,5) (1,6) (2,5) (1,5)
+    assert query_mask.int().tolist() == [
+        [0, 1, 1, 1],
+        [1, 0, 1, 1],
+        [1, 0, 0, 1],
+        [1, 1, 1, 0],
+    ]
+    assert product_mask.int().tolist() == [
+        [0, 1, 1, 1],
+        [1, 0, 0, 1],
+        [1, 1, 0, 1],
+        [1, 1, 1, 0],
+    ]
+
+
+def test_rows_of_a_rank_are_the_rows_of_the_whole_mask() -> None:
+    rng = np.random.default_rng(0)
+    query, product = rng.integers(0, 9, 12), rng.integers(0, 9, 12)
+    clicked = ClickedPairs(rng.integers(0, 9, 40), rng.integers(0, 9, 40), 9)
+    whole = false_negative_mask(query, product, "log", clicked, slice(0, 12))
+    shards = [
+        false_negative_mask(query, product, "log", clicked, slice(6 * r, 6 * r + 6))
+        for r in range(2)
+    ]
+    for side in (0, 1):
+        assert torch.equal(torch.cat([shard[side] for shard in shards]), whole[side])
+
+
+def test_the_log_form_asks_for_the_log() -> None:
+    with pytest.raises(ValueError, match="needs the clicked pairs"):
+        false_negative_mask(np.array([0, 1]), np.array([0, 1]), "log", None, slice(0, 2))
+
+
+# ---- two ranks
+
+CASES = [("minimax", "log", True), ("confusion", "keep", True), ("minimax", "batch", False)]
+QUERY = np.array([0, 1, 2, 3, 0, 4, 5, 2])  # 0 and 2 stand on both ranks
+PRODUCT = np.array([0, 1, 2, 3, 4, 1, 5, 2])  # 1 and 2 as well; row 7 repeats row 2
+CLICKED = ClickedPairs(np.array([3, 5, 1]), np.array([5, 0, 4]), 6)
+
+
+def batch(rows: slice) -> tuple[TextInputs, TextInputs, ImageInputs]:
+    """Rows of a batch of 8. Products 0-5 differ by one or two words (hard negatives); on the
+    second rank no product has an image; each rank pads to its own longest text."""
+    rng = np.random.default_rng(0)
+    words = rng.integers(4, 60, (6, 7))
+    titles = np.tile(rng.integers(4, 60, 9), (6, 1))
+    titles[:, 4] = rng.integers(4, 60, 6)
+    patches, pixels = rng.normal(size=(8, 16, 8)), rng.integers(0, 256, (8, 14, 14, 3))
+
+    def text(ids: NDArray[np.int64], lengths: NDArray[np.int64], segment: int) -> TextInputs:
+        L = lengths.max()
+        mask = np.arange(L)[None] < lengths[:, None]
+        return TextInputs(
+            torch.tensor(ids[:, :L] * mask),
+            torch.tensor(mask),
+            torch.full((len(ids), L), segment),
+        )
+
+    q, p = QUERY[rows], PRODUCT[rows]
+    image = ImageInputs(
+        torch.tensor([True, True, False, True] + 4 * [False])[rows],
+        torch.tensor(patches[rows]).float(),
+        torch.tensor(pixels[rows]).to(torch.uint8),
+    )
+    return text(words[q], 2 + q % 5, 1), text(titles[p], 5 + p % 4, 0), image
+
+
+def train_a_little(case: tuple[Any, Any, bool], rows: slice, wrap: Any) -> dict[str, Tensor]:
+    """Two encoder steps, one of D, twice over; gradients and weights after them."""
+    form, negatives, shared = case
+    settings = ModelSettings(
+        backbone=None, layers=2, width=16, heads=2, embedding_dim=d, dropout=0.0,
+        shared_towers=shared,
+    )  # fmt: skip
+    model = DualEncoder.new(
+        settings, vocab_size=60, sep_token_id=3, patch_dim=8, pixel_side=14, gamma=8.0,
+        gamma_learned=True,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    domain = DomainClassifier(d, 12)
+    encoders, D = wrap(model), wrap(domain)
+    sgd, sgd_D = (torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, domain))
+    masks = false_negative_mask(QUERY, PRODUCT, negatives, CLICKED, rows)
+    seen: dict[str, Tensor] = {}
+    for turn in range(2):
+        for step in range(2):
+            v_q, v_p = encoders(*batch(rows))
+            main, _ = semantic_matching_loss(
+                v_q, v_p, model.gamma, query_mask=masks[0], product_mask=masks[1]
+            )
+            loss = main + 0.7 * encoder_term(form, D, v_q, v_p)
+            sgd.zero_grad()
+            frozen = {name: p.detach().clone() for name, p in domain.named_parameters()}
+            loss.backward()
+            sgd.step()
+            assert all(torch.equal(p, frozen[name]) for name, p in domain.named_parameters())
+            seen[f"loss.{turn}.{step}"] = loss.detach().reshape(1)
+        loss = domain_loss(D, v_q, v_p)
+        sgd_D.zero_grad()
+        loss.backward()
+        sgd_D.step()
+        seen[f"domain_loss.{turn}"] = loss.detach().reshape(1)
+    for name, p in [*model.named_parameters(), *domain.named_parameters()]:
+        assert p.grad is not None, name
+        seen[f"grad.{name}"] = p.grad.clone()
+        seen[f"weight.{name}"] = p.detach().clone()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Tensor]]]:
+    """What each of two gloo ranks saw in each case."""
+    directory = tmp_path_factory.mktemp("ranks")
+    root = str(Path(acebert.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(directory)], env=environment)
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [
+        [load_file(directory / f"{rank}.{case}.safetensors") for rank in range(2)]
+        for case in range(len(CASES))
+    ]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=str)
+def test_two_ranks_equal_one_process_on_the_whole_batch(
+    case: int, two_ranks: list[list[dict[str, Tensor]]]
+) -> None:
+    """Loss, every gradient and every weight, γ and D included."""
+    whole = train_a_little(CASES[case], slice(0, 8), lambda module: module)
+    first, second = two_ranks[case]
+    for name, expected in whole.items():
+        if "loss" in name:  # each rank has its rows' mean
+            torch.testing.assert_close((first[name] + second[name]) / 2, expected, msg=name)
+            continue
+        assert expected.any(), f"{name} says nothing"
+        torch.testing.assert_close(first[name], expected, atol=2e-6, rtol=1e-3, msg=name)
+        assert torch.equal(first[name], second[name])
+
+
+def main(rank: int, directory: Path) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
+    )
+    for case, settings_ in enumerate(CASES):
+        seen = train_a_little(settings_, slice(4 * rank, 4 * rank + 4), DistributedDataParallel)
+        save_file(seen, directory / f"{rank}.{case}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
