@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import duckdb
+import pyarrow as pa
 
 from acebert.config import DataSettings, Settings
 from acebert.data.catalogue import RAW_PRODUCT, count_catalogue, load_products, write_products
@@ -38,6 +39,7 @@ from acebert.data.search_log import (
     RAW_IMPRESSION,
     check_logs,
     count_fates,
+    count_robots,
     decide_fates,
     load_log,
     rows_per_day,
@@ -51,6 +53,7 @@ from acebert.workdir import Stage, digest_of, run_stage
 log = logging.getLogger(__name__)
 
 VERSION = 1
+ROBOT_SHARE = 0.1  # of the log's rows: more of robots than this is worth a second look
 
 Connection = duckdb.DuckDBPyConnection
 Report = dict[str, Any]
@@ -114,91 +117,100 @@ def _build(
     kept_aside: Path,
 ) -> None:
     logs = _logs(sources)
-    names = [
-        (source.first_file + i, file.name)
-        for source in sources.values()
-        for i, file in enumerate(source.files)
-    ]
-    con.sql("CREATE TABLE files (file BIGINT, name VARCHAR)")
-    for row in names:
-        con.sql("INSERT INTO files VALUES ($1, $2)", params=list(row))
+    _name_files(con, sources)
 
-    report: Report = {}
     load_products(con, sources["products"])
-    report["products"] = count_catalogue(con, sources["products"])
-    bad = {"products": _quarantine(con, "products", sources, where, data, out, kept_aside)}
-    report["products"] |= {"rows_quarantined": bad["products"]}
-    _say("products", report["products"])
+    products = count_catalogue(con, sources["products"])
+    products |= _judge(
+        con, "products", {"products": sources["products"]}, where, data, out, kept_aside
+    )["products"]
+    _say("products", products)
 
     load_log(con, logs)
-    for name in logs:
-        bad[name] = _quarantine(con, name, sources, where, data, out, kept_aside)
+    bad = _judge(con, "impressions", logs, where, data, out, kept_aside)
     if len(logs) == 1:
         days = choose_days(rows_per_day(con), data.test_from, where["impressions"])
     else:
         days = Days(valid=FILE_DAYS[1], test=FILE_DAYS[2])
     decide_fates(con, data, days)
-    for name, counts in count_fates(con, logs).items():
-        report[name] = counts | {"rows_quarantined": bad[name]}
-        _say(name, report[name])
+    read = {name: counts | bad[name] for name, counts in count_fates(con, logs).items()}
+    for name, counts in read.items():
+        _say(name, counts)
+    robots = count_robots(con)
+    _warn_of_robots(robots, read)
     splits = _splits(con)
-    check_clicks(
-        {split: counts["clicks"] for split, counts in splits.items()}, where["impressions"]
-    )
+    clicks = {split: counts["clicks"] for split, counts in splits.items()}
+    check_clicks(clicks, where["impressions"])
     _say_days(splits)
 
     _number_queries(con)
     leave_out: Literal["day", "query"] = "day" if len(logs) == 1 else "query"
-    lists = build_hot_lists(con, data.hot_queries, leave_out)
-    written = _write(con, leave_out, out)
+    build_hot_lists(con, data.hot_queries, leave_out)
+    rows = _write(con, leave_out, out)
     with_image = write_products(con, sources["products"], out / "products")
 
-    report["products"]["without_image"] = report["products"]["rows_kept"] - with_image
-    report |= {
-        "days": splits,
+    report: Report = {
+        "products": products | {"without_image": products["rows_kept"] - with_image},
+        **read,
+        "robots": robots,
+        "splits": splits,
         "has_negatives": all(splits[s]["rows"] > splits[s]["clicks"] for s in ("valid", "test")),
         "hot_lists_leave_out": f"the pair's own {leave_out}",
-        **written,
-        "hot_lists": lists,
+        "rows_written": rows,
     }
     (out / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
-    log.info(
-        "ingest: %s queries, %s train pairs, %s hot lists",
-        *(f"{report[name]:,}" for name in ("queries", "pairs", "hot_lists")),
-    )
 
 
-def _quarantine(
+def _name_files(con: Connection, sources: dict[str, Source]) -> None:
+    """Table `files` (file, name): what the quarantine calls each of them."""
+    numbered = [
+        {"file": source.first_file + number, "name": file.name}
+        for source in sources.values()
+        for number, file in enumerate(source.files)
+    ]
+    schema = pa.schema([("file", pa.int64()), ("name", pa.string())])
+    con.register("named", pa.Table.from_pylist(numbered, schema=schema))
+    con.sql("CREATE TABLE files AS FROM named")
+    con.unregister("named")
+
+
+def _judge(
     con: Connection,
-    name: str,
+    kind: Literal["products", "impressions"],
     sources: dict[str, Source],
     where: dict[str, str],
     data: DataSettings,
     out: Path,
     kept_aside: Path,
-) -> dict[str, int]:
-    """Bad rows of one input by reason, written to out/quarantine; too many are kept aside."""
-    table, columns = ("catalogue", RAW_PRODUCT) if name == "products" else ("log", RAW_IMPRESSION)
-    file = "products.parquet" if name == "products" else "impressions.parquet"
-    read, bad = count_quarantined(con, table, sources[name])
+) -> dict[str, Report]:
+    """Quarantined rows of each input by reason; their rows go to out/quarantine, or, where an
+    input has too many, to `kept_aside`, which outlives the failed stage."""
+    table, raw = ("catalogue", RAW_PRODUCT) if kind == "products" else ("log", RAW_IMPRESSION)
+    file = f"{kind}.parquet"
+    found = {}
     try:
-        check_share(sources[name], where[name], read, bad, data.max_bad_share, kept_aside / file)
+        for name, source in sources.items():
+            read, bad = count_quarantined(con, table, source)
+            check_share(source, where[name], read, bad, data.max_bad_share, kept_aside / file)
+            found[name] = {"rows_quarantined": bad}
     except UserError:
-        write_quarantine(con, table, columns, kept_aside / file)  # outlives the failed stage
+        write_quarantine(con, table, raw, kept_aside / file)
         raise
-    write_quarantine(con, table, columns, out / "quarantine" / file)
-    return bad
+    write_quarantine(con, table, raw, out / "quarantine" / file)
+    return found
 
 
 def _splits(con: Connection) -> dict[str, Report]:
-    """For train, valid and test: first and last day with rows, their number, rows and clicks."""
+    """For train, valid and test: first and last day with rows, their number, rows, clicks and
+    searches (one query under one search_id on one day)."""
     sql = """
-        SELECT split, min(day), max(day), count(DISTINCT day), count(*), count_if(clicked)
+        SELECT split, min(day), max(day), count(DISTINCT day), count(*), count_if(clicked),
+            count(DISTINCT (day, search_id, query))
         FROM fated WHERE filtered IS NULL GROUP BY split
     """
     found = {split: rest for split, *rest in con.sql(sql).fetchall()}
-    names = ("first", "last", "days", "rows", "clicks")
-    nothing = (None, None, 0, 0, 0)
+    names = ("first", "last", "days", "rows", "clicks", "searches")
+    nothing = (None, None, 0, 0, 0, 0)
     return {s: dict(zip(names, found.get(s, nothing), strict=True)) for s in SPLITS}
 
 
@@ -242,7 +254,7 @@ def _write(con: Connection, leave_out: str, out: Path) -> dict[str, int]:
     for name, (sql, schema) in tables(leave_out).items():
         rows[name] = write_parquet(con, sql, out / f"{name}.parquet", schema)
         log.info("ingest: %s, %s rows", name, f"{rows[name]:,}")
-    return {name: n for name, n in rows.items() if name not in ("product_hot_lists", "hot_lists")}
+    return rows
 
 
 def _say(name: str, counts: Report) -> None:
@@ -257,6 +269,20 @@ def _say(name: str, counts: Report) -> None:
     for fate, reasons in (("filtered", filtered), ("quarantined", bad)):
         for reason, n in reasons.items():
             log.info("%s: %s %s: %s", name, f"{n:,}", fate, reason)
+
+
+def _warn_of_robots(robots: dict[str, int], read: dict[str, Report]) -> None:
+    total = sum(counts["rows_read"] for counts in read.values())
+    rows = sum(
+        n for counts in read.values() for why, n in counts["rows_filtered"].items() if why in robots
+    )
+    if rows > ROBOT_SHARE * total:
+        log.warning(
+            "robots: %.0f %% of the log, by %s user(s). If these are people (a shared account, a "
+            "test user), raise --data.robot_clicks_per_minute or --data.robot_same_click",
+            100 * rows / total,
+            f"{sum(robots.values()):,}",
+        )
 
 
 def _say_days(splits: dict[str, Report]) -> None:

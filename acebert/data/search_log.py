@@ -69,8 +69,8 @@ def load_log(con: duckdb.DuckDBPyConnection, logs: dict[str, Source]) -> None:
     """Stream all logs into the table `log`, one row for each of theirs.
 
     Columns: seq, input (its place among `logs`), reason (null: usable), raw (as text, of
-    quarantined rows only), query (normalised), product, clicked, time, day, position, search_id,
-    person (salted hash of user_id), unreadable_position.
+    quarantined rows only), query (normalised), product, clicked, time (of clicks), day, position,
+    search_id, person (salted hash of user_id), unreadable_position.
     """
     con.sql(_TABLE)
     salt = secrets.token_hex(16)  # of this run only: the hashes mean nothing outside it
@@ -125,7 +125,8 @@ WITH typed AS (
     END AS reason FROM plausible
 )
 SELECT seq, {input}, reason, CASE WHEN reason IS NOT NULL THEN raw END, text, product, is_clicked,
-    time, {day}, place, search_id, CASE WHEN user_id IS NOT NULL THEN hash(user_id || '{salt}') END,
+    CASE WHEN is_clicked THEN time END, {day}, place, search_id,
+    CASE WHEN user_id IS NOT NULL THEN hash(user_id || '{salt}') END,
     position IS NOT NULL AND place IS NULL
 FROM judged
 """
@@ -208,3 +209,8 @@ def count_fates(con: duckdb.DuckDBPyConnection, logs: dict[str, Source]) -> dict
             "cells_unreadable": {"position": unreadable},
         }
     return report
+
+
+def count_robots(con: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    """Users that each rule caught; a user whom both catch is counted by the first."""
+    return dict(con.sql("SELECT rule, count(*) FROM robots GROUP BY rule ORDER BY rule").fetchall())

@@ -466,6 +466,7 @@ def test_robots_are_filtered_with_all_their_rows_by_rule(tmp_path: Path) -> None
         "robot: the same click more than 2 times in a day": 3,
     }
     assert report["rows_kept"] == len(log) + 9 + 9
+    assert list(got.report["robots"].values()) == [1, 1]
     assert not {"q0", "same", "later"} & set(got.texts)
 
 
@@ -730,5 +731,6 @@ def test_the_real_catalogue_counts_as_pandas_counts(fashion_small: Path, tmp_pat
     rows = got.rows("test_impressions.parquet")
     assert len(rows) == len(test)
     assert len({r["search"] for r in rows}) == test["search_id"].nunique()
+    assert got.report["splits"]["test"]["searches"] == test["search_id"].nunique()
     keys = [(r["day"], r["query"], r["product"]) for r in got.rows("pairs.parquet")]
     assert keys == sorted(keys)
