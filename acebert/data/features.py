@@ -184,9 +184,8 @@ class FeatureStore:
         shard_of, row_of = self._shard[rows], self._row[rows]
         # In the order of the file, so that what lies together is read together.
         order = np.lexsort((row_of, shard_of))
-        starts = np.flatnonzero(np.diff(shard_of[order], prepend=-1))
-        for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
-            slots = order[start:stop]
+        cuts = np.flatnonzero(np.diff(shard_of[order])) + 1
+        for slots in np.split(order, cuts) if len(order) else ():
             out[slots] = shards[shard_of[slots[0]]][row_of[slots]]
         return out
 

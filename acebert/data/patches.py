@@ -68,9 +68,9 @@ class PatchCNN:
         self._mean = 255 * torch.tensor(config["mean"], dtype=torch.float32).view(1, 3, 1, 1)
         self._std = 255 * torch.tensor(config["std"], dtype=torch.float32).view(1, 3, 1, 1)
         self.to(torch.device("cpu"))
+        self.patch_dim = self._probe(name)
         if weights == "random":
             self._calibrate()
-        self.patch_dim = self._probe(name)
         self.clipped = 0
         log.info("patch CNN: %s at %d px, %s, D1=%d", name, side, self.weights_name, self.patch_dim)
 

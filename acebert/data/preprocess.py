@@ -199,16 +199,14 @@ def stream_shards(
     context.enable_progress_bars = False  # ours counts photos, and writes a line into any log
     context.print_on_execution_start = False
     if gpus:
-        shards = rows.map_batches(
-            _Prepare(spec), batch_size=1, num_cpus=CPU_SHARE, zero_copy_batch=True
-        ).map_batches(
+        shards = rows.map_batches(_Prepare(spec), batch_size=1, num_cpus=CPU_SHARE).map_batches(
             _Encode,
             fn_constructor_args=(shared, out),
-            batch_size=None,
+            # Ray wants a number where there are GPUs. This one joins short runs; it splits none.
+            batch_size=max(run.count for run in runs),
             num_gpus=0.5,
             num_cpus=(1 - CPU_SHARE) / 2,
             compute=ray.data.ActorPoolStrategy(size=2 * gpus),
-            zero_copy_batch=True,
         )
     else:
         shards = rows.map_batches(
