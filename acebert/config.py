@@ -70,7 +70,7 @@ class DataSettings(Section):
     """our column name → the name in your files, e.g. product_id=sku"""
     max_bad_share: float = Field(0.1, ge=0, le=1)
     """stop when more than this share of the rows of a file is quarantined"""
-    robot_clicks_per_minute: int = Field(30, ge=1)
+    robot_clicks_per_minute: int = Field(60, ge=1)
     """a user with more clicks in one minute is a robot; all its rows are left out"""
     robot_same_click: int = Field(20, ge=1)
     """a user who clicks one product for one query more often in a day is a robot"""
@@ -384,7 +384,7 @@ def load_settings(
             cli_parse_args=rest,
             cli_exit_on_error=False,
         )
-        return Settings(_cli_settings_source=cli, **values)  # type: ignore[call-arg]
+        return Settings(_cli_settings_source=cli, **values)
     except ValidationError as error:
         raise UserError(_describe(error)) from error
     except SettingsError as error:

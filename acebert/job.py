@@ -23,8 +23,9 @@ def run_job(
 ) -> NoReturn:
     """Parse the command line, run `work(settings)` or, with `extra`, `work(settings, arguments)`.
 
-    `extra` is a parser made with add_help=False for arguments that are no settings. Exits with 0,
-    or with 2 and the message alone after a `UserError`.
+    `extra` is a parser made with add_help=False for arguments that are no settings; what it leaves
+    over is in `arguments.settings` too. Exits with 0, or with 2 and the message alone after a
+    `UserError`.
     """
     set_up_logging()
     argv = sys.argv[1:] if argv is None else argv
@@ -35,6 +36,7 @@ def run_job(
             if "-h" in argv or "--help" in argv:
                 extra.print_help()
             arguments, rest = extra.parse_known_args(argv)
+            arguments.settings = rest
             work(load_settings(rest, description=description), arguments)  # type: ignore[call-arg]
     except UserError as error:
         sys.stdout.flush()

@@ -5,8 +5,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
-
 from acebert.cluster import connect
 from acebert.config import Settings, read_recipe, settings_from
 from acebert.data.demo import build_demo
@@ -17,6 +15,7 @@ from acebert.data.tokens import tokenize
 from acebert.errors import UserError
 from acebert.evaluation.embed import embed
 from acebert.evaluation.evaluate import evaluate_baselines, evaluate_embeddings
+from acebert.evaluation.testset import evaluation_queries
 from acebert.tracking import start_run
 from acebert.training.finetune import finetune
 from acebert.workdir import Stage
@@ -78,7 +77,7 @@ def evaluate_stage(settings: Settings, model: Path) -> Stage:
     """Metrics of a model directory on the test day."""
     settings = model_settings(settings, model)
     ingested = ingest_stage(settings)
-    embedded = embed_stage(settings, model, test_queries(ingested))
+    embedded = embed_stage(settings, model, evaluation_queries(settings, ingested))
     name = Path(settings.recipe).stem
     return _tracked(settings, evaluate_embeddings(settings, ingested, embedded.path, name))
 
@@ -95,16 +94,6 @@ def model_settings(settings: Settings, model: Path) -> Settings:
     own = settings_from(read_recipe(str(model / "settings.yaml")))
     ours = {"workdir": settings.workdir, "eval": settings.eval, "tracking": settings.tracking}
     return own.model_copy(update=ours)
-
-
-def test_queries(ingested: Stage) -> list[str]:
-    """Distinct queries of the test day, most searched first."""
-    rows = duckdb.sql(
-        f"""SELECT text FROM '{ingested.path}/queries.parquet'
-        JOIN (SELECT query, count(*) AS n FROM '{ingested.path}/test_impressions.parquet' GROUP BY 1)
-        USING (query) ORDER BY n DESC, text"""
-    ).fetchall()
-    return [text for (text,) in rows]
 
 
 def _tracked(settings: Settings, stage: Stage) -> Stage:

@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from acebert.cluster import PRIVATE_BY_DEFAULT
 from acebert.data.partitions import Plan, write_plan
 from acebert.data.plan_arithmetic import DEAL, Layout, layout_of, permute, round_keys
 
@@ -152,8 +151,6 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=None)
     parser.add_argument("--sort", action="store_true", help="also Ray Data's own sort")
     args = parser.parse_args()
-    for name, value in PRIVATE_BY_DEFAULT.items():
-        os.environ.setdefault(name, value)
     ray.init(
         address="local",
         object_store_memory=OBJECT_STORE,

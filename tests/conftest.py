@@ -5,9 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
-
-from acebert.cluster import PRIVATE_BY_DEFAULT
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,8 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A real two-CPU Ray on this machine, started once."""
-    for name, value in PRIVATE_BY_DEFAULT.items():
-        os.environ.setdefault(name, value)
+    from acebert.cluster import ray  # imported after acebert, which keeps Ray on 127.0.0.1
+
     ray.init(
         address="local",
         num_cpus=2,

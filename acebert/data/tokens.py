@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -131,12 +130,14 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
         UserError: it is not there, or has no [CLS], [SEP], [PAD] and [MASK].
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(str(directory))
     except (OSError, ValueError) as error:
         raise UserError(
             f"--model.backbone {directory}: no tokenizer could be loaded from there, neither as a "
             f"local directory nor from the model hub: {str(error).splitlines()[0]}"
         ) from error
+    tokenizer.backend_tokenizer.no_padding()  # some models' files ask for it
+    tokenizer.backend_tokenizer.no_truncation()
     for name in ("cls_token_id", "sep_token_id", "pad_token_id", "mask_token_id"):
         if getattr(tokenizer, name) is None:
             raise UserError(f"--model.backbone {directory}: its tokenizer has no {name[:-3]}")
@@ -172,7 +173,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     from tokenizers.implementations import BertWordPieceTokenizer
 
     trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(texts, vocab_size=vocab_size, min_frequency=2, show_progress=False)
+    trained.train_from_iterator(iter(texts), vocab_size=vocab_size, min_frequency=2, show_progress=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=trained._tokenizer,
         unk_token="[UNK]",
@@ -186,10 +187,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def _vocabulary_texts(ingested: Stage) -> Iterator[str]:
     for titles in _titles(ingested):
         yield from titles
-    rows = duckdb.sql(
-        f"SELECT text FROM '{ingested.path}/queries.parquet' WHERE clicks > 0 ORDER BY query"
-    ).fetchall()
-    yield from (text for (text,) in rows)
+    queries = pq.read_table(ingested.path / "queries.parquet", filters=[("clicks", ">", 0)])
+    yield from queries.sort_by("query")["text"].to_pylist()
 
 
 def _titles(ingested: Stage) -> Iterator[list[str]]:

@@ -96,7 +96,7 @@ def _fit(settings: Settings, paths: StagePaths, name: str, mlrun: Run) -> tuple[
     train = settings.train
     cpus, use_gpu = _resources(settings)
     trainer = TorchTrainer(
-        _worker,
+        _worker,  # type: ignore[arg-type]
         train_loop_config={
             "settings": settings.model_dump(mode="json"),
             "paths": paths,
@@ -117,10 +117,9 @@ def _fit(settings: Settings, paths: StagePaths, name: str, mlrun: Run) -> tuple[
             ),
         ),
     )
-    result = trainer.fit()
+    result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
     if result.return_value is not None:
         raise UserError(result.return_value)
-    assert result.checkpoint is not None
     best = result.get_best_checkpoint(train.valid_metric, "max")
     return Path(best.path), Path(result.checkpoint.path)
 

@@ -10,7 +10,7 @@ from acebert.config import TrainSettings
 
 
 def progress(settings: TrainSettings, step: int, total_steps: int, seconds: float) -> float:
-    """Share of the budget that is used, 0 to 1: `step` of `total_steps`, `seconds` of max_minutes."""
+    """Share of the budget that is used, 0 to 1."""
     share = step / max(1, total_steps)
     if settings.max_minutes is not None:
         share = max(share, seconds / (60 * settings.max_minutes))

@@ -77,9 +77,10 @@ class ValidationSample:
     ) -> dict[str, float]:
         """Vectors [Q, d] and [C, d] → {'gauc', 'recall_100'}; GAUC is nan without negatives."""
         score = np.einsum("id,id->i", queries[self.query], products[self.product])
+        groups = gauc(self.search, score, self.clicked)
         recalls = _recall(queries @ products.T, self._targets())
         return {
-            "gauc": gauc(self.search, score, self.clicked).value,
+            "gauc": float("nan") if groups.value is None else groups.value,
             "recall_100": float(np.mean(recalls)) if len(recalls) else float("nan"),
         }
 
@@ -91,7 +92,7 @@ class ValidationSample:
 
 def _recall(scores: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:
     """Recall@K of each query with targets: the share of its targets above all but K − 1 others."""
-    query, product = targets[:, 0], targets[:, 1]
+    query = targets[:, 0]
     above = np.array([(scores[q] > scores[q, p]).sum() for q, p in targets], np.int64)
     hits = np.bincount(query, weights=above < K, minlength=len(scores))
     return hits[np.unique(query)] / np.bincount(query, minlength=len(scores))[np.unique(query)]
