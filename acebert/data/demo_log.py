@@ -41,8 +41,8 @@ WORDINGS = 8  # ways of wording one want, the first ones much more usual
 MISSPELT = 0.04  # share of the searches
 EMPTY = 0.001  # share of the searches without any words
 ROBOT_SEARCHES = 3  # a day, by one user who clicks everything within a minute
-LOOK_POWER = 0.8  # P(look) = position^-power
-NOISE = 0.01  # clicks on anything
+LOOK_POWER = 0.5  # P(look) = position^-power
+NOISE = 0.005  # clicks on anything
 
 SCHEMA = pa.schema(
     {
@@ -84,13 +84,19 @@ def wants(seed: int) -> Wants:
         codes = rng.choice(n, WANTS, p=skewed(n, power) / skewed(n, power).sum())
         return np.where(rng.random(WANTS) < share, codes, MISSING)
 
-    return Wants(
-        kind=asked(len(KINDS), 0.4, 1.0),
-        colour=asked(len(COLOURS), 0.3, 0.65),
-        pattern=asked(len(PATTERNS), 0.2, 0.3),
-        brand=asked(len(BRANDS), 0.5, 0.15),
-        frequency=np.cumsum(skewed(WANTS, 0.8) / skewed(WANTS, 0.8).sum()),
+    codes = np.stack(
+        [
+            asked(len(KINDS), 0.4, 1.0),
+            asked(len(COLOURS), 0.3, 0.85),
+            asked(len(PATTERNS), 0.2, 0.35),
+            asked(len(BRANDS), 0.5, 0.15),
+        ]
     )
+    # A pattern or a brand is seldom asked among the usual wants, often in the tail.
+    picky = (codes[2:] != MISSING).sum(axis=0) + rng.gumbel(0, 1, WANTS)
+    kind, colour, pattern, brand = codes[:, np.argsort(picky, kind="stable")]
+    frequency = np.cumsum(skewed(WANTS, 0.8) / skewed(WANTS, 0.8).sum())
+    return Wants(kind, colour, pattern, brand, frequency)
 
 
 def wording(want: tuple[int, int, int, int], variant: int, slip: int) -> str:
@@ -231,11 +237,11 @@ def _search(
     source, u = rng.random((S, CANDIDATES)), rng.random((S, CANDIDATES))
     found = lists.by_kind.sample(np.broadcast_to(kind, u.shape), u)
     by_colour = lists.by_colour.sample(kind * len(COLOURS) + colour.clip(0), u)
-    found = np.where((source < 0.30) & (colour != MISSING), by_colour, found)
+    found = np.where((source < 0.20) & (colour != MISSING), by_colour, found)
     by_brand = lists.by_brand.sample(kind * len(BRANDS) + brand.clip(0), u)
     found = np.where((source > 0.75) & (brand != MISSING), by_brand, found)
     stray = lists.everything.sample(np.zeros_like(found), u)
-    found = np.where((source > 0.30) & (source < 0.36), stray, found)
+    found = np.where((source > 0.20) & (source < 0.30), stray, found)
 
     order = np.argsort(found, axis=1, kind="stable")
     in_order = np.take_along_axis(found, order, 1)
@@ -245,17 +251,16 @@ def _search(
 
     _, colour_fits, pattern_fits, brand_fits = _fits(cat, asked, found)
     score = (
-        1.5 * (cat.says_colour[found] & colour_fits & (colour != MISSING))
+        0.7 * (cat.says_colour[found] & colour_fits & (colour != MISSING))
         + 1.0 * (cat.says_pattern[found] & pattern_fits & (asked[:, [2]] != MISSING))
         + 1.5 * (cat.says_brand[found] & brand_fits & (brand != MISSING))
-        + 1.5 * (cat.says_kind[found] & (cat.kind[found] == kind))
+        + 1.0 * (cat.says_kind[found] & (cat.kind[found] == kind))
         + cat.appeal[found]
         + rng.gumbel(0, 1, found.shape)  # the rest of what an engine goes by
     )
     score[out] = -np.inf
     best = np.argsort(-score, axis=1, kind="stable")[:, :SHOWN]
-    rows = np.take_along_axis(np.where(out, MISSING, found), best, 1)
-    return rows
+    return np.take_along_axis(np.where(out, MISSING, found), best, 1)
 
 
 def _fits(
@@ -275,12 +280,12 @@ def liking(cat: Catalogue, asked: np.ndarray, rows: np.ndarray) -> np.ndarray:
     each thing asked that it is not. Rows MISSING get some value."""
     kind, colour, pattern, brand = _fits(cat, asked, rows)
     return (
-        0.75
+        0.9
         * cat.appeal[rows]
         * np.where(kind, 1, 0.03)
-        * np.where(colour, 1, 0.12)
-        * np.where(pattern, 1, 0.25)
-        * np.where(brand, 1, 0.3)
+        * np.where(colour, 1, 0.05)
+        * np.where(pattern, 1, 0.15)
+        * np.where(brand, 1, 0.2)
     )
 
 
