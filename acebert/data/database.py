@@ -46,7 +46,7 @@ def open_database(scratch: Path, memory_limit: str) -> Iterator[duckdb.DuckDBPyC
     except duckdb.OutOfMemoryException as error:
         raise UserError(
             f"--data.memory_limit {memory_limit} is too little for this log, or the disk under "
-            f"{scratch.parent.parent} has no room left to spill to: {error}"
+            f"{scratch.parent.parent} has no room left to spill to: {str(error).splitlines()[0]}"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
