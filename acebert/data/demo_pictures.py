@@ -30,6 +30,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {  # RGB
 }
 PATTERNS = ("plain", "striped", "checked", "dotted")
 BACKGROUNDS = ("plain", "shaded", "cluttered")
+TONE = 128  # a part's brightness factor 1, as it is drawn
 
 Points = list[tuple[float, float]]
 
@@ -189,26 +190,25 @@ def draw(look: Look, side: int, rng: np.random.Generator) -> Picture:
     """
     H, W = side, side if rng.random() < 0.75 else side * 3 // 4
     shape = SHAPES[look.kind]
-    cover, tone, own = _planes(shape, H, W, rng)
-    base = _jitter(COLOURS[look.colour], rng)
-    cloth = _pattern(look.pattern, base, H, W, rng)
-    cloth += (np.array(shape.material, np.float32) - cloth) * own[:, :, None]
-    light = np.linspace(1.08, 0.9, W, dtype=np.float32)[None, :, None]
-    product = cloth * tone[:, :, None] * light
+    planes = _planes(shape, H, W, rng)
     ground = _background(look.background, H, W, rng)
-    _cast_shadow(ground, cover, rng)
-    alpha = cover.astype(np.float32)[:, :, None] / 255
-    ground += (product - ground) * alpha
+    _cast_shadow(ground, planes[0], rng)
+    x, y, w, h = cv2.boundingRect(planes[0])
+    within = slice(y, y + h), slice(x, x + w)
+    cover, tone, own = (plane[within].astype(np.float32)[:, :, None] for plane in planes)
+    cloth = _pattern(look.pattern, _jitter(COLOURS[look.colour], rng), max(H, W), (h, w), rng)
+    cloth += (np.array(shape.material, np.float32) - cloth) * (own / 255)
+    light = np.linspace(1.08, 0.9, w, dtype=np.float32)[None, :, None]  # a lamp on the left
+    ground[within] += (cloth * (tone / TONE * light) - ground[within]) * (cover / 255)
     ground += rng.standard_normal((H, W, 1), dtype=np.float32) * 2.5  # camera noise
-    x, y, w, h = cv2.boundingRect((cover > 127).astype(np.uint8))
-    image = np.clip(ground, 0, 255).astype(np.uint8)
-    return Picture(image, (x, y, x + w, y + h))
+    x, y, w, h = cv2.boundingRect((planes[0] > 127).astype(np.uint8))
+    return Picture(ground.clip(0, 255).astype(np.uint8), (x, y, x + w, y + h))
 
 
 def _planes(
     shape: Shape, H: int, W: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cover uint8, tone float32 and own material float32 in [0, 1], each [H, W]."""
+    """Cover, tone (TONE is 1) and own material, each uint8 [H, W]."""
     height = min(1.0, 1 / shape.aspect * W / H)  # the largest that fits, as a share of H
     size = np.array([height * shape.aspect * H, height * H]) * rng.uniform(0.45, 0.86)
     turn = np.radians(rng.normal(0, 5))
@@ -223,7 +223,7 @@ def _planes(
     for part in shape.parts:
         place = ((np.array(part.points) - 0.5) * size * flip) @ rotation + centre
         points = [np.round(place * 2**shift).astype(np.int32)]
-        value = int(np.clip(part.tone * 128, 0, 255))
+        value = int(np.clip(part.tone * TONE, 0, 255))
         if part.width:
             width = max(1, round(part.width * float(size.max())))
             for plane, ink in ((cover, 255), (tone, value), (own, 255 * part.own)):
@@ -232,7 +232,7 @@ def _planes(
             for plane, ink in ((cover, 255), (tone, value), (own, 255 * part.own)):
                 cv2.fillPoly(plane, points, ink, cv2.LINE_AA, shift)
             cv2.polylines(tone, points, True, int(value * 0.62), outline, cv2.LINE_AA, shift)
-    return cover, tone.astype(np.float32) / 128, own.astype(np.float32) / 255
+    return cover, tone, own
 
 
 def _jitter(colour: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
@@ -243,25 +243,23 @@ def _jitter(colour: tuple[int, int, int], rng: np.random.Generator) -> np.ndarra
 
 
 def _pattern(
-    pattern: str, base: np.ndarray, H: int, W: int, rng: np.random.Generator
+    pattern: str, base: np.ndarray, side: int, size: tuple[int, int], rng: np.random.Generator
 ) -> np.ndarray:
-    """The cloth as float32 [H, W, 3]; the pattern's second colour is light on dark, else dark."""
-    cloth = np.broadcast_to(base, (H, W, 3)).copy()
+    """The cloth as float32 [h, w, 3], size = (h, w), in a picture of that side; the pattern's
+    second colour is light on dark, else dark."""
+    cloth = np.broadcast_to(base, (*size, 3)).copy()
     if pattern == "plain":
         return cloth
     second = np.float32(60) if base.mean() > 170 else np.float32(245)
-    period = max(4, int(max(H, W) * rng.uniform(0.06, 0.09)))
-    y, x = np.mgrid[0:H, 0:W].astype(np.float32) + rng.uniform(0, period)
+    period = max(4, int(side * rng.uniform(0.06, 0.09)))
+    y, x = (np.arange(n, dtype=np.float32) + rng.uniform(0, period) for n in size)
+    y, x = y[:, None] % period, x[None, :] % period
     if pattern == "striped":
-        weight = ((y % period) < period * 0.42).astype(np.float32)
+        weight = np.broadcast_to(y < period * 0.42, size).astype(np.float32)
     elif pattern == "checked":
-        weight = 0.5 * (
-            ((y % period) < period * 0.5).astype(np.float32) + ((x % period) < period * 0.5)
-        )
+        weight = 0.5 * ((y < period / 2).astype(np.float32) + (x < period / 2))
     else:
-        half = period / 2
-        distance = np.hypot(y % period - half, x % period - half)
-        weight = np.clip(period * 0.29 - distance + 0.5, 0, 1)
+        weight = np.clip(period * 0.29 - np.hypot(y - period / 2, x - period / 2) + 0.5, 0, 1)
     return cloth + (second - cloth) * (weight * 0.85)[:, :, None]
 
 
@@ -270,11 +268,12 @@ def _background(kind: str, H: int, W: int, rng: np.random.Generator) -> np.ndarr
     if kind == "plain":
         return np.full((H, W, 3), rng.choice([255.0, 252.0, 246.0]), np.float32)
     wall = rng.uniform(185, 235) + rng.normal(0, 7, 3)
-    y, x = np.mgrid[0:H, 0:W].astype(np.float32) / max(H, W)
+    y = np.arange(H, dtype=np.float32)[:, None] / max(H, W) - 0.5
+    x = np.arange(W, dtype=np.float32)[None, :] / max(H, W) - 0.5
     angle = rng.uniform(0, 2 * np.pi)
-    slope = (x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle)
-    vignette = (x - 0.5) ** 2 + (y - 0.5) ** 2
-    ground = (wall + (slope * rng.uniform(20, 70) - vignette * 60)[:, :, None]).astype(np.float32)
+    slope = (x * np.cos(angle) + y * np.sin(angle)) * rng.uniform(20, 70)
+    vignette = (x**2 + y**2) * 60
+    ground = wall.astype(np.float32) + (slope - vignette).astype(np.float32)[:, :, None]
     if kind == "cluttered":
         _clutter(ground, rng)
     return ground
