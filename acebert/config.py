@@ -141,6 +141,8 @@ class ModelSettings(Section):
     """the product side reads 16 patch features"""
     pixels: bool = True
     """the product side reads 49 pixel tokens"""
+    pooling: Literal["cls", "mean"] = "cls"
+    """state that is projected to the embedding: of CLS (paper), or the mean over the text's tokens"""
     image_attention_bias: float = 0.0
     """added to the attention score of every image token: below zero they enter gently
     (paper: 0)"""

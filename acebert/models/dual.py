@@ -1,6 +1,6 @@
 """The dual encoder (paper section 3.1): queries and products as points on one unit sphere.
 
-A tower is CE-BERT and a linear layer on its [CLS]; v is that, normalised in fp32 whatever the
+A tower is CE-BERT and a linear layer on its pooled state; v is that, normalised in fp32 whatever the
 autocast. Both sides share one tower (paper), or have one each from the same start; the query side's
 own tower is then text only, for it never sees an image.
 """
@@ -39,9 +39,9 @@ class Tower(nn.Module):
         self.projection = nn.Linear(encoder.config.hidden_size, embedding_dim)
 
     def forward(self, text: TextInputs, image: ImageInputs | None = None) -> Tensor:
-        cls = self.encoder.first_token(text, image)
-        with torch.autocast(cls.device.type, enabled=False):
-            return F.normalize(self.projection(cls.float()), dim=-1)
+        state = self.encoder.pooled(text, image)
+        with torch.autocast(state.device.type, enabled=False):
+            return F.normalize(self.projection(state.float()), dim=-1)
 
 
 class DualEncoder(nn.Module):
@@ -97,6 +97,7 @@ class DualEncoder(nn.Module):
                 patch_dim=patch_dim,
                 pixel_side=pixel_side,
                 image_attention_bias=model.image_attention_bias,
+                pooling=model.pooling,
                 seed=seed,
             )
             with seeded(seed):

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,7 @@ class CEBertConfig(BertConfig):
         patch_dim: D1, width of a patch feature; 0: the model reads no patches
         pixel_side: S, side of the pixel input [px], a multiple of 7; 0: it reads no pixels
         image_attention_bias: added to every attention score whose key is an image token
+        pooling: what `pooled` makes of the last layer
         sep_token_id: the [SEP] that closes patches and pixels
     """
 
@@ -109,6 +110,7 @@ class CEBertConfig(BertConfig):
     patch_dim: int = 0
     pixel_side: int = 0
     image_attention_bias: float = 0.0
+    pooling: Literal["cls", "mean"] = "cls"
     sep_token_id: int = 102
 
     @property
@@ -230,14 +232,24 @@ class CEBertModel(BertPreTrainedModel):
         hidden, mask = self._embed(text, image)
         return self.encoder(hidden, attention_mask=mask).last_hidden_state
 
-    def first_token(self, text: TextInputs, image: ImageInputs | None = None) -> Tensor:
-        """`forward`'s [CLS] state, [B, D], without the rest of the last layer's work: no other
-        token's query, output and feed-forward are needed. Raises as `forward`."""
+    def pooled(self, text: TextInputs, image: ImageInputs | None = None) -> Tensor:
+        """One state a row, [B, D]: [CLS]'s, or the mean over the text's tokens (config.pooling).
+
+        The last layer is worked out for those tokens alone: no other token's query, output and
+        feed-forward are needed. Raises as `forward`.
+        """
         hidden, mask = self._embed(text, image)
         *layers, last = self.encoder.layer
         for layer in layers:
             hidden = layer(hidden, mask)
-        return _first_token(last, hidden, mask[:, :, :1])
+        cls = self.config.pooling == "cls"
+        n = 1 if cls else text.input_ids.shape[1]
+        states = _first_tokens(last, hidden, mask[:, :, :n], n)
+        if cls:
+            return states[:, 0]
+        weights = text.attention_mask.to(states.dtype)
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        return torch.einsum("bl,bld->bd", weights, states)
 
     def _embed(self, text: TextInputs, image: ImageInputs | None) -> tuple[Tensor, Tensor]:
         """Tokens [B, L_total, D] and SDPA's mask [B, 1, L_total, L_total]."""
@@ -274,10 +286,10 @@ def _checked(name: str, x: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     return x
 
 
-def _first_token(layer: BertLayer, hidden: Tensor, mask: Tensor) -> Tensor:
-    """Row 0 of `layer(hidden, mask)`: hidden [B, L, D], mask [B, 1, 1, L] → [B, D]."""
+def _first_tokens(layer: BertLayer, hidden: Tensor, mask: Tensor, n: int) -> Tensor:
+    """Rows 0 … n-1 of `layer(hidden, mask)`: hidden [B, L, D], mask [B, 1, n, L] → [B, n, D]."""
     attention = layer.attention.self
-    first = hidden[:, :1]
+    first = hidden[:, :n]
 
     def heads(x: Tensor) -> Tensor:  # [B, l, D] → [B, heads, l, D/heads]
         return x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
@@ -291,7 +303,7 @@ def _first_token(layer: BertLayer, hidden: Tensor, mask: Tensor) -> Tensor:
         scale=attention.scaling,
     )
     attended = layer.attention.output(context.transpose(1, 2).flatten(2), first)
-    return layer.feed_forward_chunk(attended)[:, 0]
+    return layer.feed_forward_chunk(attended)
 
 
 def load_backbone(
@@ -306,6 +318,7 @@ def load_backbone(
     patch_dim: int = 0,
     pixel_side: int = 0,
     image_attention_bias: float = 0.0,
+    pooling: Literal["cls", "mean"] = "cls",
     seed: int = 0,
 ) -> CEBertModel:
     """CE-BERT from a Hugging Face BERT, or with random weights.
@@ -322,7 +335,7 @@ def load_backbone(
         vocab_size: of the tokenizer in use, at most the backbone's
         sep_token_id: [SEP] of that tokenizer
         width, heads: of a random encoder; a backbone brings its own
-        patch_dim, pixel_side, image_attention_bias: as in CEBertConfig
+        patch_dim, pixel_side, image_attention_bias, pooling: as in CEBertConfig
         seed: of whatever is new; the global random state is left as it was
 
     Raises:
@@ -336,6 +349,7 @@ def load_backbone(
         "patch_dim": patch_dim,
         "pixel_side": pixel_side,
         "image_attention_bias": image_attention_bias,
+        "pooling": pooling,
         "sep_token_id": sep_token_id,
         "num_hidden_layers": layers,
     }
@@ -345,6 +359,9 @@ def load_backbone(
             hidden_size=width,
             num_attention_heads=heads,
             intermediate_size=4 * width,
+            # BERT's 0.02 leaves a narrow encoder with a [CLS] that hardly depends on the words,
+            # and all cosines at 1 (docs/decisions.md, 'Start of a random encoder').
+            initializer_range=width**-0.5,
             **own,
         )
         with seeded(seed):

@@ -152,7 +152,7 @@ def test_padding_changes_nothing(bias: float) -> None:
     torch.testing.assert_close(long[:, :L][text.attention_mask], short[:, :L][text.attention_mask])
     torch.testing.assert_close(long[:, L + 6 :][image.has_image], short[:, L:][image.has_image])
     torch.testing.assert_close(
-        model.first_token(padded, image), model.first_token(text, image), atol=1e-5, rtol=1e-4
+        model.pooled(padded, image), model.pooled(text, image), atol=1e-5, rtol=1e-4
     )
 
 
@@ -168,19 +168,19 @@ def test_a_row_without_image_is_its_text_alone() -> None:
 def test_every_image_token_is_read_and_none_of_a_missing_image() -> None:
     """Change one patch, then one pixel patch, of each row: only rows with an image notice."""
     model, text, image = stir(encoder(None, patch_dim=D1, pixel_side=S)), some_text(), some_images()
-    before = model.first_token(text, image)
+    before = model.pooled(text, image)
     assert image.patches is not None
     assert image.pixels is not None
     for i in range(16):
         patches = image.patches.clone()
         patches[:, i] += 3
-        after = model.first_token(text, ImageInputs(image.has_image, patches, image.pixels))
+        after = model.pooled(text, ImageInputs(image.has_image, patches, image.pixels))
         assert (after != before).any(dim=1).tolist() == [True, False, True]
     for row in range(7):
         for column in range(7):
             pixels = image.pixels.clone()
             pixels[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] ^= 255
-            after = model.first_token(text, ImageInputs(image.has_image, image.patches, pixels))
+            after = model.pooled(text, ImageInputs(image.has_image, image.patches, pixels))
             assert (after != before).any(dim=1).tolist() == [True, False, True]
 
 
@@ -188,14 +188,14 @@ def test_every_image_token_is_read_and_none_of_a_missing_image() -> None:
 def test_a_strongly_negative_bias_hides_the_image_and_zero_is_the_plain_mask() -> None:
     model, text = stir(encoder(None, patch_dim=D1, pixel_side=S)), some_text()
     image = some_images((True, True, True))
-    plain = model.first_token(text, image)
+    plain = model.pooled(text, image)
     distance = []
     for bias in (-1e-6, -2.0, -4.0, -60.0):
         model.config.image_attention_bias = bias
-        distance.append(float((model.first_token(text, image) - plain).norm()))
-    alone = model.first_token(text)
+        distance.append(float((model.pooled(text, image) - plain).norm()))
+    alone = model.pooled(text)
     assert distance[0] < 1e-3 < distance[1]
-    torch.testing.assert_close(model.first_token(text, image), alone)
+    torch.testing.assert_close(model.pooled(text, image), alone)
 
 
 @torch.no_grad()
@@ -221,7 +221,7 @@ def test_last_hidden_state_equals_a_plain_twin(bias: float) -> None:
         middle = F.gelu(layer.intermediate.dense(hidden))
         hidden = layer.output.LayerNorm(layer.output.dense(middle) + hidden)
     torch.testing.assert_close(got[keys], hidden[keys], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(model.first_token(text, image), hidden[:, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.pooled(text, image), hidden[:, 0], atol=1e-4, rtol=1e-4)
 
 
 def plain_embeddings(model: CEBertModel, text: TextInputs, image: ImageInputs) -> Tensor:
@@ -259,7 +259,7 @@ def plain_embeddings(model: CEBertModel, text: TextInputs, image: ImageInputs) -
 def test_first_token_is_the_full_forwards_in_value_and_gradient(image: ImageInputs | None) -> None:
     model = stir(encoder(None, patch_dim=D1, pixel_side=S)).train()
     text, weights = some_text(), torch.randn(3, 32)
-    full, fast = model(text, image)[:, 0], model.first_token(text, image)
+    full, fast = model(text, image)[:, 0], model.pooled(text, image)
     torch.testing.assert_close(fast, full, atol=1e-5, rtol=1e-4)
     named = dict(model.named_parameters())
     wanted = torch.autograd.grad((full * weights).sum(), list(named.values()), allow_unused=True)
@@ -281,7 +281,7 @@ def test_first_token_drops_out_in_its_last_layer_as_the_full_forward_does(kind: 
             module.p = 0.3 if (module is attention) == (kind == "attention") else 0.0
     text = some_text((6,))
     many = TextInputs(*(x.expand(400, -1) for x in vars(text).values()))
-    full, fast = model(many)[:, 0].std(0), model.first_token(many).std(0)
+    full, fast = model(many)[:, 0].std(0), model.pooled(many).std(0)
     assert fast.min() > 0
     torch.testing.assert_close(fast.norm(), full.norm(), rtol=0.15, atol=0.0)
 
@@ -290,7 +290,7 @@ def test_images_missing_from_a_whole_batch_still_involve_every_parameter() -> No
     """So that DDP needs no search for unused parameters."""
     model = encoder(None, patch_dim=D1, pixel_side=S)
     image = some_images((False, False, False))
-    model.first_token(some_text(), image).sum().backward()
+    model.pooled(some_text(), image).sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
     assert [name for name, grad in grads.items() if grad is None] == []
     for name in ("patch_projection", "pixel_projection"):
@@ -437,3 +437,28 @@ def test_attention_other_than_sdpa_is_refused() -> None:
     config._attn_implementation = "eager"
     with pytest.raises(ValueError, match="sdpa"):
         CEBertModel(config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_image", [True, False])
+def test_pooling_takes_cls_or_the_mean_over_the_texts_own_tokens(with_image: bool) -> None:
+    model, text = stir(encoder(None, patch_dim=D1, pixel_side=S)), some_text()
+    image = some_images() if with_image else None
+    states = model(text, image)[:, : text.input_ids.shape[1]]
+    torch.testing.assert_close(model.pooled(text, image), states[:, 0])
+    model.config.pooling = "mean"
+    means = [row[mask].mean(dim=0) for row, mask in zip(states, text.attention_mask, strict=True)]
+    torch.testing.assert_close(model.pooled(text, image), torch.stack(means))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [64, 128])
+def test_a_random_encoder_tells_texts_apart_before_any_training(width: int) -> None:
+    """At BERT's initial 0.02 all cosines of a narrow encoder are above 0.99, and stay there."""
+    model = encoder(None, layers=2, width=width, heads=4).eval()
+    ids = torch.randint(5, model.config.vocab_size, (32, 6), generator=torch.manual_seed(0))
+    ids[:, 0] = 2
+    text = TextInputs(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids))
+    v = torch.nn.functional.normalize(model.pooled(text), dim=1)
+    others = (v @ v.T)[~torch.eye(32, dtype=torch.bool)]
+    assert others.mean() < 0.97
