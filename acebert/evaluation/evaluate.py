@@ -190,7 +190,7 @@ def read_vectors(path: Path, column: str, wanted: list[str]) -> NDArray[np.float
                 f"{path}: the embedding of {what} {wanted[int(bad.argmax())]!r} {says} "
                 f"({int(bad.sum())} of {len(wanted)} are not)"
             )
-    return np.ascontiguousarray(out)
+    return out.copy()  # Arrow memory is read-only; torch warns of that
 
 
 @dataclass(frozen=True)
@@ -287,9 +287,10 @@ class _Row:
                 ks,
                 self.depth,
             )
-            for name, values in per_query.items():
+            for column, values in per_query.items():
+                name = "mrr" if column == "rr" else column
                 ratios[name] = mean_of_queries(values)
-            overall |= {name: float(np.nanmean(values)) for name, values in per_query.items()}
+                overall[name] = ratios[name].value
             self._write_targets(out, ranks)
             write_qrels(out / "qrels.trec", self._qrels())
         if top is not None and top_score is not None:

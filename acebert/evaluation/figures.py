@@ -92,10 +92,11 @@ def breakdown_figure(directories: Sequence[Path], path: Path) -> None:
         if len(rows) <= 3:
             axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
     targets = [rows[0]["breakdown"][group]["targets"] for group in GROUPS] if rows else []
-    labels = [f"{g.replace('_', ' ')}\n{n:,} clicks" for g, n in zip(GROUPS, targets, strict=False)]
+    labels = [f"{g.replace('_', ' ')}\n{n:,} pairs" for g, n in zip(GROUPS, targets, strict=False)]
     axis.set_xticks(range(len(labels)), labels, fontsize=8)
     for edge in range(1, len(GROUPS) // 2):
         axis.axvline(2 * edge - 0.5, color="black", linewidth=0.5, alpha=0.3)
+    axis.set_xlabel("clicked pairs of the test day")
     axis.set_ylabel(f"Recall@{deepest}")
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)

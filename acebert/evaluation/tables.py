@@ -55,7 +55,7 @@ def rows_table(directories: Sequence[Path], width: int = 100) -> str:
     `±` is half of the 95 % interval in metrics.json, which is nearly symmetric.
     """
     rows = [read_metrics(directory) for directory in directories]
-    names = ["gauc", *_recalls(rows), "rr"]
+    names = ["gauc", *_recalls(rows), "mrr"]
     table = Table(
         title="±: half of the 95 % interval, bootstrap over the test day's queries",
         title_style="dim",
@@ -157,7 +157,7 @@ def _recalls(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _label(name: str) -> str:
-    return {"gauc": "GAUC", "rr": "MRR"}.get(name, name.replace("recall_", "Recall@"))
+    return {"gauc": "GAUC", "mrr": "MRR"}.get(name, name.replace("recall_", "Recall@"))
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

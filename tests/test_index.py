@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from acebert.errors import UserError
+from acebert.index import ProductIndex
+
+
+def clustered(n: int, seed: int, dimensions: int = 32) -> np.ndarray:
+    """Unit vectors around 50 centres, as embeddings of categories lie."""
+    centres = np.random.default_rng(0).standard_normal((50, dimensions))
+    rng = np.random.default_rng(seed)
+    vectors = centres[rng.integers(0, 50, n)] + 0.5 * rng.standard_normal((n, dimensions))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+PRODUCTS, QUERIES = clustered(4000, 1), clustered(300, 2)
+IDS = [f"p{i}" for i in range(4000)]
+
+
+@pytest.fixture(params=["hnsw", "ivf"])
+def index(request) -> ProductIndex:
+    ann_from = 4001 if request.param == "hnsw" else 4000
+    built = ProductIndex.build(PRODUCTS, IDS, QUERIES, ann_from=ann_from, k=50)
+    assert built.info.kind == request.param
+    return built
+
+
+def test_exact_search_is_numpys_order(index: ProductIndex):
+    scores, rows = index.search(QUERIES, 20, exact=True)
+    exact = QUERIES.astype(np.float64) @ PRODUCTS.T.astype(np.float64)
+    order = np.argsort(-exact, axis=1)[:, :20]
+    best = np.take_along_axis(exact, order, 1)
+    np.testing.assert_allclose(scores, best, atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(exact, rows, 1), best, atol=1e-6)
+    assert all(len(set(row)) == 20 for row in rows)
+
+
+def test_the_effort_reaches_the_recall_it_was_set_for_on_other_queries(index: ProductIndex):
+    others = clustered(300, 3)
+    _, rows = index.search(others, 50)
+    exact = np.argsort(-(others @ PRODUCTS.T), axis=1)[:, :50]
+    recall = np.mean([len(set(a) & set(b)) / 50 for a, b in zip(rows, exact, strict=True)])
+    assert recall >= 0.93
+    assert index.info.tuned_recall >= 0.95
+    assert index.recall(others, 50) == pytest.approx(recall, abs=1e-3)
+
+
+def test_a_search_of_few_lists_is_less_than_exact_and_says_so():
+    index = ProductIndex.build(PRODUCTS, IDS, QUERIES, ann_from=1, k=50, target_recall=0.0)
+    assert index.info.effort == 1
+    assert 0.05 < index.recall(QUERIES, 50) < 0.95
+
+
+def test_saved_and_loaded_it_finds_the_same(index: ProductIndex, tmp_path: Path):
+    index.save(tmp_path / "index")
+    again = ProductIndex.load(tmp_path / "index")
+    assert again.info == index.info
+    assert again.product_ids == IDS
+    for exact in (False, True):
+        for ours, theirs in zip(
+            index.search(QUERIES, 10, exact=exact),
+            again.search(QUERIES, 10, exact=exact),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_fewer_products_than_asked_for_leave_rows_of_minus_one(n: int):
+    for ann_from in (1, 100):
+        index = ProductIndex.build(PRODUCTS[:n], IDS[:n], QUERIES, ann_from=ann_from)
+        for exact in (False, True):
+            _, rows = index.search(QUERIES[:2], 5, exact=exact)
+            assert [sorted(row[:n]) for row in rows] == [list(range(n))] * 2
+            assert (rows[:, n:] == -1).all()
+
+
+def test_files_that_do_not_belong_together_are_refused(index: ProductIndex, tmp_path: Path):
+    index.save(tmp_path)
+    pq.write_table(pa.table({"product_id": IDS[:-1]}), tmp_path / "products.parquet")
+    with pytest.raises(UserError, match="3999 ids"):
+        ProductIndex.load(tmp_path)
+    (tmp_path / "index.faiss").write_bytes(b"not an index")
+    with pytest.raises(UserError, match="cannot be read"):
+        ProductIndex.load(tmp_path)
+    (tmp_path / "index.faiss").unlink()
+    with pytest.raises(UserError, match=r"has no index\.faiss"):
+        ProductIndex.load(tmp_path)
+
+
+def test_ids_that_do_not_fit_the_vectors_are_refused():
+    with pytest.raises(UserError, match="3 product ids"):
+        ProductIndex.build(PRODUCTS, IDS[:3], QUERIES, ann_from=1)
