@@ -6,9 +6,11 @@ training; IVF from there, since it is built in minutes and takes no memory for l
 inner product: cosine, for vectors of length 1.
 """
 
+import dataclasses
 import json
 import logging
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,6 +28,7 @@ HNSW_LINKS = 32
 HNSW_BUILD = 100
 TRAIN_A_LIST = 64  # vectors to train each list of IVF on; FAISS warns below 39
 TUNE_QUERIES = 500
+EFFORT_STEP = 1.4
 
 
 @dataclass(frozen=True)
@@ -69,36 +72,39 @@ class ProductIndex:
         Args:
             vectors: float32 [n, D], of length 1.
             product_ids: [n].
-            queries: float32 [m, D]; vectors of queries, which lie elsewhere than the products'.
+            queries: float32 [m, D], m > 0; queries lie elsewhere than products do.
             ann_from: products from which the index is IVF.
             k: neighbours at which `target_recall` of the exact ones are to be found.
 
         Raises:
-            UserError: no product, or shapes that do not fit.
+            UserError: no product, no query, or shapes that do not fit.
         """
         if vectors.ndim != 2 or len(vectors) != len(product_ids) or not len(vectors):
             raise UserError(
                 f"index: {len(product_ids)} product ids for vectors of shape {vectors.shape}"
             )
+        if not len(queries):
+            raise UserError("index: no query to set the search effort on")
         n, d = vectors.shape
         k = min(k, n)
         kind: Literal["hnsw", "ivf"] = "hnsw" if n < ann_from else "ivf"
         index = _hnsw(vectors) if kind == "hnsw" else _ivf(vectors)
         most = n if kind == "hnsw" else index.nlist
-        effort = k if kind == "hnsw" else 1
+        effort = min(k if kind == "hnsw" else 1, most)
         step = max(1, len(queries) // TUNE_QUERIES)
         sample = queries[::step][:TUNE_QUERIES]
+        info = IndexInfo(kind, n, d, effort, k, target_recall, tuned_recall=0.0)
+        built = cls(index, product_ids, info)
+        exact, _ = built.search(sample, k, exact=True)
         while True:
-            effort = min(effort, most)
-            info = IndexInfo(kind, n, d, effort, k, target_recall, 1.0)
-            built = cls(index, product_ids, info)
-            reached = built.recall(sample, k) if len(sample) else 1.0
-            if reached >= target_recall or effort == most:
+            reached = _found(*built.search(sample, k), exact)
+            built.info = dataclasses.replace(built.info, tuned_recall=reached)
+            if reached >= target_recall or built.info.effort == most:
                 break
-            effort *= 2
-        info = IndexInfo(kind, n, d, effort, k, target_recall, reached)
-        log.info("index: %s of %d products, effort %d, recall@%d %.3f", kind, n, effort, k, reached)
-        return cls(index, product_ids, info)
+            more = min(math.ceil(built.info.effort * EFFORT_STEP), most)
+            built.info = dataclasses.replace(built.info, effort=more)
+        log.info("index: %s", built.info)
+        return built
 
     def search(
         self, queries: NDArray[np.float32], k: int, *, exact: bool = False
@@ -127,17 +133,17 @@ class ProductIndex:
         A product as good as the k-th counts as found whichever of its equals is returned.
         """
         k = min(k, self.info.products)
-        scores, rows = self.search(queries, k)
         exact, _ = self.search(queries, k, exact=True)
-        good = (scores >= exact[:, -1:] - 1e-6) & (rows >= 0)
-        return float(good.sum(axis=1).clip(max=k).mean() / k)
+        return _found(*self.search(queries, k), exact)
 
     def save(self, directory: Path) -> None:
         """Write index.faiss, products.parquet (product_id) and index.json."""
         directory.mkdir(parents=True, exist_ok=True)
         faiss.write_index(self._stored, str(directory / "index.faiss"))
         pq.write_table(pa.table({"product_id": self.product_ids}), directory / "products.parquet")
-        (directory / "index.json").write_text(json.dumps(asdict(self.info), indent=2) + "\n")
+        (directory / "index.json").write_text(
+            json.dumps(dataclasses.asdict(self.info), indent=2) + "\n"
+        )
 
     @classmethod
     def load(cls, directory: Path) -> Self:
@@ -162,6 +168,14 @@ class ProductIndex:
                 f"{info.dimensions}: they do not belong together"
             )
         return cls(index, ids, info)
+
+
+def _found(
+    scores: NDArray[np.float32], rows: NDArray[np.int64], exact: NDArray[np.float32]
+) -> float:
+    """Share of the k best that were found, from the scores of both searches [m, k]."""
+    good = (scores >= exact[:, -1:] - 1e-6) & (rows >= 0)
+    return float(good.mean())
 
 
 def _hnsw(vectors: NDArray[np.float32]) -> Any:
