@@ -118,8 +118,7 @@ def find_roi(image: np.ndarray) -> tuple[Box, bool]:
     """
     H, W = image.shape[:2]
     scale = WORK_SIDE / max(H, W)
-    size = (max(1, round(W * scale)), max(1, round(H * scale)))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    small = _shrink(image, max(1, round(W * scale)), max(1, round(H * scale)))
     box = _large_contours(*_edges(small))
     if box is None:
         return (0, 0, W, H), False
@@ -134,6 +133,20 @@ def find_roi(image: np.ndarray) -> tuple[Box, bool]:
     if (roi[2] - roi[0]) * (roi[3] - roi[1]) < MIN_AREA * W * H:
         return (0, 0, W, H), False
     return roi, True
+
+
+def _shrink(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resized to width × height: averaged over whole pixels first, which is many times faster than
+    INTER_AREA by a fraction, then by the remaining factor of less than two."""
+    step = max(1, min(image.shape[1] // width, image.shape[0] // height))
+    if step > 1:
+        whole = image.shape[1] // step * step, image.shape[0] // step * step
+        image = cv2.resize(
+            image[: whole[1], : whole[0]],
+            (whole[0] // step, whole[1] // step),
+            interpolation=cv2.INTER_AREA,
+        )
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def _edges(small: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -154,7 +167,7 @@ def _edges(small: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         np.copyto(strength, other, where=steeper)
     frame = np.ones(strength.shape, bool)
     frame[BORDER:-BORDER, BORDER:-BORDER] = False
-    strong, behind = _quantile(strength.ravel(), 0.98), _quantile(strength[frame], 0.9)
+    strong, behind = _quantile(strength.ravel(), 0.98), _quantile(strength[frame], 0.95)
     high = max(MIN_GRADIENT, 0.1 * strong, min(0.5 * strong, 6 * behind))
     return cv2.Canny(dx, dy, 0.3 * high, high), strength
 
@@ -170,24 +183,24 @@ def _quantile(values: np.ndarray, q: float) -> float:
     return float(np.partition(values, rank)[rank])
 
 
-def _large_contours(
-    edges: np.ndarray, strength: np.ndarray
-) -> tuple[float, float, float, float] | None:
+def _large_contours(edges: np.ndarray, strength: np.ndarray) -> Box | None:
     """x0, y0, x1, y1 of the joint box of the large contours, in pixels of `edges`.
 
     Large is told by length times strength, so that neither a small thing in focus nor large
     furniture out of focus counts.
     """
     joined = cv2.dilate(edges, np.ones((3, 3), np.uint8))
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(joined, connectivity=8)
+    count, labels = cv2.connectedComponents(joined, connectivity=8)
     if count < 2:
         return None
     on = edges > 0
-    weight = np.bincount(labels[on], strength[on], minlength=count)[1:]
-    large = stats[1:][weight >= LARGE * weight.max()]
-    x0, y0 = large[:, :2].min(axis=0) + SPREAD
-    x1, y1 = (large[:, :2] + large[:, 2:4]).max(axis=0) - SPREAD
-    return (float(x0), float(y0), float(x1), float(y1)) if x1 > x0 and y1 > y0 else None
+    weight = np.bincount(labels[on], strength[on], minlength=count)
+    large = weight >= LARGE * weight.max()
+    large[0] = False  # the ground between the contours
+    x, y, w, h = cv2.boundingRect(large[labels].view(np.uint8))
+    if min(w, h) <= 2 * SPREAD:
+        return None
+    return x + SPREAD, y + SPREAD, x + w - SPREAD, y + h - SPREAD
 
 
 def crop_resize(image: np.ndarray, box: Box, side: int) -> np.ndarray:
