@@ -165,7 +165,10 @@ class PlanSettings(Section):
     """Mixed negative sampling (paper section 4.3)."""
 
     partitions: int | None = Field(None, ge=1)
-    """partitions P of the training pairs (none: the paper's 65 batches a partition)"""
+    """partitions P of the training pairs (none: by batches_per_partition)"""
+    batches_per_partition: float = Field(65.0, gt=0)
+    """n/(P·W), the scale-free axis of Fig. 5 (paper: 25 million pairs, P=1000, W=384: 65). More
+    categories than batches a partition: every batch holds few categories, and is hard"""
 
 
 class LossSettings(Section):

@@ -66,6 +66,7 @@ def plan(settings: Settings, ingested: Stage) -> Stage:
         settings.train.batch_size,
         settings.plan.partitions,
         settings.seed,
+        settings.plan.batches_per_partition,
     )
     epochs = settings.train.epochs
     key = {"version": VERSION, "ingest": ingested.digest, "epochs": epochs, **asdict(layout)}

@@ -66,8 +66,14 @@ class Layout:
         return np.where(batch < edge, batch // np.uint64(size + 1), late)
 
 
-def layout_of(pairs: int, batch_size: int, partitions: int | None, seed: int) -> Layout:
-    """The layout for these settings; `partitions` None is the paper's 65 batches a partition.
+def layout_of(
+    pairs: int,
+    batch_size: int,
+    partitions: int | None,
+    seed: int,
+    batches_per_partition: float = PAPER_BATCHES_PER_PARTITION,
+) -> Layout:
+    """The layout for these settings; `partitions` None is one for `batches_per_partition` batches.
 
     Raises:
         UserError: fewer pairs than one batch (train.batch_size), or more partitions than full
@@ -80,7 +86,7 @@ def layout_of(pairs: int, batch_size: int, partitions: int | None, seed: int) ->
         )
     full = pairs // batch_size
     if partitions is None:
-        partitions = max(1, round(pairs / (PAPER_BATCHES_PER_PARTITION * batch_size)))
+        partitions = min(full, max(1, round(pairs / (batches_per_partition * batch_size))))
     if not 1 <= partitions <= full:
         raise UserError(
             f"--plan.partitions {partitions:,}: {pairs:,} training pairs make {full:,} batches of "

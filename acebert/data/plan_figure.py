@@ -64,7 +64,13 @@ def draw_plan(settings: Settings, ingested: Stage) -> Stage:
     """
     pairs_file = ingested.path / "pairs.parquet"
     W = settings.train.batch_size
-    chosen = layout_of(count_pairs(pairs_file), W, settings.plan.partitions, settings.seed)
+    chosen = layout_of(
+        count_pairs(pairs_file),
+        W,
+        settings.plan.partitions,
+        settings.seed,
+        settings.plan.batches_per_partition,
+    )
     epochs = max(1, min(settings.train.epochs, SAMPLED_PAIRS // chosen.pairs))
     key = {"version": VERSION, "ingest": ingested.digest, "epochs": epochs, **asdict(chosen)}
 
