@@ -20,6 +20,7 @@ shape of the block; a hair's breadth there must not decide a rank.
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 256 * 2**20
+SAY_EVERY = 10  # seconds between lines of progress
 
 
 class Scorer(Protocol):
@@ -127,6 +129,7 @@ def search_catalogue(
     rows_a_block = max(1, block_bytes // (4 * n))
     targets = _by_block(target_query, queries, rows_a_block)
     pairs = _by_block(pair_query, queries, rows_a_block)
+    say_next = time.monotonic() + SAY_EVERY
     # One buffer for all blocks: fresh memory of that size costs more than the product does.
     buffer = torch.empty(min(rows_a_block, queries), n, device=scorer.device)
     for start in range(0, queries, rows_a_block):
@@ -139,7 +142,9 @@ def search_catalogue(
             block, top_score[start:stop], target_query[t] - start, target_product[t], scorer.tie
         )
         pair_score[p] = _gather(block, pair_query[p] - start, pair_product[p])
-        log.debug("searched %d of %d queries", stop, queries)
+        if time.monotonic() > say_next:
+            log.info("searched %d of %d queries", stop, queries)
+            say_next += SAY_EVERY
     return Found(top, top_score, greater, equal, pair_score)
 
 
