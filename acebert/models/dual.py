@@ -1,8 +1,8 @@
 """The dual encoder (paper section 3.1): queries and products as points on one unit sphere.
 
-A tower is CE-BERT and a linear layer on its pooled state; v is that, normalised in fp32 whatever the
-autocast. Both sides share one tower (paper), or have one each from the same start; the query side's
-own tower is then text only, for it never sees an image.
+A tower is CE-BERT and a linear layer on its pooled state; v is that, normalised in fp32 whatever
+the autocast. Both sides share one tower (paper), or have one each from the same start; the query
+side's own tower is then text only, for it never sees an image.
 """
 
 import json
