@@ -265,13 +265,12 @@ def test_runs_cover_every_row_once_within_their_row_groups(tmp_path: Path) -> No
 
 
 FULL_DISK = """
-import resource, sys
 from pathlib import Path
-from acebert.cluster import ray
 from acebert.config import settings_from
 from acebert.data.preprocess import preprocess
 from acebert.errors import UserError
 from acebert.workdir import Stage
+import ray  # after acebert, which keeps it on 127.0.0.1
 ray.init(address="local", num_cpus=2, num_gpus={gpus}, object_store_memory=200 * 2**20,
          include_dashboard=False)
 image = {{"cnn": "resnet18", "cnn_weights": "random", "cnn_side": 128, "pixel_side": 224}}
