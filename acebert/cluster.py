@@ -9,6 +9,7 @@ import logging
 import os
 
 import ray
+import ray.data
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,9 @@ def connect() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default
     # The dashboard is there because Ray Train's clean-up asks it whether the controller lives.
     ray.init(logging_level=logging.WARNING)
+    data_context = ray.data.DataContext.get_current()  # our stages say themselves how far they are
+    data_context.enable_progress_bars = False
+    data_context.print_on_execution_start = False
     total = ray.cluster_resources()
     log.info(
         "ray: %s, %d CPUs, %d GPUs",

@@ -270,7 +270,7 @@ class EvalSettings(Section):
     ann_from: int = Field(100_000, ge=1)
     """catalogue size from which the ANN index is IVF instead of HNSW [products]"""
     head_share: float = Field(0.5, gt=0, lt=1)
-    """the most frequent test queries that make up this share of the searches are the head"""
+    """the most frequent test queries that make up this share of the impressions are the head"""
     qrels: str | None = None
     """judged relevance of your own, TREC format: query text with spaces as '+', 0, product_id,
     grade"""

@@ -54,5 +54,7 @@ def set_up_logging() -> None:
         stream=sys.stdout,
     )
     logging.getLogger("acebert").setLevel(logging.INFO)
+    for chatty in ("faiss.loader", "ray.data", "ray.train"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

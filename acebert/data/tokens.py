@@ -130,12 +130,15 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
         UserError: it is not there, or has no [CLS], [SEP], [PAD] and [MASK].
     """
     try:
-        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(str(directory))
+        loaded = AutoTokenizer.from_pretrained(str(directory))
     except (OSError, ValueError) as error:
         raise UserError(
             f"--model.backbone {directory}: no tokenizer could be loaded from there, neither as a "
             f"local directory nor from the model hub: {str(error).splitlines()[0]}"
         ) from error
+    if not isinstance(loaded, PreTrainedTokenizerFast):
+        raise UserError(f"--model.backbone {directory}: its tokenizer is not a fast (Rust) one")
+    tokenizer: PreTrainedTokenizerFast = loaded
     tokenizer.backend_tokenizer.no_padding()  # some models' files ask for it
     tokenizer.backend_tokenizer.no_truncation()
     for name in ("cls_token_id", "sep_token_id", "pad_token_id", "mask_token_id"):

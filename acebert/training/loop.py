@@ -115,8 +115,8 @@ class Finetuner:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.max_grad_norm)
         self.optimizer.step()
         metrics["grad_norm"] = norm.detach()
-        metrics["lr"] = torch.tensor(self.settings.train.lr * factor)
-        metrics["gamma"] = torch.as_tensor(self.model.gamma).detach()
+        metrics["lr"] = norm.new_tensor(self.settings.train.lr * factor)
+        metrics["gamma"] = torch.as_tensor(self.model.gamma, device=norm.device).detach()
         return metrics, v_q.detach(), v_p.detach()
 
     def domain_step(self, v_q: torch.Tensor, v_p: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -204,21 +204,20 @@ def run(
             metrics |= tuner.domain_step(v_q, v_p)
         now = time.perf_counter()
         state.seconds += now - clock
-        metrics["seconds"] = torch.tensor(now - clock)
+        metrics["seconds"] = torch.tensor(now - clock, device=device)
         clock = now
         pending.append(metrics)
         if rank == 0 and now - spoken > SECONDS_BETWEEN_LINES:
-            _collect(pending, state)
-            _say(state, total, share, train.batch_size)
+            _say(pending, state, total, share, train.batch_size)
             spoken = now
         if state.step % train.validate_every == 0 or state.step == total:
-            _collect(pending, state)
+            _collect(pending, state, world)
             stop = _validate(tuner, sample, batches.inputs, state, save)
             clock = spoken = time.perf_counter()
             if stop:
                 return state
     if not state.validations or state.validations[-1]["step"] != state.step:
-        _collect(pending, state)
+        _collect(pending, state, world)
         _validate(tuner, sample, batches.inputs, state, save)
     return state
 
@@ -234,27 +233,37 @@ def _same_on_all_ranks(share: float, max_minutes: float | None, world: int) -> f
     return float(value)
 
 
-def _collect(pending: list[dict[str, torch.Tensor]], state: Progress) -> None:
-    """Bring the pending steps' metrics to the host and into the history."""
+def _collect(pending: list[dict[str, torch.Tensor]], state: Progress, world: int) -> None:
+    """Bring the pending steps' metrics, averaged over the ranks, into the history."""
     first = state.step - len(pending)
     for i, metrics in enumerate(pending, 1):
-        row = {name: float(value) for name, value in metrics.items()}
+        values = torch.stack([value.float() for value in metrics.values()])
+        if world > 1:
+            dist.all_reduce(values)
+            values /= world
+        row = dict(zip(metrics, values.tolist(), strict=True))
         state.history.append({"step": first + i, **row})
     pending.clear()
 
 
-def _say(state: Progress, total: int, share: float, batch_size: int) -> None:
-    rows = state.history[-50:]
-    seconds = sum(row["seconds"] for row in rows)
-    left = state.seconds * (1 - share) / share if share else float("nan")
+def _say(
+    pending: list[dict[str, torch.Tensor]],
+    state: Progress,
+    total: int,
+    share: float,
+    batch_size: int,
+) -> None:
+    """A line on the last steps, as rank 0 saw them."""
+    rows = pending[-50:]
+    seconds = sum(float(row["seconds"]) for row in rows)
     log.info(
         "finetune: step %d of %d, loss %.3f, in-batch accuracy %.3f, %.0f pairs/s, %.0f s left",
         state.step,
         total,
-        np.mean([row["loss"] for row in rows]),
-        np.mean([row["accuracy"] for row in rows]),
+        np.mean([float(row["loss"]) for row in rows]),
+        np.mean([float(row["accuracy"]) for row in rows]),
         len(rows) * batch_size / seconds,
-        left,
+        state.seconds * (1 - share) / share if share else float("nan"),
     )
 
 

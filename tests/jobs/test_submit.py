@@ -1,0 +1,121 @@
+"""The job as its user runs it: submitted to a real cluster, with token authentication."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RAY = Path(sys.executable).parent / "ray"
+SMALL = [
+    *["--recipe", "twinbert_tiny", "--demo.products", "150", "--demo.searches_per_day", "300"],
+    *["--demo.days", "4", "--train.max_steps", "4", "--train.batch_size", "32"],
+    *["--model.width", "32", "--model.heads", "2", "--model.layers", "1"],
+]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a client of a head that runs as the README says."""
+    home = tmp_path_factory.mktemp("head")
+    token = home / "token"
+    token.write_text("0123456789abcdef" * 4)
+    token.chmod(0o600)
+    dashboard = free_port()
+    env = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": f"/tmp/ray-{os.getpid()}",  # a unix socket's path must be short
+    }
+    Path(env["RAY_TMPDIR"]).mkdir(exist_ok=True)
+    env.pop("RAY_ADDRESS", None)
+    command = [
+        *[str(RAY), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"],
+        *[f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"],
+        "--object-store-memory=200000000",
+    ]
+    with open(home / "head.log", "w") as log:
+        head = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
+    try:
+        for _ in range(60):
+            listed = subprocess.run(
+                [str(RAY), "list", "nodes", "--format=json"],
+                env=env,
+                capture_output=True,
+                text=True,
+            )
+            if listed.returncode == 0 and '"ALIVE"' in listed.stdout:
+                break
+            time.sleep(1)
+        else:
+            pytest.fail((home / "head.log").read_text())
+        yield env
+    finally:
+        head.send_signal(signal.SIGTERM)
+        try:
+            head.wait(40)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+
+
+def submit(env: dict[str, str], *argv: str) -> subprocess.CompletedProcess[str]:
+    command = [str(RAY), "job", "submit", "--working-dir", str(ROOT), "--", sys.executable, *argv]
+    for _ in range(30):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+        if "No available agent" not in done.stderr:  # the head's job agent is still starting
+            break
+        time.sleep(2)
+    return done
+
+
+@pytest.mark.slow
+def test_a_submitted_job_trains_and_its_last_line_is_the_model_directory(
+    cluster: dict[str, str], tmp_path: Path
+):
+    argv = ["ray_jobs/finetune.py", "--workdir", str(tmp_path), *SMALL]
+    done = submit(cluster, *argv)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (model,) = [
+        line for line in done.stdout.splitlines() if line.startswith(f"{tmp_path}/finetune")
+    ]
+    assert json.loads((Path(model) / "report.json").read_text())["steps"] == 4
+
+    again = subprocess.run(  # the same job, by plain python, on the same work directory
+        [sys.executable, *argv], cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=400
+    )
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert again.stdout.splitlines()[-1] == model
+    assert f"finetune: reused {model}" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_wrong_setting_ends_a_job_at_once_with_its_name(cluster: dict[str, str]):
+    done = submit(cluster, "ray_jobs/finetune.py", "--train.lrr", "1")
+    assert done.returncode != 0
+    assert "--train.lrr" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.slow
+def test_a_client_without_the_token_is_turned_away(cluster: dict[str, str]):
+    bare = {**cluster, "RAY_AUTH_MODE": "disabled"}
+    bare.pop("RAY_AUTH_TOKEN_PATH")
+    done = submit(bare, "ray_jobs/finetune.py")
+    assert done.returncode != 0
+    assert "Unauthorized" in done.stdout + done.stderr

@@ -1,0 +1,96 @@
+"""Fine-tuning through a real Ray Train, tracked by a real MLflow."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from acebert.config import Settings
+from acebert.errors import UserError
+from acebert.models.dual import DualEncoder
+from acebert.tracking import client
+from acebert.training.finetune import finetune
+from acebert.workdir import Stage
+
+
+def with_train(settings: Settings, **values: object) -> Settings:
+    return settings.model_copy(update={"train": settings.train.model_copy(update=values)})
+
+
+@pytest.fixture(scope="module")
+def one_worker(settings: Settings, stages: dict[str, Stage]) -> Stage:
+    return finetune(settings, **stages)
+
+
+def test_the_model_directory_is_whole_and_loads(one_worker: Stage, settings: Settings):
+    names = {path.name for path in one_worker.path.iterdir()}
+    assert names == {
+        *("config.json", "model.safetensors", "tokenizer", "settings.yaml"),
+        *("history.parquet", "valid.parquet", "report.json", "stage.json"),
+    }
+    model = DualEncoder.load(one_worker.path)
+    weights = load_file(one_worker.path / "model.safetensors")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert not (settings.workdir / "train" / one_worker.digest).exists()  # checkpoints are gone
+
+
+def test_every_step_is_in_mlflow_once(one_worker: Stage, settings: Settings):
+    history = pq.read_table(one_worker.path / "history.parquet")
+    mlflow = client(settings)
+    (run,) = mlflow.search_runs(
+        [mlflow.get_experiment_by_name(settings.tracking.experiment).experiment_id],
+        f"tags.`acebert.digest` = '{one_worker.digest}'",
+    )
+    assert run.info.status == "FINISHED"
+    logged = mlflow.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted(m.step for m in logged) == history["step"].to_pylist()
+    np.testing.assert_allclose(
+        [m.value for m in sorted(logged, key=lambda m: m.step)], history["loss"].to_numpy()
+    )
+    valid = pq.read_table(one_worker.path / "valid.parquet")
+    recall = mlflow.get_metric_history(run.info.run_id, "valid/recall_100")
+    assert sorted(m.step for m in recall) == valid["step"].to_pylist()
+
+
+@pytest.mark.slow
+def test_two_workers_train_as_one_does(
+    one_worker: Stage, settings: Settings, stages: dict[str, Stage]
+):
+    """Gathered negatives, adversary and validation over gloo: the same curves."""
+    both = finetune(with_train(settings, num_workers=2, threads_per_worker=1), **stages)
+    for file, columns in (("history", ("loss", "adversary", "accuracy")), ("valid", ("gauc",))):
+        one, two = (pq.read_table(s.path / f"{file}.parquet") for s in (one_worker, both))
+        for name in columns:
+            np.testing.assert_allclose(one[name], two[name], rtol=2e-3, err_msg=name)
+
+
+def test_a_stage_that_is_there_is_not_trained_again(
+    one_worker: Stage, settings: Settings, stages: dict[str, Stage]
+):
+    again = finetune(settings, **stages)
+    assert again.reused
+    assert again.path == one_worker.path
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_workers": 64, "batch_size": 64, "use_gpu": True}, "GPUs.*use_gpu false"),
+        ({"cpus_per_worker": 50.0}, "cpus_per_worker 50.*do not fit"),
+    ],
+)
+def test_more_than_the_cluster_has_is_refused(
+    settings: Settings, stages: dict[str, Stage], values: dict, words: str
+):
+    with pytest.raises(UserError, match=words):
+        finetune(with_train(settings, **values), **stages)
+
+
+def test_a_diverging_run_ends_with_its_reason_and_no_restart(
+    settings: Settings, stages: dict[str, Stage], tmp_path: Path
+):
+    with pytest.raises(UserError, match=r"not finite"):
+        finetune(with_train(settings, lr=1e30, warmup_steps=0, max_steps=5), **stages)
