@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -457,3 +458,44 @@ def _describe(error: ValidationError) -> str:
         else:
             lines.append(f"--{key}: {item['msg']}, got {item['input']!r}")
     return "\n".join(lines)
+
+
+def settings_reference() -> str:
+    """docs/settings.md: every leaf with type, default and meaning, a table a section."""
+    lines = [
+        "# Settings",
+        "",
+        "Made by `python -m acebert.config`. A leaf is `--section.leaf` on the command line and",
+        "`section: {leaf: …}` in a recipe. Defaults are the code's; recipes under",
+        "`acebert/recipes/` set others.",
+    ]
+    top = {n: f for n, f in Settings.model_fields.items() if not _is_section(f.annotation)}
+    lines += ["", *_table("", top)]
+    for name, field in Settings.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            lines += ["", f"## {name}", "", (section.__doc__ or "").strip(), ""]
+            lines += _table(f"{name}.", section.model_fields)
+    return "\n".join(lines) + "\n"
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _table(prefix: str, fields: dict[str, FieldInfo]) -> list[str]:
+    rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in fields.items():
+        kind = getattr(field.annotation, "__name__", "") or str(field.annotation)
+        if "[" in str(field.annotation) or "|" in str(field.annotation):
+            kind = str(field.annotation)
+        kind = kind.replace("typing.", "").replace("datetime.", "").replace("pathlib.", "")
+        default = "$ACEBERT_HOME, else ~/.acebert" if name == "workdir" else field.default
+        meaning = " ".join((field.description or "").split())
+        cells = [f"`{prefix}{name}`", f"`{kind}`", f"`{default}`", meaning]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return rows
+
+
+if __name__ == "__main__":
+    print(settings_reference(), end="")

@@ -3,7 +3,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from acebert.config import RECIPES, flatten, load_settings, read_recipe, settings_from
+from acebert.config import (
+    RECIPES,
+    flatten,
+    load_settings,
+    read_recipe,
+    settings_from,
+    settings_reference,
+)
 from acebert.errors import UserError
 
 
@@ -105,3 +112,8 @@ def test_workdir_is_absolute_and_defaults_to_acebert_home(
     assert load_settings([]).workdir == tmp_path
     monkeypatch.chdir(tmp_path)
     assert load_settings(["--workdir", "w"]).workdir == tmp_path / "w"
+
+
+def test_the_settings_reference_in_docs_is_the_codes():
+    written = (RECIPES.parents[1] / "docs" / "settings.md").read_text()
+    assert written == settings_reference(), "run: python -m acebert.config > docs/settings.md"

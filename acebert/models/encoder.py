@@ -15,7 +15,7 @@ Decisions:
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, BertConfig, BertModel
 from transformers import initialization as init
 from transformers.models.bert.modeling_bert import (
@@ -60,6 +61,14 @@ class TextInputs:
     attention_mask: Tensor
     segment_ids: Tensor
 
+    def rows(self, rows: Tensor) -> "TextInputs":
+        """Rows [b] of the batch, without the columns that are padding in all of them."""
+        mask = self.attention_mask[rows]
+        columns = mask.any(dim=0)
+        return TextInputs(
+            self.input_ids[rows][:, columns], mask[:, columns], self.segment_ids[rows][:, columns]
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TextInputs":
         return TextInputs(
             self.input_ids.to(device, non_blocking=non_blocking),
@@ -81,6 +90,14 @@ class ImageInputs:
     has_image: Tensor
     patches: Tensor | None = None
     pixels: Tensor | None = None
+
+    def rows(self, rows: Tensor) -> "ImageInputs":
+        """Rows [b] of the batch."""
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[rows]
+
+        return ImageInputs(self.has_image[rows], pick(self.patches), pick(self.pixels))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageInputs":
         def move(x: Tensor | None) -> Tensor | None:
@@ -230,7 +247,8 @@ class CEBertModel(BertPreTrainedModel):
             ValueError: `image` lacks features that this model reads, or has the wrong shape.
         """
         hidden, mask = self._embed(text, image)
-        return self.encoder(hidden, attention_mask=mask).last_hidden_state
+        with _attention_kernel(hidden):
+            return self.encoder(hidden, attention_mask=mask).last_hidden_state
 
     def pooled(self, text: TextInputs, image: ImageInputs | None = None) -> Tensor:
         """One state a row, [B, D]: [CLS]'s, or the mean over the text's tokens (config.pooling).
@@ -240,11 +258,12 @@ class CEBertModel(BertPreTrainedModel):
         """
         hidden, mask = self._embed(text, image)
         *layers, last = self.encoder.layer
-        for layer in layers:
-            hidden = layer(hidden, mask)
         cls = self.config.pooling == "cls"
         n = 1 if cls else text.input_ids.shape[1]
-        states = _first_tokens(last, hidden, mask[:, :, :n], n)
+        with _attention_kernel(hidden):
+            for layer in layers:
+                hidden = layer(hidden, mask)
+            states = _first_tokens(last, hidden, mask[:, :, :n], n)
         if cls:
             return states[:, 0]
         weights = text.attention_mask.to(states.dtype)
@@ -277,6 +296,14 @@ class CEBertModel(BertPreTrainedModel):
             bias[L:] = config.image_attention_bias
             mask = torch.where(mask, bias, -torch.inf)
         return hidden, mask.expand(-1, -1, hidden.shape[1], -1)
+
+
+def _attention_kernel(hidden: Tensor) -> AbstractContextManager[object]:
+    """The kernel that is fastest: on a CPU that trains, the plain one. The backward of the fused
+    CPU kernel took half of a step on titles and queries (docs/decisions.md, 'Speed')."""
+    if hidden.device.type == "cpu" and torch.is_grad_enabled():
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def _checked(name: str, x: Tensor | None, shape: tuple[int, ...]) -> Tensor:

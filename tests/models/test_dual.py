@@ -72,6 +72,25 @@ def test_embeddings_are_the_normalised_projection_of_cls() -> None:
     torch.testing.assert_close(model.encode_products(product, image), v_p)
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_rows_grouped_by_length_give_the_whole_batchs_embeddings_and_gradients(
+    pooling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, product, image = inputs()
+    model = dual().eval()
+    model.tower.encoder.config.pooling = pooling
+
+    def run() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        model.zero_grad()
+        vectors = model(query, product, image)
+        (vectors[0] * torch.arange(12) + vectors[1] @ torch.ones(12, 12)).sum().backward()
+        return list(vectors), [p.grad for p in model.parameters() if p.grad is not None]
+
+    whole = run()
+    monkeypatch.setattr("acebert.models.dual.ROWS_OF_ONE_LENGTH", 1)
+    torch.testing.assert_close(run(), whole, atol=1e-5, rtol=1e-4)
+
+
 def test_embeddings_have_length_one_in_fp32_under_bf16_autocast() -> None:
     model = dual().eval()
     with torch.autocast("cpu", torch.bfloat16):
