@@ -143,7 +143,7 @@ class ModelSettings(Section):
     pixels: bool = True
     """the product side reads 49 pixel tokens"""
     pooling: Literal["cls", "mean"] = "cls"
-    """state that is projected to the embedding: of CLS (paper), or the mean over the text's tokens"""
+    """state that is projected: of CLS (paper), or the mean over the text's tokens"""
     image_attention_bias: float = 0.0
     """added to the attention score of every image token: below zero they enter gently
     (paper: 0)"""

@@ -73,13 +73,14 @@ def embed_stage(settings: Settings, model: Path, queries: list[str]) -> Stage:
     )
 
 
-def evaluate_stage(settings: Settings, model: Path) -> Stage:
-    """Metrics of a model directory on the test day."""
+def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
+    """Vectors of a model directory, and its metrics on the test day."""
     settings = model_settings(settings, model)
     ingested = ingest_stage(settings)
     embedded = embed_stage(settings, model, evaluation_queries(settings, ingested))
     name = Path(settings.recipe).stem
-    return _tracked(settings, evaluate_embeddings(settings, ingested, embedded.path, name))
+    evaluated = evaluate_embeddings(settings, ingested, embedded.path, name)
+    return embedded, _tracked(settings, evaluated)
 
 
 def baselines_stage(settings: Settings) -> Stage:

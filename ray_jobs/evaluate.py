@@ -9,7 +9,8 @@ from acebert.pipeline import evaluate_stage
 
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
-    print(evaluate_stage(settings, arguments.model).path)
+    _, evaluated = evaluate_stage(settings, arguments.model)
+    print(evaluated.path)
 
 
 if __name__ == "__main__":

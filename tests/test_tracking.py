@@ -8,7 +8,7 @@ from acebert.config import Settings, load_settings
 from acebert.tracking import client, metrics_actor, start_run, tracking_uri
 
 
-@pytest.fixture()
+@pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return load_settings(["--workdir", str(tmp_path), "--tracking.tag", "t1"])

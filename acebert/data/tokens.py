@@ -176,7 +176,9 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     from tokenizers.implementations import BertWordPieceTokenizer
 
     trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(iter(texts), vocab_size=vocab_size, min_frequency=2, show_progress=False)
+    trained.train_from_iterator(
+        iter(texts), vocab_size=vocab_size, min_frequency=2, show_progress=False
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=trained._tokenizer,
         unk_token="[UNK]",

@@ -32,7 +32,9 @@ def test_product_batch_equals_rows_put_together_one_by_one(titles, queries, data
     )
     lists = np.array(data.draw(st.lists(st.integers(0, len(hot) - 1), min_size=B, max_size=B)))
     batch = store(titles, queries, hot).product_batch(products, lists)
-    expected = [plain_product(titles, queries, hot, p, h) for p, h in zip(products, lists)]
+    expected = [
+        plain_product(titles, queries, hot, p, h) for p, h in zip(products, lists, strict=True)
+    ]
     L = max(len(ids) for ids, _ in expected)
     assert batch.input_ids.shape == (B, L)  # padded to the longest, no further
     for row, (ids, segments) in enumerate(expected):
