@@ -11,11 +11,13 @@ import logging
 import os
 import platform
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import ray
 from filelock import FileLock
 from mlflow.entities import Metric, Param, RunTag
@@ -154,6 +156,37 @@ def start_run(
     for start in range(0, len(params), 100):
         mlflow_client.log_batch(created.info.run_id, params=params[start : start + 100])
     return Run(mlflow_client, created.info.run_id)
+
+
+def log_model(settings: Settings, run: Run, directory: Path) -> None:
+    """Log a model directory as an MLflow model of the run and, where `tracking.register_as` says
+    so, register it as a new version under `tracking.alias`."""
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+
+    dim = settings.model.embedding_dim
+    signature = ModelSignature(
+        inputs=Schema([ColSpec("string", "query")]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, dim))]),
+    )
+    mlflow.set_tracking_uri(tracking_uri(settings))
+    with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
+        # About type hints and a missing input example: the signature is given.
+        warnings.simplefilter("ignore", UserWarning)
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(__file__).parent / "serving" / "mlflow_model.py"),
+            artifacts={"model": str(directory)},
+            signature=signature,
+            pip_requirements=[f"acebert=={__version__}"],
+        )
+    name = settings.tracking.register_as
+    if name is None:
+        return
+    version = mlflow.register_model(logged.model_uri, name).version
+    run.client.set_registered_model_alias(name, settings.tracking.alias, version)
+    log.info("mlflow: model %s version %s, alias %s", name, version, settings.tracking.alias)
 
 
 def _provenance() -> dict[str, str]:

@@ -28,7 +28,7 @@ from acebert.data.tokens import backbone_digest, load_tokenizer, special_ids
 from acebert.errors import UserError
 from acebert.job import set_up_logging
 from acebert.models.dual import DualEncoder
-from acebert.tracking import Run, metrics_actor, start_run
+from acebert.tracking import Run, log_model, metrics_actor, start_run
 from acebert.training.loop import Finetuner, Progress, run
 from acebert.training.pairs import StagePaths
 from acebert.workdir import Stage, digest_of, run_stage
@@ -67,6 +67,7 @@ def finetune(
             _export(settings, paths, best, final, mlrun.run_id, out)
             for artifact in ("settings.yaml", "report.json", "history.parquet", "valid.parquet"):
                 mlrun.log_artifact(out / artifact)
+            log_model(settings, mlrun, out)
         shutil.rmtree(_storage(settings) / name, ignore_errors=True)
 
     return run_stage(settings.workdir, "finetune", key, build)

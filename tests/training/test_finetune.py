@@ -2,16 +2,20 @@
 
 from pathlib import Path
 
+import mlflow
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from acebert.config import Settings
 from acebert.errors import UserError
 from acebert.models.dual import DualEncoder
-from acebert.tracking import client
+from acebert.models.encoder import TextInputs
+from acebert.tracking import client, tracking_uri
 from acebert.training.finetune import finetune
 from acebert.workdir import Stage
 
@@ -53,6 +57,28 @@ def test_every_step_is_in_mlflow_once(one_worker: Stage, settings: Settings):
     valid = pq.read_table(one_worker.path / "valid.parquet")
     recall = mlflow.get_metric_history(run.info.run_id, "valid/recall_100")
     assert sorted(m.step for m in recall) == valid["step"].to_pylist()
+
+
+def test_the_registered_model_encodes_queries_as_the_directory_does(
+    one_worker: Stage, settings: Settings
+):
+    mlflow.set_tracking_uri(tracking_uri(settings))
+    name, alias = settings.tracking.register_as, settings.tracking.alias
+    loaded = mlflow.pyfunc.load_model(f"models:/{name}@{alias}")
+    queries = ["Red  DRESS", "watch", "a query with words never seen"]
+    got = loaded.predict(pd.DataFrame({"query": queries}))
+    tokenizer = AutoTokenizer.from_pretrained(one_worker.path / "tokenizer")
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    plain = [
+        [cls, *ids[: settings.text.query_tokens], sep]
+        for ids in tokenizer([q.lower() for q in queries], add_special_tokens=False)["input_ids"]
+    ]
+    model = DualEncoder.load(one_worker.path).eval()
+    for row, ids in zip(got, (torch.tensor([ids]) for ids in plain), strict=True):
+        text = TextInputs(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids))
+        with torch.inference_mode():
+            expected = model.encode_queries(text)[0].numpy()
+        np.testing.assert_allclose(row, expected, atol=1e-5)
 
 
 @pytest.mark.slow
