@@ -172,7 +172,7 @@ def _run(
         _Embedder,
         fn_constructor_args=(settings, model, make),
         batch_size=settings.eval.batch_size,
-        concurrency=settings.eval.num_actors,
+        compute=ray.data.ActorPoolStrategy(size=settings.eval.num_actors),
         num_gpus=gpus,
         num_cpus=None if gpus else cpus,
     )

@@ -10,7 +10,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoTokenizer
+
+from acebert.models.dual import DualEncoder
+from acebert.models.encoder import TextInputs
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
@@ -102,6 +110,38 @@ def test_a_submitted_job_trains_and_its_last_line_is_the_model_directory(
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     assert again.stdout.splitlines()[-1] == model
     assert f"finetune: reused {model}" in again.stdout
+
+
+@pytest.mark.slow
+def test_embed_writes_vectors_that_others_can_score_with(cluster: dict[str, str], tmp_path: Path):
+    trained = submit(cluster, "ray_jobs/finetune.py", "--workdir", str(tmp_path), *SMALL)
+    (model,) = [s for s in trained.stdout.splitlines() if s.startswith(f"{tmp_path}/finetune")]
+    queries = ["Red  Dress", "watch", "striped shirt", "watch"]
+    pq.write_table(pa.table({"query": queries}), tmp_path / "q.parquet")
+    out = tmp_path / "out"
+    command = [sys.executable, "ray_jobs/embed.py", "--workdir", tmp_path, "--model", model]
+    done = subprocess.run(
+        [*map(str, command), "--queries", str(tmp_path / "q.parquet"), "--out", str(out)],
+        **{"cwd": ROOT, "env": cluster, "capture_output": True, "text": True, "timeout": 400},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    products, embedded = (pq.read_table(out / f"{n}.parquet") for n in ("products", "queries"))
+    assert embedded["query"].to_pylist() == queries[:3]  # each once, as it was given
+    demo = pq.read_table(next(tmp_path.glob("demo/*/products.parquet")), columns=["product_id"])
+    assert products["product_id"].to_pylist() == demo["product_id"].to_pylist()
+    vectors = np.array(products["embedding"].to_pylist(), dtype=np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+    # The same by hand: one title through the model, without Ray, padding or bf16.
+    table = pq.read_table(next(tmp_path.glob("demo/*/products.parquet")), columns=["title"])
+    row = next(i for i, title in enumerate(table["title"].to_pylist()) if title)
+    tokenizer = AutoTokenizer.from_pretrained(f"{model}/tokenizer")
+    pieces = tokenizer(table["title"][row].as_py(), add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[tokenizer.cls_token_id, *pieces, tokenizer.sep_token_id]])
+    text = TextInputs(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids))
+    with torch.inference_mode():
+        v = DualEncoder.load(Path(model)).eval().encode_products(text)[0]
+    assert float(v @ torch.from_numpy(vectors[row])) > 0.999
 
 
 @pytest.mark.slow
