@@ -87,10 +87,13 @@ def test_two_workers_train_as_one_does(
 ):
     """Gathered negatives, adversary and validation over gloo: the same curves."""
     both = finetune(with_train(settings, num_workers=2, threads_per_worker=1), **stages)
-    for file, columns in (("history", ("loss", "adversary", "accuracy")), ("valid", ("gauc",))):
-        one, two = (pq.read_table(s.path / f"{file}.parquet") for s in (one_worker, both))
-        for name in columns:
-            np.testing.assert_allclose(one[name], two[name], rtol=2e-3, err_msg=name)
+    one, two = (pq.read_table(s.path / "history.parquet") for s in (one_worker, both))
+    for name in ("loss", "adversary"):
+        np.testing.assert_allclose(one[name], two[name], rtol=2e-3, err_msg=name)
+    # Counts of ranks: rounding may swap two that are nearly tied.
+    np.testing.assert_allclose(one["accuracy"], two["accuracy"], atol=1.5 / 32)
+    one, two = (pq.read_table(s.path / "valid.parquet") for s in (one_worker, both))
+    np.testing.assert_allclose(one["gauc"], two["gauc"], atol=0.01)
 
 
 def test_a_stage_that_is_there_is_not_trained_again(
