@@ -90,10 +90,10 @@ def test_two_workers_train_as_one_does(
     one, two = (pq.read_table(s.path / "history.parquet") for s in (one_worker, both))
     for name in ("loss", "adversary"):
         np.testing.assert_allclose(one[name], two[name], rtol=2e-3, err_msg=name)
-    # Counts of ranks: rounding may swap two that are nearly tied.
+    # A count of ranks: rounding may swap two that are nearly tied, in one of the 32 rows.
     np.testing.assert_allclose(one["accuracy"], two["accuracy"], atol=1.5 / 32)
     one, two = (pq.read_table(s.path / "valid.parquet") for s in (one_worker, both))
-    np.testing.assert_allclose(one["gauc"], two["gauc"], atol=0.01)
+    np.testing.assert_allclose(one["gauc"], two["gauc"], rtol=2e-3)
 
 
 def test_a_stage_that_is_there_is_not_trained_again(
