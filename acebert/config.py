@@ -182,6 +182,9 @@ class LossSettings(Section):
     false_negatives: Literal["keep", "batch", "log"] = "log"
     """in-batch negatives that are clicked pairs are kept (paper), masked where the batch shows the
     click, or masked where the whole training log shows it"""
+    popularity_correction: bool = False
+    """subtract the log of each product's share of the training pairs from its in-batch scores
+    (logQ), so that what is clicked more often ranks higher (paper: no)"""
 
 
 class AdversarySettings(Section):

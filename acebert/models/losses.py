@@ -25,6 +25,7 @@ def semantic_matching_loss(
     *,
     query_mask: Tensor | None = None,
     product_mask: Tensor | None = None,
+    product_log_share: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_main of Eq. 5: both directions, summed.
 
@@ -36,6 +37,11 @@ def semantic_matching_loss(
         gamma: γ of Eq. 4
         query_mask: bool [b, W], True where a product is left out of a query's denominator
         product_mask: bool [b, W], True where a query is left out of a product's denominator
+        product_log_share: float32 [W], log of the chance with which each product of the batch is
+            drawn. In-batch products come as often as they are clicked, so γ·cos learns
+            log p(p|q) − log p(p), which takes popularity out of the ranking; subtracted from the
+            scores of products (logQ, Yi et al. 2019) it leaves γ·cos = log p(p|q) + c(q). The other
+            direction fits that as it is, for its softmax is blind to a constant of the product
 
     Returns:
         The loss (a scalar; see the module's docstring for its scale), and, detached, this rank's
@@ -51,6 +57,8 @@ def semantic_matching_loss(
         all_q, all_p, first = gather_pairs(v_q, v_p)
         own = torch.arange(first, first + b, device=v_q.device)
         q_to_p = _scores(v_q, all_p, gamma, query_mask, "query_mask")
+        if product_log_share is not None:
+            q_to_p = q_to_p - product_log_share
         p_to_q = _scores(v_p, all_q, gamma, product_mask, "product_mask")
         loss = F.cross_entropy(q_to_p, own) + F.cross_entropy(p_to_q, own)
     with torch.no_grad():

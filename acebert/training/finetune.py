@@ -29,7 +29,8 @@ from acebert.errors import UserError
 from acebert.job import set_up_logging
 from acebert.models.dual import DualEncoder
 from acebert.tracking import Run, log_model, metrics_actor, start_run
-from acebert.training.loop import Finetuner, Progress, run
+from acebert.training.finetuner import Finetuner
+from acebert.training.loop import Progress, run
 from acebert.training.pairs import StagePaths
 from acebert.workdir import Stage, digest_of, run_stage
 

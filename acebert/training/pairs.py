@@ -44,6 +44,8 @@ class TrainBatch:
         image: image tokens [b, …], or None for a text-only model
         query_mask: bool [b, W], True where a product is no negative of a query
         product_mask: bool [b, W], True where a query is no negative of a product
+        product_log_share: float32 [W], log of each product's share of the training pairs, or None
+            without popularity correction
     """
 
     query: TextInputs
@@ -51,10 +53,11 @@ class TrainBatch:
     image: ImageInputs | None
     query_mask: torch.Tensor | None
     product_mask: torch.Tensor | None
+    product_log_share: torch.Tensor | None
 
     def to(self, device: torch.device) -> "TrainBatch":
-        def move(mask: torch.Tensor | None) -> torch.Tensor | None:
-            return None if mask is None else mask.to(device, non_blocking=True)
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
 
         return TrainBatch(
             self.query.to(device),
@@ -62,6 +65,7 @@ class TrainBatch:
             None if self.image is None else self.image.to(device),
             move(self.query_mask),
             move(self.product_mask),
+            move(self.product_log_share),
         )
 
 
@@ -122,6 +126,12 @@ class PairBatches:
             else None
         )
 
+        self._log_share = None
+        if settings.loss.popularity_correction:
+            drawn = np.bincount(pairs["product"].to_numpy(), minlength=len(lists))
+            with np.errstate(divide="ignore"):  # never in a batch
+                self._log_share = np.log(drawn / len(pairs)).astype(np.float32)
+
     @property
     def steps_per_epoch(self) -> int:
         """Full batches an epoch; the remainder that is smaller than W is not trained on."""
@@ -138,7 +148,10 @@ class PairBatches:
             query, product, self.settings.loss.false_negatives, self._clicked, rows
         )
         text, image = self.inputs.products(product[rows], None if hot is None else hot[rows])
-        return TrainBatch(self.inputs.queries(query[rows]), text, image, query_mask, product_mask)
+        share = None if self._log_share is None else torch.from_numpy(self._log_share[product])
+        return TrainBatch(
+            self.inputs.queries(query[rows]), text, image, query_mask, product_mask, share
+        )
 
     def _hot_lists(
         self, pair: NDArray[np.int64], product: NDArray[np.int32], step: int

@@ -73,6 +73,47 @@ def test_masked_pairs_leave_the_denominators() -> None:
     assert metrics["masked"].item() == pytest.approx(int(q_mask.sum()) / W)
 
 
+def test_popularity_correction_subtracts_the_log_share_from_the_scores_of_products_alone() -> None:
+    v_q, v_p = unit_vectors()
+    share = torch.rand(W)
+    loss, _ = semantic_matching_loss(v_q, v_p, 5.0, product_log_share=share.log())
+    cosine = v_q.double().numpy() @ v_p.double().numpy().T
+    of_products = np.exp(5 * cosine) / share.double().numpy()
+    of_queries = np.exp(5 * cosine)
+    expected = -np.log(of_products.diagonal() / of_products.sum(axis=1))
+    expected -= np.log(of_queries.diagonal() / of_queries.sum(axis=0))
+    assert loss.item() == pytest.approx(expected.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_only_with_popularity_correction_do_scores_become_the_chance_of_a_click(
+    corrected: bool,
+) -> None:
+    rng = np.random.default_rng(0)
+    joint = rng.dirichlet(np.full(12, 5.0)).reshape(3, 4)  # p(query, product)
+    of_product = joint.sum(axis=0)
+    scores = torch.zeros(3, 4, requires_grad=True)  # one-hot queries: score = table entry
+    optimizer = torch.optim.Adam([scores], lr=0.05)
+    log_share = torch.from_numpy(np.log(of_product)).float()
+    for step in range(400):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * (1 - step / 400)
+        query, product = np.divmod(rng.choice(12, size=512, p=joint.ravel()), 4)
+        loss, _ = semantic_matching_loss(
+            torch.eye(3)[query],
+            scores.T[product],
+            1.0,
+            product_log_share=log_share[product] if corrected else None,
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    learnt = scores.detach().numpy()
+    target = np.log(joint) - (0 if corrected else np.log(of_product))
+    gap = (learnt - target) - (learnt - target).mean(axis=1, keepdims=True)
+    assert np.abs(gap).max() < 0.05
+
+
 def test_a_masked_pair_sends_no_gradient() -> None:
     v_q, v_p = (v.requires_grad_() for v in unit_vectors(n=2))
     everything_else = ~torch.eye(2, dtype=torch.bool)

@@ -8,7 +8,8 @@ import torch
 from acebert.config import Settings
 from acebert.errors import UserError
 from acebert.training.finetune import new_model, read_state, write_state
-from acebert.training.loop import Finetuner, Progress, run
+from acebert.training.finetuner import Finetuner
+from acebert.training.loop import Progress, run
 from acebert.training.pairs import PairBatches, StagePaths
 
 CPU = torch.device("cpu")
