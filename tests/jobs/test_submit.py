@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,14 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def short_path() -> Iterator[Path]:
+    """For Ray's unix sockets, whose paths must be short."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, short_path: Path) -> Iterator[dict[str, str]]:
     """The environment of a client of a head that runs as the README says."""
     home = tmp_path_factory.mktemp("head")
     token = home / "token"
@@ -48,9 +56,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TMPDIR": f"/tmp/ray-{os.getpid()}",  # a unix socket's path must be short
+        "RAY_TMPDIR": str(short_path),
     }
-    Path(env["RAY_TMPDIR"]).mkdir(exist_ok=True)
     env.pop("RAY_ADDRESS", None)
     command = [
         *[str(RAY), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"],
