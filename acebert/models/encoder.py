@@ -253,22 +253,31 @@ class CEBertModel(BertPreTrainedModel):
     def pooled(self, text: TextInputs, image: ImageInputs | None = None) -> Tensor:
         """One state a row, [B, D]: [CLS]'s, or the mean over the text's tokens (config.pooling).
 
-        The last layer is worked out for those tokens alone: no other token's query, output and
+        The last layer is worked out for those tokens alone. Raises as `forward`.
+        """
+        n = 1 if self.config.pooling == "cls" else text.input_ids.shape[1]
+        return self.pool(self.first_states(text, image, n), text)
+
+    def pool(self, states: Tensor, text: TextInputs) -> Tensor:
+        """Last states of the text's tokens, [B, ≥ L, D] (for 'cls', of the first) → [B, D]."""
+        if self.config.pooling == "cls":
+            return states[:, 0]
+        weights = text.attention_mask.to(states.dtype)
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        return torch.einsum("bl,bld->bd", weights, states[:, : weights.shape[1]])
+
+    def first_states(self, text: TextInputs, image: ImageInputs | None, n: int) -> Tensor:
+        """The first n of `forward`'s last hidden states, [B, n, D].
+
+        The last layer is worked out for them alone: no other token's query, output and
         feed-forward are needed. Raises as `forward`.
         """
         hidden, mask = self._embed(text, image)
         *layers, last = self.encoder.layer
-        cls = self.config.pooling == "cls"
-        n = 1 if cls else text.input_ids.shape[1]
         with _attention_kernel(hidden):
             for layer in layers:
                 hidden = layer(hidden, mask)
-            states = _first_tokens(last, hidden, mask[:, :, :n], n)
-        if cls:
-            return states[:, 0]
-        weights = text.attention_mask.to(states.dtype)
-        weights = weights / weights.sum(dim=1, keepdim=True)
-        return torch.einsum("bl,bld->bd", weights, states)
+            return _first_tokens(last, hidden, mask[:, :, :n], n)
 
     def _embed(self, text: TextInputs, image: ImageInputs | None) -> tuple[Tensor, Tensor]:
         """Tokens [B, L_total, D] and SDPA's mask [B, 1, L_total, L_total]."""
