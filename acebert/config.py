@@ -126,8 +126,11 @@ class ModelSettings(Section):
     """The encoder (paper section 2) and its two uses as query and product side (section 3)."""
 
     backbone: str | None = "bert-base-uncased"
-    """start weights and vocabulary: a Hugging Face BERT by hub name or local directory (none:
-    random weights)"""
+    """start weights and vocabulary: a Hugging Face BERT by hub name or local directory, also one
+    that pre-training wrote (none: random weights)"""
+    start: Literal["backbone", "pretrain"] = "backbone"
+    """what fine-tuning starts from: the backbone, or the CE-BERT that these settings pre-train,
+    which is trained first where it is missing"""
     layers: int = Field(4, ge=1)
     """first layers of the backbone that are kept (paper: a 4-layer BERT)"""
     width: int = Field(768, ge=8)
@@ -203,6 +206,48 @@ class AdversarySettings(Section):
     """hidden units of the classifier"""
     lr: float = Field(1e-3, gt=0)
     """learning rate of the classifier's own Adam"""
+
+
+class PretrainSettings(Section):
+    """Pre-training of CE-BERT with MLM, MPM and TIP (paper section 2.2). Workers, precision and
+    clipping are those of `train`."""
+
+    negatives: int = Field(3, ge=1)
+    """pairs of a title and another product's photo for each matched pair (paper: 3)"""
+    same_category_negatives: float = Field(0.0, ge=0, le=1)
+    """share of these photos that is taken from the title's own category (paper: 0)"""
+    patch_temperature: float = Field(1.0, gt=0)
+    """T of a masked patch's target, softmax(feature/T); smaller is peakier (paper: 1)"""
+    adaptive_loss: bool = False
+    """weigh the three losses by FashionBERT's adaptive weights, else add them up (paper)"""
+    queries: bool = False
+    """masked words of the training queries too, each a row of its own"""
+    held_out: float = Field(0.02, gt=0, lt=1)
+    """share of the distinct titles that is held out to measure on"""
+    valid_products: int = Field(2000, ge=2)
+    """products of these that a validation measures on"""
+    validate_every: int = Field(1000, ge=1)
+    """steps between validations"""
+    batch_size: int = Field(96, ge=2)
+    """titles and queries in a batch; a title comes 1 + negatives times"""
+    epochs: int = Field(3, ge=1)
+    """passes over the catalogue"""
+    max_steps: int | None = Field(None, ge=1)
+    """steps at most"""
+    max_minutes: float | None = Field(None, gt=0)
+    """training time at most [min]; the learning rate decays over whichever end comes first"""
+    lr: float = Field(2e-5, gt=0)
+    """peak learning rate of AdamW (paper: 2e-5)"""
+    new_layer_lr_factor: float = Field(1.0, gt=0)
+    """the learning rate of layers that did not come from the backbone is this many times lr"""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decay, of matrices only"""
+    warmup_steps: int = Field(10_000, ge=0)
+    """steps of linear warm-up (paper: 10,000)"""
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    """schedule after the warm-up"""
+    seed: int = 0
+    """seed of pre-training, apart from the fine-tuning's: its seeds share one start"""
 
 
 class TrainSettings(Section):
@@ -333,6 +378,7 @@ class Settings(BaseSettings):
     plan: PlanSettings = PlanSettings()
     loss: LossSettings = LossSettings()
     adversary: AdversarySettings = AdversarySettings()
+    pretrain: PretrainSettings = PretrainSettings()
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -350,6 +396,16 @@ class Settings(BaseSettings):
             )
         if self.data.test_impressions and self.data.test_from:
             raise ValueError("data.test_from splits by time; data.test_impressions is a split: one")
+        if self.pretrain.batch_size % self.train.num_workers:
+            raise ValueError(
+                f"pretrain.batch_size {self.pretrain.batch_size} is not divisible by "
+                f"train.num_workers {self.train.num_workers}"
+            )
+        if self.pretrain.adaptive_loss and not self.model.patches:
+            raise ValueError(
+                "pretrain.adaptive_loss weighs three losses; a model without patches has no MPM: "
+                "set model.patches true, or pretrain.adaptive_loss false"
+            )
         return self
 
     @property
