@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
 import ray
 from filelock import FileLock
 from mlflow.entities import Metric, Param, RunTag
@@ -210,17 +211,36 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-@ray.remote(num_cpus=0, max_restarts=-1)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class MetricsActor:
-    """Takes rows of metrics from workers and writes them on the driver's node."""
+    """Takes metrics from workers and writes them on the driver's node, each step of each once.
+
+    What a run has already is asked of MLflow, so rows may be sent again after any restart, of a
+    worker, of this actor or of the job.
+    """
 
     def __init__(self, uri: str) -> None:
         self._client = MlflowClient(uri)
+        self._last: dict[str, dict[str, int]] = {}
 
-    def log(self, run_id: str, rows: list[Row]) -> int:
-        """Write `rows`; returns how many, so that a caller can wait for them."""
-        log_rows(self._client, run_id, rows)
-        return len(rows)
+    def log(self, run_id: str, table: pa.Table) -> int:
+        """Write a table's metrics that the run has not; returns how many those were.
+
+        The table has a column `step`, ascending, and one a metric; nulls are left out.
+        """
+        last = self._last.pop(run_id, None)  # asked anew after a failure half-way
+        if last is None:
+            logged = self._client.get_run(run_id).to_proto().data.metrics
+            last = {metric.key: metric.step for metric in logged}
+        new = [
+            (name, value, row["step"])
+            for row in table.to_pylist()
+            for name, value in row.items()
+            if name != "step" and value is not None and row["step"] > last.get(name, -1)
+        ]
+        log_rows(self._client, run_id, new)
+        self._last[run_id] = last | {name: step for name, _, step in new}
+        return len(new)
 
 
 def metrics_actor(settings: Settings) -> Any:

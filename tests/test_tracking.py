@@ -1,6 +1,7 @@
 import multiprocessing
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 
@@ -53,13 +54,20 @@ def test_processes_that_start_at_once_share_one_new_experiment(settings: Setting
         assert len(set(pool.map(_make_run, [settings] * 3))) == 1
 
 
-def test_workers_log_through_the_actor_on_the_drivers_node(settings: Settings, ray_cluster: None):
-    actor = metrics_actor(settings)
+def test_workers_log_through_the_actor_and_no_step_twice(settings: Settings, ray_cluster: None):
+    steps = list(range(2500))  # MLflow takes 1,000 metrics at a time
+    table = pa.table({"step": steps, "train/loss": [float(i) for i in steps]})
+    rare = [float(i) if i % 5 == 0 else None for i in steps]
+    table = table.append_column("train/domain_loss", pa.array(rare))
     with start_run(settings, "finetune", "d1") as run:
-        rows = [("train/loss", float(i), i) for i in range(2500)]  # MLflow takes 1,000 at a time
-        assert ray.get(actor.log.remote(run.run_id, rows)) == 2500
-    history = client(settings).get_metric_history(run.run_id, "train/loss")
-    assert sorted((m.step, m.value) for m in history) == [(i, float(i)) for i in range(2500)]
+        actor = metrics_actor(settings)
+        assert ray.get(actor.log.remote(run.run_id, table[:1500])) == 1500 + 300
+        assert ray.get(actor.log.remote(run.run_id, table[:2000])) == 500 + 100
+        restarted = metrics_actor(settings)  # it asks MLflow what the run has
+        assert ray.get(restarted.log.remote(run.run_id, table)) == 500 + 100
+    for name, expected in (("loss", steps), ("domain_loss", steps[::5])):
+        history = client(settings).get_metric_history(run.run_id, f"train/{name}")
+        assert sorted((m.step, m.value) for m in history) == [(i, float(i)) for i in expected]
 
 
 def test_the_environment_names_another_server(settings: Settings, monkeypatch: pytest.MonkeyPatch):
