@@ -396,11 +396,6 @@ class Settings(BaseSettings):
             )
         if self.data.test_impressions and self.data.test_from:
             raise ValueError("data.test_from splits by time; data.test_impressions is a split: one")
-        if self.pretrain.batch_size % self.train.num_workers:
-            raise ValueError(
-                f"pretrain.batch_size {self.pretrain.batch_size} is not divisible by "
-                f"train.num_workers {self.train.num_workers}"
-            )
         if self.pretrain.adaptive_loss and not self.model.patches:
             raise ValueError(
                 "pretrain.adaptive_loss weighs three losses; a model without patches has no MPM: "
