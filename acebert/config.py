@@ -257,6 +257,9 @@ class TrainSettings(Section):
     """global batch W [pairs] (paper: 384)"""
     num_workers: int = Field(1, ge=1)
     """DDP workers; W must be divisible by them"""
+    min_workers: int | None = Field(None, ge=1)
+    """workers that training goes on with when nodes are lost, until there are more again (none:
+    num_workers); W must be divisible by every number between"""
     use_gpu: bool | None = None
     """one GPU a worker (none: if the cluster has any)"""
     cpus_per_worker: float | None = Field(None, gt=0)
@@ -286,7 +289,7 @@ class TrainSettings(Section):
     compile: bool = False
     """torch.compile the encoder"""
     validate_every: int = Field(200, ge=1)
-    """encoder steps between validations on the validation day (each writes a checkpoint)"""
+    """encoder steps between validations on the validation day"""
     valid_searches: int = Field(1000, ge=1)
     """searches of the validation day in a validation"""
     valid_products: int = Field(5000, ge=1)
@@ -295,15 +298,25 @@ class TrainSettings(Section):
     """metric that early stopping and the best checkpoint go by"""
     patience: int = Field(5, ge=1)
     """validations without a better value before training stops"""
+    checkpoint_every: int = Field(100, ge=1)
+    """steps between checkpoints (one is written with every validation too)"""
+    checkpoints_kept: int = Field(2, ge=1)
+    """newest checkpoints that are kept beside the best"""
     max_failures: int = Field(3, ge=0)
     """restarts of the worker group from the last checkpoint"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.batch_size % self.num_workers:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not divisible by num_workers {self.num_workers}"
-            )
+        least = self.min_workers or self.num_workers
+        if least > self.num_workers:
+            raise ValueError(f"min_workers {least} is more than num_workers {self.num_workers}")
+        for workers in range(least, self.num_workers + 1):
+            if self.batch_size % workers:
+                raise ValueError(
+                    f"batch_size {self.batch_size} is not divisible by {workers} workers "
+                    f"(num_workers {self.num_workers}"
+                    + (f", min_workers {least})" if self.min_workers else ")")
+                )
         return self
 
 
