@@ -44,6 +44,8 @@ class Tower(nn.Module):
             return self._encode(text, image)
         # A core does padding at the price of words: rows of about one length go together.
         order = text.attention_mask.sum(dim=1).argsort()
+        if torch.is_grad_enabled():
+            text = self.encoder.embeddings.look_up(text)
         parts = [
             self._encode(text.rows(rows), None if image is None else image.rows(rows))
             for rows in order.split(ROWS_OF_ONE_LENGTH)

@@ -16,7 +16,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,18 +55,24 @@ class TextInputs:
         input_ids: int64 [B, L]
         attention_mask: bool [B, L], False on padding; a row's first token is never padding
         segment_ids: int64 [B, L], TITLE or HOT_QUERY
+        words: rows of the word table [n + 1, D] that `input_ids` counts in, [SEP]'s last (see
+            `CEBertEmbeddings.look_up`), or None: it counts in the table itself
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     segment_ids: Tensor
+    words: Tensor | None = None
 
     def rows(self, rows: Tensor) -> "TextInputs":
         """Rows [b] of the batch, without the columns that are padding in all of them."""
         mask = self.attention_mask[rows]
         columns = mask.any(dim=0)
-        return TextInputs(
-            self.input_ids[rows][:, columns], mask[:, columns], self.segment_ids[rows][:, columns]
+        return replace(
+            self,
+            input_ids=self.input_ids[rows][:, columns],
+            attention_mask=mask[:, columns],
+            segment_ids=self.segment_ids[rows][:, columns],
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TextInputs":
@@ -162,25 +168,44 @@ class CEBertEmbeddings(BertEmbeddings):
             self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN), persistent=False)
             self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD), persistent=False)
 
+    def look_up(self, text: TextInputs) -> TextInputs:
+        """The same tokens, the rows of the word table that they need taken from it once.
+
+        Every use of the table has a gradient as large as the table (94 MB of BERT-base's, nearly
+        all of it zeros); a batch that is encoded in pieces uses it in each of them.
+        """
+        ids, place = text.input_ids.unique(return_inverse=True)
+        sep = ids.new_tensor([self.sep_token_id])
+        return replace(text, input_ids=place, words=self.word_embeddings(torch.cat([ids, sep])))
+
     def text(self, text: TextInputs) -> Tensor:
         """[B, L, D]"""
-        return self(input_ids=text.input_ids, token_type_ids=text.segment_ids)
+        if text.words is None:
+            return self(input_ids=text.input_ids, token_type_ids=text.segment_ids)
+        content = F.embedding(text.input_ids, text.words)
+        return self(inputs_embeds=content, token_type_ids=text.segment_ids)
 
-    def patches(self, patches: Tensor) -> Tensor:
+    def sep(self, text: TextInputs) -> Tensor:
+        """Content of the [SEP] that closes image tokens, [D]."""
+        words = text.words
+        return self.word_embeddings.weight[self.sep_token_id] if words is None else words[-1]
+
+    def patches(self, patches: Tensor, sep: Tensor) -> Tensor:
         """[B, 16, D1] → [B, 17, D]"""
         content = self.patch_projection(patches.to(self.patch_projection.weight.dtype))
-        return self._image_tokens(content, PATCH, self.patch_position_embeddings)
+        return self._image_tokens(content, sep, PATCH, self.patch_position_embeddings)
 
-    def pixels(self, pixels: Tensor) -> Tensor:
+    def pixels(self, pixels: Tensor, sep: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] → [B, 50, D]"""
         x = (pixels / 255).sub_(self.pixel_mean).div_(self.pixel_std)
         content = self.pixel_projection(cut_pixels(x))
-        return self._image_tokens(content, PIXEL, self.pixel_position_embeddings)
+        return self._image_tokens(content, sep, PIXEL, self.pixel_position_embeddings)
 
-    def _image_tokens(self, content: Tensor, segment: int, positions: nn.Embedding) -> Tensor:
+    def _image_tokens(
+        self, content: Tensor, sep: Tensor, segment: int, positions: nn.Embedding
+    ) -> Tensor:
         """Content [B, n, D] and a [SEP] → tokens [B, n+1, D]."""
-        sep = self.word_embeddings.weight[self.sep_token_id].expand(len(content), 1, -1)
-        x = torch.cat([content.to(sep.dtype), sep], dim=1)
+        x = torch.cat([content.to(sep.dtype), sep.expand(len(content), 1, -1)], dim=1)
         x = x + self.token_type_embeddings.weight[segment] + positions.weight
         return self.dropout(self.LayerNorm(x))
 
@@ -289,13 +314,14 @@ class CEBertModel(BertPreTrainedModel):
             )
         hidden, keys = self.embeddings.text(text), text.attention_mask.bool()
         if image is not None and config.reads_images:
-            parts = [hidden]
+            parts, sep = [hidden], self.embeddings.sep(text)
             if config.patch_dim:
-                shape = (B, NUM_PATCHES, config.patch_dim)
-                parts.append(self.embeddings.patches(_checked("patches", image.patches, shape)))
+                patches = _checked("patches", image.patches, (B, NUM_PATCHES, config.patch_dim))
+                parts.append(self.embeddings.patches(patches, sep))
             if config.pixel_side:
                 S = config.pixel_side
-                parts.append(self.embeddings.pixels(_checked("pixels", image.pixels, (B, S, S, 3))))
+                pixels = _checked("pixels", image.pixels, (B, S, S, 3))
+                parts.append(self.embeddings.pixels(pixels, sep))
             hidden = torch.cat(parts, dim=1)
             image_keys = image.has_image.bool()[:, None].expand(B, hidden.shape[1] - L)
             keys = torch.cat([keys, image_keys], dim=1)
@@ -406,7 +432,7 @@ def load_backbone(
         log.info("encoder: %d layers of width %d, random weights (seed %d)", layers, width, seed)
         return model
 
-    start = _backbone_config(name_or_dir)
+    start = backbone_config(name_or_dir)
     if layers > start.num_hidden_layers:
         raise UserError(
             f"--model.layers {layers}: {name_or_dir} has {start.num_hidden_layers} layers"
@@ -445,7 +471,8 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _backbone_config(name_or_dir: str) -> BertConfig:
+def backbone_config(name_or_dir: str) -> BertConfig:
+    """The configuration of a BERT or CE-BERT; a UserError where it is neither."""
     try:
         config = AutoConfig.from_pretrained(_source(name_or_dir))
     except (OSError, ValueError) as error:
@@ -463,15 +490,30 @@ def _backbone_weights(
 ) -> tuple[dict[str, Tensor], set[str]]:
     """The backbone's tensors by CE-BERT's names, and the names of those left out."""
     config.num_hidden_layers = layers
-    own = isinstance(config, CEBertConfig)
-    model_class: Any = CEBertModel if own else BertModel
-    kwargs = {} if own else {"add_pooling_layer": False}
+    if isinstance(config, CEBertConfig):
+        start, report = read_backbone(CEBertModel, name_or_dir, config)
+    else:
+        start, report = read_backbone(BertModel, name_or_dir, config, add_pooling_layer=False)
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"--model.backbone {name_or_dir}: its weights lack {', '.join(missing)}")
+    return dict(start.named_parameters()), set(report["unexpected_keys"])
+
+
+def read_backbone(
+    model_class: Any, name_or_dir: str, config: BertConfig, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A backbone as a transformers model of this class, float32, and transformers' own report of
+    `missing_keys` and `unexpected_keys`, of which nothing is printed.
+
+    Raises:
+        UserError: its weights cannot be had, or are no safetensors.
+    """
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()  # what is left out is told by us
     transformers_logging.disable_progress_bar()
     try:
-        start, report = model_class.from_pretrained(
+        return model_class.from_pretrained(
             _source(name_or_dir),
             config=config,
             dtype=torch.float32,
@@ -485,9 +527,6 @@ def _backbone_weights(
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"--model.backbone {name_or_dir}: its weights lack {', '.join(missing)}")
-    return dict(start.named_parameters()), set(report["unexpected_keys"])
 
 
 def _take(
@@ -513,13 +552,13 @@ def _take(
         model.config.num_hidden_layers,
         model.config.hidden_size,
         name_or_dir,
-        _grouped(taken),
-        _grouped(new),
-        _grouped(left_out | set(weights)),
+        grouped_names(taken),
+        grouped_names(new),
+        grouped_names(left_out | set(weights)),
     )
 
 
-def _grouped(names: set[str]) -> str:
+def grouped_names(names: set[str]) -> str:
     """'embeddings.LayerNorm (2), encoder.layer.0 (16)': parameters counted by their module."""
     groups: Counter[str] = Counter()
     for name in sorted(names):

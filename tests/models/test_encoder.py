@@ -156,6 +156,26 @@ def test_padding_changes_nothing(bias: float) -> None:
     )
 
 
+def test_words_looked_up_once_give_the_tables_states_and_gradients() -> None:
+    model, image = stir(encoder(None, patch_dim=D1, pixel_side=S)), some_images()
+    text = some_text()
+    text.input_ids[0, 1] = text.input_ids[1, 1] = SEP  # in the text and behind the image tokens
+
+    def run(text: TextInputs) -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        states = model(text, image)
+        states[:, 0].square().sum().backward()
+        grad = model.embeddings.word_embeddings.weight.grad
+        assert grad is not None
+        return states.detach(), grad
+
+    once = model.embeddings.look_up(text)
+    assert once.words is not None
+    assert len(once.words) == len(text.input_ids.unique()) + 1
+    assert not torch.equal(once.input_ids, text.input_ids)
+    torch.testing.assert_close(run(once), run(text), atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_a_row_without_image_is_its_text_alone() -> None:
     model, text, image = stir(encoder(None, patch_dim=D1, pixel_side=S)), some_text(), some_images()
@@ -280,7 +300,7 @@ def test_first_token_drops_out_in_its_last_layer_as_the_full_forward_does(kind: 
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.3 if (module is attention) == (kind == "attention") else 0.0
     text = some_text((6,))
-    many = TextInputs(*(x.expand(400, -1) for x in vars(text).values()))
+    many = text.rows(torch.zeros(400, dtype=torch.long))
     full, fast = model(many)[:, 0].std(0), model.pooled(many).std(0)
     assert fast.min() > 0
     torch.testing.assert_close(fast.norm(), full.norm(), rtol=0.15, atol=0.0)
