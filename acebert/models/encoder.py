@@ -473,7 +473,6 @@ def seeded(seed: int) -> Iterator[None]:
 
 def backbone_config(name_or_dir: str) -> BertConfig:
     """The configuration of a BERT or CE-BERT; a UserError where it is neither."""
-    """The configuration of a BERT or CE-BERT; a UserError where it is neither."""
     try:
         config = AutoConfig.from_pretrained(_source(name_or_dir))
     except (OSError, ValueError) as error:
