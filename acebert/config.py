@@ -349,6 +349,8 @@ class TrackingSettings(Section):
     """name of the run (none: the recipe's)"""
     tag: str | None = None
     """value of the tag `table` on every run, to compare runs in the MLflow UI"""
+    parent_run: str | None = None
+    """id of the MLflow run that runs are nested under (a sweep sets it)"""
     register_as: str | None = "acebert"
     """registered model that a finished fine-tuning adds a version to (none: not registered)"""
     alias: str = "candidate"

@@ -24,6 +24,7 @@ from filelock import FileLock
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from acebert import __version__
@@ -144,6 +145,11 @@ def start_run(
         "acebert.recipe": settings.recipe,
         **_provenance(),
         **({TABLE_TAG: settings.tracking.tag} if settings.tracking.tag else {}),
+        **(
+            {MLFLOW_PARENT_RUN_ID: settings.tracking.parent_run}
+            if settings.tracking.parent_run
+            else {}
+        ),
         **(tags or {}),
     }
     created = mlflow_client.create_run(
