@@ -128,6 +128,9 @@ def start_run(
     """
     mlflow_client = client(settings)
     experiment = _experiment(mlflow_client, settings)
+    tracking = settings.tracking
+    place = {TABLE_TAG: tracking.tag, MLFLOW_PARENT_RUN_ID: tracking.parent_run}
+    own = {tag: value for tag, value in place.items() if value}
     known = mlflow_client.search_runs(
         [experiment],
         f"tags.`{STAGE_TAG}` = '{stage}' AND tags.`{DIGEST_TAG}` = '{digest}' "
@@ -137,6 +140,7 @@ def start_run(
     if known:
         run = Run(mlflow_client, known[0].info.run_id)
         mlflow_client.update_run(run.run_id, status="RUNNING")
+        run.set_tags(own)
         log.info("mlflow: goes on in run %s", run.run_id)
         return run
     all_tags = {
@@ -144,18 +148,13 @@ def start_run(
         DIGEST_TAG: digest,
         "acebert.recipe": settings.recipe,
         **_provenance(),
-        **({TABLE_TAG: settings.tracking.tag} if settings.tracking.tag else {}),
-        **(
-            {MLFLOW_PARENT_RUN_ID: settings.tracking.parent_run}
-            if settings.tracking.parent_run
-            else {}
-        ),
+        **own,
         **(tags or {}),
     }
     created = mlflow_client.create_run(
         experiment,
         start_time=int((started or time.time()) * 1000),
-        run_name=name or settings.tracking.run_name or f"{stage} {Path(settings.recipe).stem}",
+        run_name=name or tracking.run_name or f"{stage} {Path(settings.recipe).stem}",
         tags=all_tags,
     )
     flat = flatten(settings.model_dump(mode="json", exclude={"tracking"}))
