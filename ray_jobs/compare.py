@@ -2,12 +2,14 @@
 
     python ray_jobs/compare.py --recipes twinbert_tiny acebert_tiny [--seeds 0 1] [settings]
 
-All settings but the recipe and the seed are shared. What is done already is reused. The runs carry
-one tag in MLflow, so that its compare page shows the table.
+All settings but the recipe and the seed are shared. What is done already is reused. Each recipe is
+compared with the one named before it, by a bootstrap over seeds and queries. The runs carry one tag
+in MLflow, so that its compare page shows the table.
 """
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -15,8 +17,8 @@ from rich.table import Table
 
 from acebert.config import Settings, load_settings
 from acebert.evaluation.evaluate import BASELINES
-from acebert.evaluation.figures import rows_figure
-from acebert.evaluation.tables import rows_table
+from acebert.evaluation.figures import curves_figure, rows_figure
+from acebert.evaluation.tables import Row, differences_table, rows_table
 from acebert.job import run_job
 from acebert.pipeline import baselines_stage, evaluate_stage, finetune_stage
 from acebert.tracking import tracking_uri
@@ -25,26 +27,33 @@ from acebert.workdir import Stage
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
     baselines = baselines_stage(settings)
-    rows = [baselines.path / name for name in BASELINES]
     spent: dict[str, dict[str, float]] = {"rows without training": {"evaluate": baselines.seconds}}
     tag = settings.tracking.tag or "compare"
-    model = None
+    rows: list[Row] = []
+    models: dict[str, list[Path]] = {}
     for recipe in arguments.recipes:
+        name = Path(recipe).stem
+        evaluated = []
         for seed in arguments.seeds:
             own = ["--recipe", recipe, "--seed", str(seed), "--tracking.tag", tag]
             chosen = load_settings([*arguments.settings, *own])
             model = finetune_stage(chosen)
-            embedded, evaluated = evaluate_stage(chosen, model.path)
-            rows.append(evaluated.path)
-            spent[f"{recipe}, seed {seed}"] = seconds_of(settings, model, embedded, evaluated)
-    figure = settings.workdir / "compare.png"
-    rows_figure(rows, figure)
+            embedded, result = evaluate_stage(chosen, model.path)
+            evaluated.append(result.path)
+            models.setdefault(name, []).append(model.path)
+            spent[f"{recipe}, seed {seed}"] = seconds_of(settings, model, embedded, result)
+        rows.append(Row(name, tuple(evaluated)))
+    untrained = [Row.of(baselines.path / name) for name in BASELINES]
     print()
-    print(rows_table(rows))
+    print(rows_table([*untrained, *rows]))
+    for above, row in pairwise(rows):
+        print(differences_table(row, above))
     print_seconds(spent)
-    print(f"picture: {figure}")
-    if model is not None:
-        print_next(settings, arguments.recipes[-1], model.path)
+    picture, curves = settings.workdir / "compare.png", settings.workdir / "curves.png"
+    rows_figure([*untrained, *rows], picture)
+    curves_figure(models, curves)
+    print(f"pictures: {picture}, {curves}")
+    print_next(settings, arguments.recipes[-1], models[rows[-1].name][-1])
 
 
 def seconds_of(settings: Settings, model: Stage, *later: Stage) -> dict[str, float]:

@@ -51,6 +51,7 @@ from acebert.evaluation.recall import (
     search_catalogue,
 )
 from acebert.evaluation.significance import Ratios, intervals, mean_of_queries, weighted_by_query
+from acebert.evaluation.tables import Row
 from acebert.evaluation.testset import TestSet, load_test_set
 from acebert.evaluation.trec import Judgement, write_qrels, write_run
 from acebert.index import ProductIndex
@@ -147,7 +148,7 @@ def evaluate_baselines(settings: Settings, ingested: Stage) -> Stage:
             searches = row.auc(found.pair_score, 0.0)
             row.write(out / name, ranks, found.top, found.top_score, searches)
         _position(out / "position", settings, test, groups)
-        rows = [out / name for name in BASELINES]
+        rows = [Row.of(out / name) for name in BASELINES]
         figures.rows_figure(rows, out / "rows.png")
 
     return run_stage(settings.workdir, "evaluate", _key(settings, ingested), build)

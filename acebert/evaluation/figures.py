@@ -4,7 +4,8 @@ A row keeps its colour from one picture to the next: baselines have theirs by na
 others in the order in which they come.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow.parquet as pq
+from matplotlib.ticker import EngFormatter
 
-from acebert.evaluation.tables import read_metrics
+from acebert.evaluation.tables import Row, label, read_metrics
 
 KNOWN = {
     "bm25_titles": "#b8b8b8",
@@ -38,38 +42,70 @@ GROUPS = (
 )
 
 
-def rows_figure(directories: Sequence[Path], path: Path) -> None:
+def rows_figure(rows: Sequence[Row], path: Path) -> None:
     """A dot with its 95 % interval for each row: GAUC on the left, the deepest Recall beside it.
 
     Raises:
         UserError: a directory is not a row of results.
     """
-    rows = [read_metrics(directory) for directory in directories]
-    colours = _colours(rows)
-    deepest = _deepest(rows)
+    colours = _colours([row.name for row in rows])
+    deepest = max((row.recalls for row in rows), key=len)[-1]
     height = 1.1 + 0.42 * len(rows)
     figure, axes = plt.subplots(1, 2, figsize=(10, height), sharey=True, layout="constrained")
-    for axis, (name, label) in zip(
-        axes, (("gauc", "GAUC"), (f"recall_{deepest}", f"Recall@{deepest}")), strict=True
-    ):
+    for axis, name in zip(axes, ("gauc", deepest), strict=True):
         for y, row in enumerate(rows):
-            value = row["overall"].get(name)
-            if value is None:
+            found = row.measured(name)
+            if found is None:
                 continue
-            bounds = row["interval"].get(name, {"low": value, "high": value})
-            colour = colours[row["name"]]
-            axis.plot([bounds["low"], bounds["high"]], [y, y], color=colour, linewidth=3)
-            axis.plot(value, y, "o", color=colour, markersize=8)
+            colour = colours[row.name]
+            axis.plot([found.low, found.high], [y, y], color=colour, linewidth=3)
+            axis.plot(found.value, y, "o", color=colour, markersize=8)
             axis.annotate(
-                f"{value:.3f}", (value, y), (0, 7), textcoords="offset points", ha="center"
+                f"{found.value:.3f}",
+                (found.value, y),
+                (0, 7),
+                textcoords="offset points",
+                ha="center",
             )
-        axis.set_xlabel(f"{label} (95 % interval)")
+        axis.set_xlabel(f"{label(name)} (95 % interval)")
         axis.grid(axis="x", alpha=0.3)
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].axvline(0.5, color="black", linewidth=0.8, linestyle=":")  # a coin's GAUC
-    axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes[0].set_yticks(range(len(rows)), [row.name for row in rows])
     axes[0].set_ylim(len(rows) - 0.4, -0.7)
+    _save(figure, path)
+
+
+def curves_figure(models: Mapping[str, Sequence[Path]], path: Path) -> None:
+    """Training loss, and GAUC and Recall@100 of the validation sample, against pairs trained on.
+
+    Args:
+        models: name → model directories, one a seed (fine lines; the loss is a mean of 20 steps)
+    """
+    colours = _colours(list(models))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    labels = ("training loss", "validation GAUC", "validation Recall@100, of the sample")
+    for name, directories in models.items():
+        for i, directory in enumerate(directories):
+            report = json.loads((directory / "report.json").read_text())
+            W = report["pairs"] / report["steps"]
+            history = pq.read_table(directory / "history.parquet")
+            valid = pq.read_table(directory / "valid.parquet")
+            style = {"color": colours[name], "linewidth": 1.3, "label": None if i else name}
+            loss = history["loss"].to_numpy()
+            window = min(20, len(loss))
+            smooth = np.convolve(loss, np.ones(window) / window, "valid")
+            axes[0].plot(history["step"].to_numpy()[window - 1 :] * W, smooth, **style)
+            for axis, metric in zip(axes[1:], ("gauc", "recall_100"), strict=True):
+                axis.plot(valid["step"].to_numpy() * W, valid[metric], marker="o", **style)
+    for axis, text in zip(axes, labels, strict=True):
+        axis.set_xlabel("pairs")
+        axis.xaxis.set_major_formatter(EngFormatter())
+        axis.set_title(text, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=9)
     _save(figure, path)
 
 
@@ -81,7 +117,7 @@ def breakdown_figure(directories: Sequence[Path], path: Path) -> None:
     """
     rows = [read_metrics(directory) for directory in directories]
     rows = [row for row in rows if any(name.startswith("recall_") for name in row["overall"])]
-    colours = _colours(rows)
+    colours = _colours([row["name"] for row in rows])
     deepest = _deepest(rows)
     figure, axis = plt.subplots(figsize=(11, 4.2), layout="constrained")
     width = 0.8 / max(1, len(rows))
@@ -107,8 +143,8 @@ def breakdown_figure(directories: Sequence[Path], path: Path) -> None:
     _save(figure, path)
 
 
-def _colours(rows: list[dict[str, Any]]) -> dict[str, str]:
-    models = [row["name"] for row in rows if row["name"] not in KNOWN]
+def _colours(names: list[str]) -> dict[str, str]:
+    models = [name for name in names if name not in KNOWN]
     return KNOWN | {name: MODELS[i % len(MODELS)] for i, name in enumerate(dict.fromkeys(models))}
 
 

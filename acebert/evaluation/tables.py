@@ -3,8 +3,9 @@
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -49,29 +50,98 @@ def read_metrics(directory: Path) -> dict[str, Any]:
     return metrics
 
 
-def rows_table(directories: Sequence[Path], width: int = 100) -> str:
+@dataclass(frozen=True)
+class Row:
+    """One system: the directories of its results, one a seed."""
+
+    name: str
+    seeds: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, directory: Path) -> Self:
+        return cls(read_metrics(directory)["name"], (directory,))
+
+    def measured(self, name: str, samples: int = 2000) -> Interval | None:
+        """`gauc`, `mrr` or `recall_K` over the whole test day: the mean over the seeds, with a 95 %
+        interval over seeds and queries. None: this system has no such number."""
+        metrics = [read_metrics(directory) for directory in self.seeds]
+        value = metrics[0]["overall"].get(name)
+        if value is None:
+            return None
+        if len(self.seeds) > 1:
+            return interval_of_seeds(self.seeds, "rr" if name == "mrr" else name, samples)
+        bounds = metrics[0]["interval"].get(name, {"low": value, "high": value})
+        return Interval(value, bounds["low"], bounds["high"], 1)
+
+    @property
+    def recalls(self) -> list[str]:
+        """`recall_K` of all K."""
+        names = (n for n in read_metrics(self.seeds[0])["overall"] if n.startswith("recall_"))
+        return sorted(names, key=lambda name: int(name.removeprefix("recall_")))
+
+
+def rows_table(rows: Sequence[Row], width: int = 100) -> str:
     """A text table: GAUC, each Recall@K and MRR; '-' where a system has no such number.
 
-    `±` is half of the 95 % interval in metrics.json, which is nearly symmetric.
+    `±` is half of the 95 % interval, which is nearly symmetric.
     """
-    rows = [read_metrics(directory) for directory in directories]
-    names = ["gauc", *_recalls(rows), "mrr"]
+    names = ["gauc", *max((row.recalls for row in rows), key=len), "mrr"]
     table = Table(
-        title="±: half of the 95 % interval, bootstrap over the test day's queries",
+        title="±: half of the 95 % interval, bootstrap over the test day's queries, and over seeds"
+        " where a row has several",
         title_style="dim",
         title_justify="left",
     )
     table.add_column("row", no_wrap=True)
+    several = any(len(row.seeds) > 1 for row in rows)
+    if several:
+        table.add_column("seeds", justify="right")
     for name in names:
-        table.add_column(_label(name), justify="right", no_wrap=True)
+        table.add_column(label(name), justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row["name"], *(_cell(row, name) for name in names))
-    notes = {f"{row['name']}: {note}" for row in rows for note in row["notes"]}
+        seeds = [str(len(row.seeds))] if several else []
+        table.add_row(row.name, *seeds, *(_cell(row.measured(name)) for name in names))
+    notes = {f"{row.name}: {note}" for row in rows for note in read_metrics(row.seeds[0])["notes"]}
+    return _printed(table, width) + "".join(f"{note}\n" for note in sorted(notes))
+
+
+def differences_table(a: Row, b: Row, width: int = 100) -> str:
+    """A text table of a − b, overall and by group: GAUC and the deepest Recall@K.
+
+    A difference whose 95 % interval excludes 0 is marked; the others are not to be claimed.
+    """
+    recalls = a.recalls
+    metrics = ["gauc", *recalls[-1:]] if a.measured("gauc") and b.measured("gauc") else recalls[-1:]
+    table = Table(
+        title=f"{a.name} − {b.name}: difference and 95 % interval, * where it excludes 0",
+        title_style="dim",
+        title_justify="left",
+    )
+    table.add_column("clicks of", no_wrap=True)
+    for name in metrics:
+        table.add_column(label(name), justify="right", no_wrap=True)
+    breakdown = read_metrics(a.seeds[0])["breakdown"]
+    for group in (None, *QUERY_GROUPS, *TARGET_GROUPS):
+        cells = []
+        for name in metrics:
+            if group is not None and breakdown[group].get(name) is None:
+                cells.append("-")  # GAUC of a group of products; a group without clicks
+                continue
+            found = compare(a.seeds, b.seeds, name, group)
+            mark = " *" if found.excludes_zero else "  "
+            cells.append(f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{mark}")
+        table.add_row("all" if group is None else group.replace("_", " "), *cells)
+    return _printed(table, width)
+
+
+def label(metric: str) -> str:
+    """How a metric is written."""
+    return {"gauc": "GAUC", "mrr": "MRR"}.get(metric, metric.replace("recall_", "Recall@"))
+
+
+def _printed(table: Table, width: int) -> str:
     text = io.StringIO()
-    console = Console(width=width, file=text)
-    console.print(table)
-    for note in sorted(notes):
-        console.print(note)
+    Console(width=width, file=text).print(table)
     return text.getvalue()
 
 
@@ -151,18 +221,8 @@ def _target_ratios(directories: Sequence[Path], queries: list[str], k: int, grou
     return mean_of_queries(np.stack(values))
 
 
-def _recalls(rows: list[dict[str, Any]]) -> list[str]:
-    names = {name for row in rows for name in row["overall"] if name.startswith("recall_")}
-    return sorted(names, key=lambda name: int(name.removeprefix("recall_")))
-
-
-def _label(name: str) -> str:
-    return {"gauc": "GAUC", "mrr": "MRR"}.get(name, name.replace("recall_", "Recall@"))
-
-
-def _cell(row: dict[str, Any], name: str) -> str:
-    value = row["overall"].get(name)
-    if value is None:
+def _cell(found: Interval | None) -> str:
+    if found is None:
         return "-"
-    bounds = row["interval"].get(name)
-    return f"{value:.3f}" + (f" ±{(bounds['high'] - bounds['low']) / 2:.3f}" if bounds else "")
+    half = (found.high - found.low) / 2
+    return f"{found.value:.3f}" + (f" ±{half:.3f}" if half else "")

@@ -11,7 +11,14 @@ from sklearn.metrics import roc_auc_score
 
 from acebert.errors import UserError
 from acebert.evaluation.evaluate import BASELINES, evaluate_baselines, evaluate_embeddings
-from acebert.evaluation.tables import compare, interval_of_seeds, read_metrics, rows_table
+from acebert.evaluation.tables import (
+    Row,
+    compare,
+    differences_table,
+    interval_of_seeds,
+    read_metrics,
+    rows_table,
+)
 from acebert.evaluation.testset import evaluation_queries
 from acebert.evaluation.trec import query_id
 
@@ -144,7 +151,7 @@ def test_a_bare_click_log_has_no_gauc_and_says_why(tmp_path: Path):
     assert metrics["overall"]["gauc"] is None
     assert metrics["overall"]["recall_100"] > 0
     assert "GAUC needs negatives" in metrics["notes"][0]
-    assert "GAUC needs negatives" in rows_table([stage.path / "bm25_titles"])
+    assert "GAUC needs negatives" in rows_table([Row.of(stage.path / "bm25_titles")])
 
 
 def test_judgements_are_measured_beside_the_clicks(tmp_path: Path):
@@ -249,6 +256,15 @@ def test_rows_of_several_seeds_are_compared_over_seeds_and_queries(tmp_path: Pat
         for seeds in (good, bad)
     ]
     assert value == pytest.approx(parts[0] - parts[1])
+    mean = interval_of_seeds(good, "gauc").value
+    cells = [line.split() for line in rows_table([Row("good", tuple(good))]).splitlines()]
+    assert ["3", f"{mean:.3f}"] in [[c[3], c[5]] for c in cells if c[1:2] == ["good"]]
+    lines = differences_table(Row("good", tuple(good)), Row("bad", tuple(bad))).splitlines()
+    found = compare(good, bad, "gauc")
+    (overall,) = [line for line in lines if line.startswith("│ all ")]
+    assert f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}] *" in overall
+    noise = differences_table(Row("worse", tuple(worse)), Row("bad", tuple(bad)))
+    assert "*" not in noise.split("title lacks")[1].split("\n")[0]
     with pytest.raises(UserError, match="no group 'odd'"):
         compare(good, bad, "gauc", "odd")
     with pytest.raises(UserError, match="Recall only"):
@@ -260,7 +276,8 @@ def test_rows_of_several_seeds_are_compared_over_seeds_and_queries(tmp_path: Pat
 def test_the_table_shows_a_dash_for_what_a_row_does_not_have(evaluated):
     world, _, _, model = evaluated
     baselines = evaluate_baselines(world.settings, world.ingested).path
-    table = rows_table([model.path, model.path / "hybrid_bm25", baselines / "position"])
+    directories = [model.path, model.path / "hybrid_bm25", baselines / "position"]
+    table = rows_table([Row.of(directory) for directory in directories])
     lines = {line.split("│")[1].strip(): line for line in table.splitlines() if "│" in line}
     gauc = read_metrics(model.path)["overall"]["gauc"]
     assert f"{gauc:.3f} ±" in lines["random"]
@@ -272,4 +289,4 @@ def test_the_table_shows_a_dash_for_what_a_row_does_not_have(evaluated):
 
 def test_a_directory_that_is_no_row_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"has no metrics\.json"):
-        rows_table([tmp_path])
+        Row.of(tmp_path)
