@@ -1,43 +1,33 @@
 """The 'finetune' stage: fine-tuning on Ray Train, from start weights to a model directory.
 
-The run's name is the stage's digest, so a job that was stopped and is started again goes on from
-its last checkpoint, in the same MLflow run. Workers write checkpoints after each validation; the
-metrics of the steps before it go to MLflow together with it, so none is ever logged twice.
+The run is named by the stage's digest, so a job that was stopped and is started again goes on from
+its newest checkpoint, in the same MLflow run (`acebert.training.harness`).
 """
 
 import json
-import logging
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import ray.train
 import torch
 import yaml
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
-from acebert.config import Settings, settings_from
+from acebert.config import Settings
 from acebert.data.features import FeatureStore
 from acebert.data.tokens import backbone_digest, load_tokenizer, special_ids
 from acebert.errors import UserError
-from acebert.job import set_up_logging
 from acebert.models.dual import DualEncoder
-from acebert.tracking import Run, log_model, metrics_actor, start_run
-from acebert.training.finetuner import Finetuner
-from acebert.training.loop import Progress, run
+from acebert.tracking import log_model, start_run
+from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors, why_broken
+from acebert.training.harness import HOW_IT_RUNS, Rank, run_directory, train_on_ray
+from acebert.training.loop import run
 from acebert.training.pairs import StagePaths
 from acebert.workdir import Stage, digest_of, run_stage
 
-log = logging.getLogger(__name__)
-
 VERSION = 1
-SETTINGS_THAT_MATTER = ("model", "text", "loss", "adversary", "train")
+SETTINGS_THAT_MATTER = ("model", "text", "loss", "adversary")
 """sections whose every leaf can change the weights; the other sections act through their stage"""
 
 
@@ -55,6 +45,7 @@ def finetune(
         "seed": settings.seed,
         **{name: stage.digest for name, stage in stages.items() if stage},
         **{name: getattr(settings, name).model_dump() for name in SETTINGS_THAT_MATTER},
+        "train": settings.train.model_dump(exclude=set(HOW_IT_RUNS)),
         "image": [settings.image.pixel_source] if features else None,
     }
     if settings.model.backbone is not None:
@@ -62,16 +53,17 @@ def finetune(
     paths = StagePaths(ingested.path, tokens.path, features.path if features else None, plan.path)
 
     def build(out: Path) -> None:
-        name = digest_of(key)
-        with start_run(settings, "finetune", name, tags={"acebert.data": ingested.digest}) as mlrun:
-            best, final = _fit(settings, paths, name, mlrun)
-            _export(settings, paths, best, final, mlrun.run_id, out)
+        tags = {"acebert.data": ingested.digest}
+        with start_run(settings, "finetune", digest_of(key), tags=tags) as mlrun:
+            checkpoints = train_on_ray(settings, "finetune", key, _worker, {"paths": paths}, mlrun)
+            _export(settings, paths, checkpoints, mlrun.run_id, out)
             for artifact in ("settings.yaml", "report.json", "history.parquet", "valid.parquet"):
                 mlrun.log_artifact(out / artifact)
             log_model(settings, mlrun, out)
-        shutil.rmtree(_storage(settings) / name, ignore_errors=True)
 
-    return run_stage(settings.workdir, "finetune", key, build)
+    stage = run_stage(settings.workdir, "finetune", key, build)
+    shutil.rmtree(run_directory(settings, "finetune", key), ignore_errors=True)
+    return stage
 
 
 def new_model(settings: Settings, paths: StagePaths) -> DualEncoder:
@@ -89,165 +81,46 @@ def new_model(settings: Settings, paths: StagePaths) -> DualEncoder:
     )
 
 
-def _storage(settings: Settings) -> Path:
-    return settings.workdir / "train"
-
-
-def _fit(settings: Settings, paths: StagePaths, name: str, mlrun: Run) -> tuple[Path, Path]:
-    """Run the trainer; directories of the best and of the last checkpoint."""
-    train = settings.train
-    cpus, use_gpu = _resources(settings)
-    trainer = TorchTrainer(
-        _worker,  # type: ignore[arg-type]
-        train_loop_config={
-            "settings": settings.model_dump(mode="json"),
-            "paths": paths,
-            "actor": metrics_actor(settings),
-            "mlflow_run": mlrun.run_id,
-        },
-        scaling_config=ScalingConfig(
-            num_workers=train.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=str(_storage(settings)),
-            failure_config=FailureConfig(max_failures=train.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute=train.valid_metric
-            ),
-        ),
+def _worker(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
+    run(
+        settings,
+        config["paths"],
+        new_model(settings, config["paths"]),
+        device=rank.device,
+        rank=rank.rank,
+        world=rank.world,
+        save=rank.save,
+        resume=rank.resume,
     )
-    result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
-    if result.return_value is not None:
-        raise UserError(result.return_value)
-    best = result.get_best_checkpoint(train.valid_metric, "max")
-    return Path(best.path), Path(result.checkpoint.path)
-
-
-def _resources(settings: Settings) -> tuple[float, bool]:
-    """CPUs a worker, and whether each takes a GPU; refuses what the cluster can never give."""
-    total = ray.cluster_resources()
-    workers = settings.train.num_workers
-    gpus, cpus = total.get("GPU", 0), total.get("CPU", 0)
-    use_gpu = gpus > 0 if settings.train.use_gpu is None else settings.train.use_gpu
-    if use_gpu and gpus < workers:
-        raise UserError(
-            f"--train.num_workers {workers}: the cluster has {gpus:.0f} GPUs. Ask for fewer "
-            "workers, or train on CPUs with --train.use_gpu false"
-        )
-    share = settings.train.cpus_per_worker or round(0.9 * cpus / workers, 2)
-    if share * workers > cpus:
-        raise UserError(
-            f"--train.cpus_per_worker {share}: {workers} workers of these do not fit the cluster's "
-            f"{cpus:.0f} CPUs"
-        )
-    return share, use_gpu
-
-
-def _worker(config: dict[str, Any]) -> str | None:
-    """One rank, inside Ray Train. Returns the message of a UserError: to raise it here would have
-    Ray restart what cannot succeed."""
-    set_up_logging()
-    settings = settings_from(config["settings"])
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
-        torch.set_num_threads(settings.train.threads_per_worker or max(1, cores))
-    model = new_model(settings, config["paths"])
-    actor, mlflow_run = config["actor"], config["mlflow_run"]
-
-    def save(tuner: Finetuner, progress: Progress, is_best: bool) -> None:
-        metrics = progress.validations[-1]
-        if rank > 0:
-            ray.train.report(metrics)
-            return
-        actor.log.remote(mlflow_run, _rows_since_last_validation(progress))
-        with tempfile.TemporaryDirectory() as directory:
-            write_state(Path(directory), tuner, progress)
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(directory))
-
-    try:
-        run(
-            settings,
-            config["paths"],
-            model,
-            device=device,
-            rank=rank,
-            world=world,
-            save=save,
-            resume=_last_state(device),
-        )
-    except UserError as error:
-        return str(error)
-    return None
-
-
-def _last_state(device: torch.device) -> tuple[dict[str, Any], Progress] | None:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as directory:
-        state, progress = read_state(Path(directory), device)
-    log.info("finetune: resumes after step %d", progress.step)
-    return state, progress
-
-
-def write_state(directory: Path, tuner: Finetuner, progress: Progress) -> None:
-    """Everything that resuming needs: state.pt, model.safetensors beside its config, histories."""
-    torch.save(tuner.state(), directory / "state.pt")
-    tuner.model.save(directory)
-    counters = {name: getattr(progress, name) for name in ("step", "seconds", "best", "since_best")}
-    (directory / "progress.json").write_text(json.dumps(counters))
-    pq.write_table(pa.Table.from_pylist(progress.history), directory / "history.parquet")
-    pq.write_table(pa.Table.from_pylist(progress.validations), directory / "valid.parquet")
-
-
-def read_state(directory: Path, device: torch.device) -> tuple[dict[str, Any], Progress]:
-    state = torch.load(directory / "state.pt", map_location=device, weights_only=True)
-    counters = json.loads((directory / "progress.json").read_text())
-    histories = {
-        name: pq.read_table(directory / f"{file}.parquet").to_pylist()
-        for name, file in (("history", "history"), ("validations", "valid"))
-    }
-    return state, Progress(**counters, **histories)
-
-
-def _rows_since_last_validation(progress: Progress) -> list[tuple[str, float, int]]:
-    since = int(progress.validations[-2]["step"]) if len(progress.validations) > 1 else 0
-    rows = [
-        (f"train/{name}", value, int(row["step"]))
-        for row in progress.history[since:]
-        for name, value in row.items()
-        if name != "step" and value is not None
-    ]
-    last = progress.validations[-1]
-    step = int(last["step"])
-    return rows + [(f"valid/{name}", v, step) for name, v in last.items() if name != "step"]
 
 
 def _export(
-    settings: Settings, paths: StagePaths, best: Path, final: Path, run_id: str, out: Path
+    settings: Settings, paths: StagePaths, checkpoints: Checkpoints, run_id: str, out: Path
 ) -> None:
     """The model directory: weights of the best validation, history of the whole run."""
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy2(best / name, out / name)
+    last = checkpoints.newest()
+    assert last is not None
+    progress = load_progress(last)
+    best = checkpoints.at(progress.best_step)
+    if broken := why_broken(best):
+        raise UserError(
+            f"{best}, the best checkpoint, is broken: {broken}. Remove {checkpoints.directory} to "
+            "train from the start"
+        )
+    model = new_model(settings, paths)
+    model.load_state_dict(load_tensors(best, torch.device("cpu"))["model"])
+    model.save(out)
     shutil.copytree(paths.tokens / "tokenizer", out / "tokenizer")
-    for name in ("history.parquet", "valid.parquet"):
-        shutil.copy2(final / name, out / name)
+    pq.write_table(progress.history, out / "history.parquet")
+    pq.write_table(pa.Table.from_pylist(progress.validations), out / "valid.parquet")
     tree = settings.model_dump(mode="json")
     (out / "settings.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-    history = pq.read_table(out / "history.parquet")
-    validations = pq.read_table(out / "valid.parquet").to_pylist()
-    chosen = max(validations, key=lambda row: row[settings.train.valid_metric])
+    (chosen,) = (row for row in progress.validations if row["step"] == progress.best_step)
     report = {
         "mlflow_run": run_id,
-        "steps": history.num_rows,
-        "pairs": history.num_rows * settings.train.batch_size,
-        "train_seconds": validations[-1]["seconds"],
+        "steps": progress.step,
+        "pairs": progress.step * settings.train.batch_size,
+        "train_seconds": progress.seconds,
         "best": chosen,
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")

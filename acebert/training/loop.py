@@ -3,15 +3,16 @@
 No Ray here: `run` trains one rank of a process group (or alone) and hands its state to `save`.
 
 * A batch comes from (seed, epoch, step), a step's dropout from (seed, step, rank): a run that is
-  resumed from a state repeats what the undisturbed one does.
+  resumed from a checkpoint repeats what the undisturbed one does, bit for bit with the same number
+  of ranks and threads. Another number of ranks sees the same global batches, other dropout.
 * k encoder steps, then one step of the domain classifier (paper section 3.3.2).
 * Metrics stay tensors on the device until somebody looks at them.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from acebert.config import Settings
+from acebert.config import Settings, TrainSettings
 from acebert.errors import UserError
 from acebert.models.dual import DualEncoder
+from acebert.training.checkpoint import Progress
 from acebert.training.finetuner import Finetuner
 from acebert.training.pairs import InputStore, PairBatches, StagePaths
 from acebert.training.schedule import progress
@@ -32,27 +34,6 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
 
 
-@dataclass
-class Progress:
-    """Where a run stands; with the weights and optimisers it is all that resuming needs.
-
-    Attributes:
-        step: encoder steps done
-        seconds: training time used, without validation and start-up [s]
-        best: best value of the validation metric, -inf before the first
-        since_best: validations since then
-        history: one row a step
-        validations: one row a validation
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    best: float = float("-inf")
-    since_best: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    validations: list[dict[str, float]] = field(default_factory=list)
-
-
 def run(
     settings: Settings,
     paths: StagePaths,
@@ -61,17 +42,18 @@ def run(
     device: torch.device,
     rank: int,
     world: int,
-    save: Callable[[Finetuner, Progress, bool], None],
+    save: Callable[[Mapping[str, Any], Progress], None],
     resume: tuple[Mapping[str, Any], Progress] | None = None,
 ) -> Progress:
     """Train this rank until the budget is used or the validation metric stops improving.
 
-    `save(finetuner, progress, is_best)` is called by every rank after each validation. `resume` is
-    what an earlier `save` kept. With `world` > 1 a process group is expected.
+    `save(tensors, progress)` is called by every rank every `train.checkpoint_every` steps and after
+    each validation; the tensors are those that train, for it to copy. `resume` is what an earlier
+    `save` was given. With `world` > 1 a process group is expected.
 
     Raises:
-        UserError: the weights are not finite, or the validation day measures nothing. All ranks
-            raise it at the same step.
+        UserError: loss or weights are not finite, or the validation day measures nothing. All
+            ranks raise it at the same step.
     """
     batches = PairBatches(settings, paths, rank, world)
     sample = ValidationSample.draw(settings, paths)
@@ -96,7 +78,7 @@ def run(
     share = 0.0
     tuner.model.train()
     clock = time.perf_counter()
-    for batch in batches.stream(state.step, total):
+    for batch in batches.stream(state.step, 0 if _waited_enough(state, train) else total):
         share = _same_on_all_ranks(
             progress(train, state.step, total, state.seconds), train.max_minutes, world
         )
@@ -116,14 +98,25 @@ def run(
             spoken = now
         if state.step % train.validate_every == 0 or state.step == total:
             _collect(pending, state, world)
-            stop = _validate(tuner, sample, batches.inputs, state, save)
+            _validate(tuner, sample, batches.inputs, state)
+            save(tuner.state(), state)
             clock = spoken = time.perf_counter()
-            if stop:
+            if _waited_enough(state, train):
+                if rank == 0:
+                    log.info("finetune: no better for %d validations, stops", state.since_best)
                 return state
+        elif state.step % train.checkpoint_every == 0:
+            _collect(pending, state, world)
+            save(tuner.state(), state)
     if not state.validations or state.validations[-1]["step"] != state.step:
         _collect(pending, state, world)
-        _validate(tuner, sample, batches.inputs, state, save)
+        _validate(tuner, sample, batches.inputs, state)
+        save(tuner.state(), state)
     return state
+
+
+def _waited_enough(state: Progress, train: TrainSettings) -> bool:
+    return state.since_best >= train.patience
 
 
 def _same_on_all_ranks(share: float, max_minutes: float | None, world: int) -> float:
@@ -139,15 +132,30 @@ def _same_on_all_ranks(share: float, max_minutes: float | None, world: int) -> f
 
 def _collect(pending: list[dict[str, torch.Tensor]], state: Progress, world: int) -> None:
     """Bring the pending steps' metrics, averaged over the ranks, into the history."""
-    first = state.step - len(pending)
-    for i, metrics in enumerate(pending, 1):
-        values = torch.stack([value.float() for value in metrics.values()])
-        if world > 1:
-            dist.all_reduce(values)
-            values /= world
-        row = dict(zip(metrics, values.tolist(), strict=True))
-        state.history.append({"step": first + i, **row})
+    if not pending:
+        return
+    values = torch.stack([v.float() for metrics in pending for v in metrics.values()])
+    if world > 1:
+        dist.all_reduce(values)
+        values /= world
+    of = iter(values.tolist())
+    first = state.step - len(pending) + 1
+    rows = [
+        {"step": step, **{name: next(of) for name in metrics}}
+        for step, metrics in enumerate(pending, first)
+    ]
+    for row in rows:
+        if not math.isfinite(row["loss"]):
+            raise _not_finite("loss", int(row["step"]))
+    state.add_steps(rows)
     pending.clear()
+
+
+def _not_finite(what: str, step: int) -> UserError:
+    return UserError(
+        f"finetune: the {what} is not finite after step {step}. Lower --train.lr, raise "
+        "--train.warmup_steps, or set --train.precision fp32"
+    )
 
 
 def _say(
@@ -172,20 +180,13 @@ def _say(
 
 
 def _validate(
-    tuner: Finetuner,
-    sample: ValidationSample,
-    inputs: InputStore,
-    state: Progress,
-    save: Callable[[Finetuner, Progress, bool], None],
-) -> bool:
-    """Measure, note and save; True when early stopping has waited long enough."""
+    tuner: Finetuner, sample: ValidationSample, inputs: InputStore, state: Progress
+) -> None:
+    """Measure and note."""
     start = time.perf_counter()
     queries, products = encode_sample(tuner, sample, inputs)
     if not (np.isfinite(queries).all() and np.isfinite(products).all()):  # equal on all ranks
-        raise UserError(
-            f"finetune: the weights are not finite after step {state.step}. Lower --train.lr, "
-            "raise --train.warmup_steps, or set --train.precision fp32"
-        )
+        raise _not_finite("embeddings", state.step)
     measured = sample.measure(queries, products)
     value = measured[tuner.settings.train.valid_metric]
     if np.isnan(value):
@@ -193,9 +194,10 @@ def _validate(
             f"--train.valid_metric {tuner.settings.train.valid_metric}: the validation day has "
             "no search to measure it on (no clicks, or no row that was not clicked)"
         )
-    is_best = value > state.best
-    state.best = max(value, state.best)
-    state.since_best = 0 if is_best else state.since_best + 1
+    if value > state.best:
+        state.best, state.best_step, state.since_best = value, state.step, 0
+    else:
+        state.since_best += 1
     state.validations.append({"step": state.step, "seconds": state.seconds, **measured})
     if tuner.rank == 0:
         log.info(
@@ -203,16 +205,10 @@ def _validate(
             state.step,
             measured["gauc"],
             measured["recall_100"],
-            ", best so far" if is_best else "",
+            ", best so far" if state.best_step == state.step else "",
             time.perf_counter() - start,
         )
-    save(tuner, state, is_best)
     tuner.model.train()
-    if state.since_best >= tuner.settings.train.patience:
-        if tuner.rank == 0:
-            log.info("finetune: no better for %d validations, stops", state.since_best)
-        return True
-    return False
 
 
 def encode_sample(

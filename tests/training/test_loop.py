@@ -1,5 +1,7 @@
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,9 +9,10 @@ import torch
 
 from acebert.config import Settings
 from acebert.errors import UserError
-from acebert.training.finetune import new_model, read_state, write_state
+from acebert.training.checkpoint import Checkpoints, Progress, load_progress, load_tensors
+from acebert.training.finetune import new_model
 from acebert.training.finetuner import Finetuner
-from acebert.training.loop import Progress, run
+from acebert.training.loop import run
 from acebert.training.pairs import PairBatches, StagePaths
 
 CPU = torch.device("cpu")
@@ -43,37 +46,58 @@ def test_encoder_and_domain_steps_update_their_own_side_and_k_is_honoured(settin
     assert changed(domain, tuner.domain.state_dict()) == set(domain)
 
     _, state = train(settings, paths)
-    with_domain = [int(row["step"]) for row in state.history if "domain_loss" in row]
+    with_domain = [r["step"] for r in state.history.to_pylist() if r["domain_loss"] is not None]
     assert with_domain == list(range(3, state.step + 1, 3))
 
 
-def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_weights(
-    settings, paths, tmp_path: Path
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_run_resumed_between_validations_ends_with_the_same_weights(
+    settings: Settings, paths: StagePaths, tmp_path: Path, k: int
 ):
+    settings = settings.model_copy(
+        update={
+            "adversary": settings.adversary.model_copy(update={"k": k}),
+            "train": settings.train.model_copy(update={"checkpoint_every": 7}),
+        }
+    )
     whole, state = train(settings, paths)
-    kept: list[Path] = []
+    checkpoints = Checkpoints(tmp_path, {}, keep=1)
 
-    def save(tuner: Finetuner, progress: Progress, is_best: bool) -> None:
-        if progress.step == 10:
-            write_state(tmp_path, tuner, progress)
-            kept.append(tmp_path)
+    def save(tensors: Mapping[str, Any], progress: Progress) -> None:
+        checkpoints.save(tensors, progress)
+        if progress.step == 14:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         train(settings, paths, save)
-    assert kept
-    resumed, again = train(settings, paths, resume=read_state(tmp_path, CPU))
-    assert again.step == state.step > 10
+    checkpoints.wait()
+    at = checkpoints.newest()
+    assert at is not None
+    resumed, again = train(settings, paths, resume=(load_tensors(at, CPU), load_progress(at)))
+    assert again.step == state.step > 14
     assert not changed(whole.state_dict(), resumed.state_dict())
-    assert [r["loss"] for r in again.history] == [r["loss"] for r in state.history]
-    assert [r["recall_100"] for r in again.validations] == [
-        r["recall_100"] for r in state.validations
-    ]
+    assert again.history.drop(["seconds"]).equals(state.history.drop(["seconds"]))
+    assert without_clock(again) == without_clock(state)
+
+
+def without_clock(state: Progress) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in state.validations]
+
+
+def test_a_run_that_had_stopped_early_stays_stopped_when_it_is_resumed(
+    settings: Settings, paths: StagePaths
+):
+    frozen = settings.train.model_copy(update={"lr": 1e-12, "patience": 2})
+    settings = settings.model_copy(update={"train": frozen})
+    saved: list[tuple[dict[str, Any], Progress]] = []
+    train(settings, paths, lambda tensors, progress: saved.append((dict(tensors), progress)))
+    _, again = train(settings, paths, resume=saved[-1])
+    assert again.step == saved[-1][1].step == 15
 
 
 def test_training_lowers_the_loss_and_finds_more_than_chance(settings, paths):
     _, state = train(settings, paths)
-    losses = [row["loss"] for row in state.history]
+    losses = state.history["loss"].to_pylist()
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
     corpus = settings.train.valid_products
     assert state.validations[-1]["recall_100"] > 100 / max(corpus, 120)

@@ -1,0 +1,238 @@
+"""Training on Ray Train, whatever is trained: workers, restarts, checkpoints, MLflow.
+
+    checkpoints = train_on_ray(settings, "finetune", key, worker, config, mlrun)
+
+`worker(settings, config, rank)` is a module's function that trains one rank: it starts from
+`rank.resume`, calls `rank.save(tensors, progress)` on all ranks at the same steps, and returns when
+it is done. After any death Ray Train starts all ranks again, and they go on from the newest whole
+checkpoint; a job that was stopped does the same when it is started again.
+
+* A step reaches MLflow when a checkpoint holds it, from the thread that wrote that; the actor drops
+  what the run has already (`acebert.tracking.MetricsActor`). So no step is there twice or missing.
+* A UserError inside a worker is returned, not raised: Ray Train would restart what cannot succeed.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import TorchTrainer
+
+from acebert.config import Settings, settings_from
+from acebert.errors import UserError
+from acebert.job import set_up_logging
+from acebert.tracking import Run, metrics_actor
+from acebert.training.checkpoint import (
+    Checkpoints,
+    Progress,
+    code_identity,
+    load_progress,
+    load_tensors,
+)
+from acebert.workdir import digest_of
+
+log = logging.getLogger(__name__)
+
+HOW_IT_RUNS = frozenset(
+    {
+        *("num_workers", "min_workers", "use_gpu", "cpus_per_worker", "threads_per_worker"),
+        *("max_failures", "checkpoint_every", "checkpoints_kept"),
+    }
+)
+"""leaves of `train` that do not belong in a stage's key: a run goes on when they change"""
+MLFLOW_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process of the group, as the worker function sees it.
+
+    Attributes:
+        rank, world: this process and how many there are
+        device: where to train
+        resume: the tensors and progress to go on from, None at the start
+        save: `save(tensors, progress)` for a checkpoint; returns when the tensors are copied
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    resume: tuple[dict[str, Any], Progress] | None
+    save: Callable[[Mapping[str, Any], Progress], None]
+
+
+Worker = Callable[[Settings, dict[str, Any], Rank], None]
+
+
+def run_directory(settings: Settings, stage: str, key: Mapping[str, Any]) -> Path:
+    """Where a run keeps its checkpoints until its stage is there; to be removed then."""
+    return settings.workdir / "train" / f"{stage}-{digest_of(key)}"
+
+
+def train_on_ray(
+    settings: Settings,
+    stage: str,
+    key: Mapping[str, Any],
+    worker: Worker,
+    config: dict[str, Any],
+    mlrun: Run,
+) -> Checkpoints:
+    """Run `worker` on `train.num_workers` ranks to its end; the newest checkpoint is the last.
+
+    Args:
+        settings: `train` says how many workers with what, and how often to save
+        stage: the stage's name
+        key: the stage's key; a checkpoint of another key, or of other code, is refused
+        worker: see the module's docstring
+        config: handed to each worker; has to pickle
+        mlrun: the run that takes `history` as train/… and `validations` as valid/…
+
+    Raises:
+        UserError: the cluster lacks what is asked for, a checkpoint is of other code, the disk is
+            full, or what the worker raised.
+    """
+    directory = run_directory(settings, stage, key)
+    identity = {"key": dict(key), "code": code_identity()}
+    checkpoints = Checkpoints(directory / "checkpoints", identity, settings.train.checkpoints_kept)
+    checkpoints.newest()  # refuses before anything is started
+    cpus, use_gpu = _resources(settings)
+    train = settings.train
+    workers = (train.min_workers, train.num_workers) if train.min_workers else train.num_workers
+    trainer = TorchTrainer(
+        _run_rank,  # type: ignore[arg-type]
+        train_loop_config={
+            "settings": settings.model_dump(mode="json"),
+            "worker": worker,
+            "config": config,
+            "directory": checkpoints.directory,
+            "identity": identity,
+            "actor": metrics_actor(settings),
+            "mlflow_run": mlrun.run_id,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=workers,  # type: ignore[arg-type]  # Train V2's; the checker sees V1's
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=directory.name,
+            storage_path=str(directory.parent),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+        ),
+    )
+    result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
+    if result.return_value is not None:
+        raise UserError(result.return_value)
+    return checkpoints
+
+
+def _resources(settings: Settings) -> tuple[float, bool]:
+    """CPUs a worker, and whether each takes a GPU; refuses what the cluster can never give."""
+    train = settings.train
+    least = train.min_workers or train.num_workers
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(node.get("GPU", 0) for node in nodes)
+    use_gpu = gpus > 0 if train.use_gpu is None else train.use_gpu
+    if use_gpu and gpus < least:
+        raise UserError(
+            f"--train.num_workers {least}: the cluster has {gpus:.0f} GPUs. Ask for fewer "
+            "workers, or train on CPUs with --train.use_gpu false"
+        )
+    places = [
+        (node["CPU"], node.get("GPU", 0) if use_gpu else math.inf)
+        for node in nodes
+        if node.get("CPU", 0) > 0
+    ]
+
+    def fitting(share: float) -> int:
+        return sum(int(min(cpus / share + 1e-9, gpus)) for cpus, gpus in places)
+
+    if train.cpus_per_worker:
+        if fitting(train.cpus_per_worker) < least:
+            raise UserError(
+                f"--train.cpus_per_worker {train.cpus_per_worker}: {least} workers of these do not "
+                f"fit the cluster's nodes, which have {[cpus for cpus, _ in places]} CPUs"
+            )
+        return train.cpus_per_worker, use_gpu
+    # The largest share of a node at which all workers find a place; a tenth is Ray's own.
+    shares = sorted(
+        (0.9 * cpus / k for cpus, _ in places for k in range(1, train.num_workers + 1)),
+        reverse=True,
+    )
+    share = next((s for s in shares if fitting(s / 0.9) >= train.num_workers), shares[-1])
+    return math.floor(100 * share) / 100, use_gpu
+
+
+def _run_rank(loop: dict[str, Any]) -> str | None:
+    """One rank, inside Ray Train. Returns the message of a UserError."""
+    set_up_logging()
+    settings = settings_from(loop["settings"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
+        torch.set_num_threads(settings.train.threads_per_worker or max(1, cores))
+    checkpoints = Checkpoints(loop["directory"], loop["identity"], settings.train.checkpoints_kept)
+    send = _mlflow_sender(loop["actor"], loop["mlflow_run"])
+    path = broadcast_from_rank_zero(checkpoints.newest() if rank == 0 else None)
+    resume = None
+    if path is not None:
+        resume = load_tensors(path, device), load_progress(path)
+        if rank == 0:
+            log.info("goes on after step %d, with %d workers", resume[1].step, world)
+            send(resume[1])
+
+    def save(tensors: Mapping[str, Any], progress: Progress) -> None:
+        validated = bool(progress.validations) and progress.validations[-1]["step"] == progress.step
+        # One that is merely due is left out while the last is being written: no step waits.
+        if rank == 0 and (validated or not checkpoints.busy()):
+            checkpoints.save(tensors, progress, then=send)
+        if validated:
+            ray.train.report(progress.validations[-1])  # a sweep looks at these
+
+    try:
+        try:
+            loop["worker"](settings, loop["config"], Rank(rank, world, device, resume, save))
+        finally:
+            checkpoints.wait()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _mlflow_sender(actor: Any, run_id: str) -> Callable[[Progress], None]:
+    """A function that sends MLflow the steps and validations it has not had; what cannot be sent
+    goes with the next call."""
+    steps = 0
+
+    def send(progress: Progress) -> None:
+        nonlocal steps
+        tables = [_named("train", progress.history[steps:])]
+        if progress.validations:
+            tables.append(_named("valid", pa.Table.from_pylist(progress.validations)))
+        try:
+            ray.get([actor.log.remote(run_id, table) for table in tables], timeout=MLFLOW_SECONDS)
+        except RayError as error:
+            log.warning("MLflow does not take the metrics, they will be sent again: %s", error)
+        else:
+            steps = progress.history.num_rows
+
+    return send
+
+
+def _named(prefix: str, table: pa.Table) -> pa.Table:
+    return table.rename_columns(
+        [name if name == "step" else f"{prefix}/{name}" for name in table.column_names]
+    )
