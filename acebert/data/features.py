@@ -3,16 +3,18 @@
     store = FeatureStore(stage.path)
     store.patches(rows)  # float16 [B, 16, D1]
 
-A shard is an Arrow IPC file with one uncompressed record batch, so its columns are NumPy views of
-the file: pages come in as rows are asked for and the kernel drops them again. A process holds 8
-bytes a product, whatever the photos take. `shards.json` lists the shards, so that a lost or
-truncated one is noticed when the store is opened, not in mid-epoch.
+A shard is an Arrow IPC file with one uncompressed record batch of consecutive products, so its
+columns are NumPy views of the file: pages come in as rows are asked for and the kernel drops them
+again. A process holds a line a shard and nothing a product, whatever the photos take.
+`shards.json` lists the shards, so that a lost or truncated one is noticed when the store is opened,
+not in mid-epoch; a shard is mapped when it is first asked for.
 """
 
 import json
 import os
 import uuid
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -23,6 +25,7 @@ from acebert.data.image import decode
 from acebert.errors import UserError
 
 N_PATCHES = 16
+MAX_MAPPED = 16_384  # shards mapped at a time: Linux allows a process 65,530 maps
 SHARDS_FILE = "shards.json"
 
 
@@ -30,6 +33,8 @@ class ShardEntry(TypedDict):
     """A line of `shards.json`."""
 
     file: str
+    first: int
+    """its first product; the others follow it"""
     rows: int
     bytes: int
 
@@ -47,7 +52,7 @@ class Shard:
     """What a shard holds for its n products. Rows without an image are zeros."""
 
     product: np.ndarray
-    """int32 [n]"""
+    """int32 [n], consecutive"""
     has_image: np.ndarray
     """bool [n]"""
     roi: np.ndarray
@@ -62,7 +67,7 @@ def write_shard(directory: Path, name: str, shard: Shard) -> ShardEntry:
     """Write `directory/name`: aside, then renamed, so that it is whole or not there."""
     columns: dict[str, pa.Array] = {
         "product": pa.array(shard.product, pa.int32()),
-        "has_image": pa.array(shard.has_image, pa.bool_()),
+        "has_image": pa.array(shard.has_image.view(np.uint8)),  # Arrow's bools are bits: no view
         "roi": _rows(shard.roi.astype(np.int32, copy=False)),
     }
     if shard.patches is not None:
@@ -82,14 +87,15 @@ def write_shard(directory: Path, name: str, shard: Shard) -> ShardEntry:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    return {"file": name, "rows": batch.num_rows, "bytes": size}
+    first = int(shard.product[0])
+    return {"file": name, "first": first, "rows": batch.num_rows, "bytes": size}
 
 
 def write_shard_list(
     directory: Path, shards: list[ShardEntry], patch_dim: int, pixel_side: int
 ) -> None:
     """Write `shards.json`; 0 says that no patches, or no pixels, are stored."""
-    ordered = sorted(shards, key=lambda shard: shard["file"])
+    ordered = sorted(shards, key=lambda shard: shard["first"])
     listed: ShardList = {"patch_dim": patch_dim, "pixel_side": pixel_side, "shards": ordered}
     (directory / SHARDS_FILE).write_text(json.dumps(listed, indent=1) + "\n")
 
@@ -110,50 +116,39 @@ class FeatureStore:
     """
 
     def __init__(self, directory: Path | str) -> None:
-        """Map every shard of a `features` stage.
+        """Check that every shard of a `features` stage is there and whole.
 
         Raises:
             UserError: a shard is missing or truncated, or products are; it names the file.
         """
         self.directory = Path(directory)
-        listed = self.directory / SHARDS_FILE
-        if not listed.is_file():
-            raise UserError(f"{self.directory}: no image features (no {SHARDS_FILE} in it)")
-        contents: ShardList = json.loads(listed.read_text())
-        entries = contents["shards"]
+        contents = read_shard_list(self.directory)
+        self._shards = contents["shards"]
         self.patch_dim, self.pixel_side = contents["patch_dim"], contents["pixel_side"]
-        self.n_products = sum(entry["rows"] for entry in entries)
-        self._shard = np.full(self.n_products, -1, np.int32)
-        self._row = np.zeros(self.n_products, np.int32)
-        self._has_image = np.zeros(self.n_products, bool)
-        self._columns: dict[str, list[Any]] = {"roi": [], "patches": [], "pixels": []}
-        for number, entry in enumerate(entries):
-            self._open(number, entry)
-        if (self._shard < 0).any():
-            lost = int(np.flatnonzero(self._shard < 0)[0])
+        check_shards(self.directory, self._shards)
+        self._first = np.array([shard["first"] for shard in self._shards], np.int64)
+        rows = np.array([shard["rows"] for shard in self._shards], np.int64)
+        gaps = np.flatnonzero(self._first != np.cumsum(rows) - rows)
+        if gaps.size:
+            lost = int((np.cumsum(rows) - rows)[gaps[0]])
+            listed = self.directory / SHARDS_FILE
             raise UserError(f"{listed}: no shard has product {lost}; build the stage again")
+        self.n_products = int(rows.sum())
+        self._columns = lru_cache(MAX_MAPPED)(self._map)
 
-    def _open(self, number: int, entry: ShardEntry) -> None:
+    def _map(self, number: int) -> dict[str, Any]:
+        """Columns of a shard as views of its file: [rows, width], or an Arrow array of JPEGs."""
+        entry = self._shards[number]
         path = self.directory / entry["file"]
-        if not path.is_file():
-            raise UserError(f"{path}: missing; build the stage again")
-        if (size := path.stat().st_size) != entry["bytes"]:
-            raise UserError(f"{path}: {size:,} bytes, {entry['bytes']:,} written; damaged")
         try:
             batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-            product = batch["product"].to_numpy()
-            self._has_image[product] = batch["has_image"].to_numpy(zero_copy_only=False)
+            return {name: _view(batch[name]) for name in batch.schema.names}
         except (pa.ArrowException, OSError, IndexError) as error:
             raise UserError(f"{path}: not a whole shard of image features ({error})") from error
-        self._shard[product] = number
-        self._row[product] = np.arange(len(product))
-        for name, shards in self._columns.items():
-            if name in batch.schema.names:
-                shards.append(_view(batch[name]))
 
     def has_image(self, rows: np.ndarray) -> np.ndarray:
         """bool [B]"""
-        return self._has_image[rows]
+        return self._gather("has_image", rows, np.empty((len(rows), 1), np.uint8)).view(bool)[:, 0]
 
     def rois(self, rows: np.ndarray) -> np.ndarray:
         """int32 [B, 4]: x0, y0, x1, y1 of the region of interest in the photo [px]."""
@@ -167,40 +162,74 @@ class FeatureStore:
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         """RGB uint8 [B, S, S, 3]; zeros where there is no image. JPEGs are decoded here."""
         S = self.pixel_side
-        shards = self._columns["pixels"]
-        if shards and not isinstance(shards[0], np.ndarray):
-            return self._decoded(np.asarray(rows), shards)
+        if self.pixel_side and isinstance(self._columns(0)["pixels"], pa.Array):
+            return self._decoded(np.asarray(rows))
         return self._gather("pixels", rows, np.empty((len(rows), S * S * 3), np.uint8)).reshape(
             len(rows), S, S, 3
         )
 
     def _gather(self, name: str, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Rows of a column into `out` [B, width]: one NumPy gather for each shard it meets."""
-        shards = self._columns[name]
-        if not shards:
-            raise UserError(
-                f"{self.directory}: no {name} stored; preprocess with the settings of this model"
-            )
-        shard_of, row_of = self._shard[rows], self._row[rows]
-        # In the order of the file, so that what lies together is read together.
-        order = np.lexsort((row_of, shard_of))
+        rows = np.asarray(rows)
+        order = np.argsort(rows, kind="stable")  # what lies together is read together
+        shard_of = self._shard_of(rows)
         cuts = np.flatnonzero(np.diff(shard_of[order])) + 1
         for slots in np.split(order, cuts) if len(order) else ():
-            out[slots] = shards[shard_of[slots[0]]][row_of[slots]]
+            shard = int(shard_of[slots[0]])
+            columns = self._columns(shard)
+            if name not in columns:
+                raise UserError(
+                    f"{self.directory}: no {name} stored; preprocess with the settings of this "
+                    "model"
+                )
+            out[slots] = columns[name][rows[slots] - self._first[shard]]
         return out
 
-    def _decoded(self, rows: np.ndarray, shards: list[pa.LargeBinaryArray]) -> np.ndarray:
+    def _shard_of(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._first, rows, side="right") - 1
+
+    def _decoded(self, rows: np.ndarray) -> np.ndarray:
         S = self.pixel_side
         out = np.zeros((len(rows), S, S, 3), np.uint8)
-        for slot in np.flatnonzero(self._has_image[rows]):
-            row = rows[slot]
-            jpeg = shards[self._shard[row]][int(self._row[row])].as_py()
+        shard_of = self._shard_of(rows)
+        for slot in np.flatnonzero(self.has_image(rows)):
+            shard = int(shard_of[slot])
+            jpeg = self._columns(shard)["pixels"][int(rows[slot] - self._first[shard])].as_py()
             out[slot] = decode(jpeg, max_megapixels=S * S / 1e6)
         return out
 
 
+def read_shard_list(directory: Path) -> ShardList:
+    """`shards.json` of a `features` stage.
+
+    Raises:
+        UserError: there is none.
+    """
+    listed = directory / SHARDS_FILE
+    if not listed.is_file():
+        raise UserError(f"{directory}: no image features (no {SHARDS_FILE} in it)")
+    return json.loads(listed.read_text())
+
+
+def check_shards(directory: Path, shards: list[ShardEntry]) -> None:
+    """
+    Raises:
+        UserError: a file is missing or not of its size; it names the first.
+    """
+    with os.scandir(directory) as entries:
+        found = {entry.name: entry.stat().st_size for entry in entries}
+    for shard in shards:
+        path, size = directory / shard["file"], found.get(shard["file"])
+        if size is None:
+            raise UserError(f"{path}: missing; build the stage again")
+        if size != shard["bytes"]:
+            raise UserError(f"{path}: {size:,} bytes, {shard['bytes']:,} written; damaged")
+
+
 def _view(column: pa.Array) -> np.ndarray | pa.Array:
     """[n, width] view of a column of fixed width; JPEGs stay an Arrow array."""
-    if not isinstance(column, pa.FixedSizeListArray):
+    if pa.types.is_large_binary(column.type):
         return column
+    if not isinstance(column, pa.FixedSizeListArray):
+        return column.to_numpy(zero_copy_only=True).reshape(-1, 1)
     return column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), -1)

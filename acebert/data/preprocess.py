@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 MAX_ROWS = 1_000
 MIN_ROWS = 100
 MAX_BYTES = 96 << 20  # of a run's crops and pixels; below the size at which Ray splits blocks
@@ -233,7 +233,7 @@ class _Prepare:
 
 
 class _Encode:
-    """A batch of crops → the report of its shard, which it writes."""
+    """A batch of crops → the reports of its shards, which it writes."""
 
     def __init__(self, shared: list["ray.ObjectRef"], out: Path) -> None:
         self.out = out
@@ -247,8 +247,14 @@ class _Encode:
             self.cnn.to(best_device())
 
     def __call__(self, batch: Batch) -> pa.Table:
-        report = encode(batch, self.cnn, self.out)
-        return pa.table({"report": [json.dumps(asdict(report))]})
+        # Ray may join runs that do not follow each other; a shard holds consecutive products.
+        cuts = np.flatnonzero(np.diff(batch["product"]) != 1) + 1
+        edges = [0, *cuts.tolist(), len(batch["product"])]
+        reports = [
+            encode({name: column[a:b] for name, column in batch.items()}, self.cnn, self.out)
+            for a, b in pairwise(edges)
+        ]
+        return pa.table({"report": [json.dumps(asdict(report)) for report in reports]})
 
 
 class _PrepareAndEncode:

@@ -1,6 +1,8 @@
 """The store against plain arrays in memory."""
 
+import json
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +29,13 @@ def truth() -> Shard:
 
 
 def write(truth: Shard, out: Path, n_shards: int = 7) -> None:
-    """The rows, in an arbitrary order, in shards of unequal sizes."""
-    order = np.random.default_rng(1).permutation(N)
+    """Shards of unequal sizes, written in an arbitrary order, as tasks finish."""
+    rng = np.random.default_rng(1)
     cuts = np.sort(np.random.default_rng(2).choice(np.arange(1, N), n_shards - 1, replace=False))
     entries = []
-    for number, rows in enumerate(np.split(order, cuts)):
+    parts = np.split(np.arange(N), cuts)
+    for number in rng.permutation(n_shards):
+        rows = parts[number]
         assert truth.patches is not None
         assert isinstance(truth.pixels, np.ndarray)
         part = Shard(
@@ -71,7 +75,7 @@ def test_an_empty_gather_has_the_right_shape(truth: Shard, tmp_path: Path) -> No
 def test_shards_are_views_of_the_mapped_file(truth: Shard, tmp_path: Path) -> None:
     write(truth, tmp_path, n_shards=1)
     store = FeatureStore(tmp_path)
-    view = store._columns["patches"][0]
+    view = store._columns(0)["patches"]
     assert not view.flags.writeable
     assert not view.flags.owndata
     lo = view.__array_interface__["data"][0]
@@ -151,7 +155,7 @@ def test_a_shard_of_other_bytes_is_named(truth: Shard, tmp_path: Path) -> None:
     path = tmp_path / "part-3.arrow"
     path.write_bytes(b"\0" * path.stat().st_size)
     with pytest.raises(UserError, match=r"part-3\.arrow: not a whole shard"):
-        FeatureStore(tmp_path)
+        FeatureStore(tmp_path).rois(np.arange(N))
 
 
 def test_a_missing_shard_is_named(truth: Shard, tmp_path: Path) -> None:
@@ -159,6 +163,39 @@ def test_a_missing_shard_is_named(truth: Shard, tmp_path: Path) -> None:
     (tmp_path / "part-2.arrow").unlink()
     with pytest.raises(UserError, match=r"part-2\.arrow: missing"):
         FeatureStore(tmp_path)
+
+
+def test_a_product_that_no_shard_has_is_named(truth: Shard, tmp_path: Path) -> None:
+    write(truth, tmp_path)
+    listed = tmp_path / "shards.json"
+    contents = json.loads(listed.read_text())
+    lost = contents["shards"].pop(2)
+    listed.write_text(json.dumps(contents))
+    with pytest.raises(UserError, match=f"no shard has product {lost['first']}"):
+        FeatureStore(tmp_path)
+
+
+def test_a_store_keeps_nothing_a_product(tmp_path: Path) -> None:
+    """What it holds is the list of shards, at 100 products and at 1,000,000 in as many shards."""
+
+    def held(rows: int) -> int:
+        directory = tmp_path / str(rows)
+        directory.mkdir()
+        entries = []
+        for number in range(4):
+            product = np.arange(number * rows, (number + 1) * rows, dtype=np.int32)
+            shard = Shard(product, np.ones(rows, bool), np.zeros((rows, 4), np.int32), None, None)
+            entries.append(write_shard(directory, f"part-{number}.arrow", shard))
+        write_shard_list(directory, entries, patch_dim=0, pixel_side=0)
+        tracemalloc.start()
+        store = FeatureStore(directory)
+        assert store.has_image(np.arange(0, 4 * rows, 4 * rows // 10)).all()  # all shards
+        size, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return size
+
+    held(10)  # imports and caches of the first use
+    assert held(250_000) < held(25) + 10_000
 
 
 def test_a_directory_without_features_is_said_to_be_one(tmp_path: Path) -> None:
