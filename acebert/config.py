@@ -89,7 +89,9 @@ class ImageSettings(Section):
     cnn: str = "resnext101_32x8d"
     """timm name of the CNN behind the patch features"""
     cnn_weights: str = "hub"
-    """`hub` (timm's pretrained weights), `random`, or a .safetensors file of the CNN's weights"""
+    """`hub` (timm's pretrained weights), `random`, a .safetensors file of the CNN's weights, or
+    `trained`: those that these settings train on the catalogue (section `cnn`), first where they
+    are missing"""
     cnn_side: int = Field(256, ge=128, multiple_of=128)
     """side to which the RoI is resized for the CNN, a multiple of 128 so that the 4×4 cells fall
     on its feature map's grid [px]"""
@@ -109,6 +111,49 @@ class ImageSettings(Section):
         if self.pixel_side % 7:
             raise ValueError(f"pixel_side must be a multiple of 7, got {self.pixel_side}")
         return self
+
+
+class CNNSettings(Section):
+    """Training of the patch CNN on the catalogue itself, for `image.cnn_weights trained`. Workers,
+    precision and clipping are those of `train`."""
+
+    start: str = "hub"
+    """what it starts from: `hub` (timm's pretrained weights), `random`, or a .safetensors file"""
+    side: int = Field(224, ge=56, multiple_of=28)
+    """side of the crops that it trains on; a little under image.cnn_side, for random crops show
+    the product larger than it is [px]"""
+    tags: int = Field(500, ge=0)
+    """most frequent words of titles and training queries that it learns (0: categories alone)"""
+    tag_products: int = Field(20, ge=1)
+    """products that a word needs to be one of them"""
+    tag_weight: float = Field(1.0, gt=0)
+    """weight of the words' loss beside the category's"""
+    unnamed_weight: float = Field(1.0, gt=0, le=1)
+    """weight of a word that neither title nor clicked queries name: it is unknown, not absent"""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """share of the category's target that is spread over all categories"""
+    held_out: float = Field(0.02, gt=0, lt=1)
+    """share of the photos that is held out to measure on"""
+    batch_size: int = Field(256, ge=2)
+    """photos in a batch"""
+    epochs: int = Field(3, ge=1)
+    """passes over the photos"""
+    max_steps: int | None = Field(None, ge=1)
+    """steps at most"""
+    max_minutes: float | None = Field(None, gt=0)
+    """training time at most [min]; the learning rate decays over whichever end comes first"""
+    lr: float = Field(3e-4, gt=0)
+    """peak learning rate of AdamW"""
+    new_layer_lr_factor: float = Field(10.0, gt=0)
+    """the learning rate of the two heads is this many times lr"""
+    weight_decay: float = Field(0.05, ge=0)
+    """AdamW's decay, of matrices only"""
+    warmup_steps: int = Field(100, ge=0)
+    """steps of linear warm-up"""
+    decay: Literal["linear", "cosine", "constant"] = "cosine"
+    """schedule after the warm-up"""
+    seed: int = 0
+    """seed of this training, apart from the fine-tuning's: its seeds share one CNN"""
 
 
 class TextSettings(Section):
@@ -255,6 +300,9 @@ class TrainSettings(Section):
 
     batch_size: int = Field(384, ge=2)
     """global batch W [pairs] (paper: 384)"""
+    micro_batch: int | None = Field(None, ge=1)
+    """queries or products encoded at a time on a worker, by gradient caching: memory of so many
+    rows for any W, at the price of one more forward (none: all of them)"""
     num_workers: int = Field(1, ge=1)
     """DDP workers; W must be divisible by them"""
     min_workers: int | None = Field(None, ge=1)
@@ -388,6 +436,7 @@ class Settings(BaseSettings):
     data: DataSettings = DataSettings()
     demo: DemoSettings = DemoSettings()
     image: ImageSettings = ImageSettings()
+    cnn: CNNSettings = CNNSettings()
     text: TextSettings = TextSettings()
     model: ModelSettings = ModelSettings()
     plan: PlanSettings = PlanSettings()
