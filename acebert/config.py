@@ -105,6 +105,12 @@ class ImageSettings(Section):
     """stored uncompressed, or as JPEG (smaller, decoded when read)"""
     max_megapixels: float = Field(50, gt=0)
     """a photo that claims to be larger is treated as broken [10^6 px]"""
+    feature_cache: Literal["none", "node_disk", "node_memory", "device"] = "none"
+    """where training reads features: from the work directory, from a copy on the node's disk or in
+    its memory, made once a node and shared by its workers, or from the worker's own GPU"""
+    feature_cache_dir: Path | None = None
+    """directory of the node's copies (none: acebert-UID in the node's $TMPDIR, for node_memory in
+    /dev/shm)"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
