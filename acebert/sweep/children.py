@@ -1,0 +1,73 @@
+"""The trials' runs in MLflow: children of the sweep's run, named alike, ended whatever happens.
+
+Fine-tuning opens a trial's run itself. What only the sweep can do is done here: end the run of a
+trial that was stopped or died, and give a run to a trial whose model was there already.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from mlflow.entities import ViewType
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from acebert.config import Settings
+from acebert.sweep.trials import Outcome
+from acebert.tracking import Run, start_run
+
+GROUPS = {
+    "best": ("gauc", "recall_100", "best_step"),
+    "plan": ("partitions", "batches_per_partition", "hard_share"),
+    "test": ("test_gauc", "test_recall_100"),
+}
+
+
+class Children:
+    """Runs of the trials of one sweep."""
+
+    def __init__(self, parent: Run, sweep: str, table: str) -> None:
+        """`sweep` is the sweep's digest, `table` the tag that all its trials carry."""
+        self.parent, self.sweep, self.table = parent, sweep, table
+        self.experiment = parent.client.get_run(parent.run_id).info.experiment_id
+
+    def adopt(self, settings: Settings) -> Settings:
+        """`settings` for trials: their runs are children; none becomes a registered model."""
+        own = {"parent_run": self.parent.run_id, "tag": self.table, "register_as": None}
+        return settings.model_copy(update={"tracking": settings.tracking.model_copy(update=own)})
+
+    def end(self, name: str | None = None) -> None:
+        """End what is still running, of one trial or of all."""
+        wanted = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent.run_id}'"
+        wanted += " AND attributes.status = 'RUNNING'"
+        if name is not None:
+            wanted += f" AND attributes.run_name = '{name}'"
+        for run in self.parent.client.search_runs([self.experiment], wanted, ViewType.ALL):
+            self.parent.client.set_terminated(run.info.run_id, "KILLED")
+
+    def note(self, outcome: Outcome, settings: Settings) -> Outcome:
+        """Log a finished trial's numbers in its run, which is then the outcome's `mlflow_run`.
+
+        A trial that found its model trained gets a run of its own here, for the run that trained
+        the model may belong to another sweep. `settings` are the trial's.
+        """
+        trained_by = outcome.result.get("mlflow_run")
+        if trained_by is None:
+            return outcome
+        run = Run(self.parent.client, trained_by)
+        tags = run.client.get_run(trained_by).data.tags
+        if tags.get(MLFLOW_PARENT_RUN_ID) != self.parent.run_id:
+            digest = f"{self.sweep}-{outcome.trial.digest}"
+            tags = {"acebert.trained_by": trained_by}
+            with start_run(settings, "trial", digest, tags=tags) as run:
+                pass
+        run.log_metrics(run_metrics(outcome.result))
+        return replace(outcome, result={**outcome.result, "mlflow_run": run.run_id})
+
+
+def run_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """A result's numbers by the names they have in MLflow: best/gauc, plan/hard_share, …"""
+    return {
+        f"{group}/{name.removeprefix('test_')}": float(result[name])
+        for group, names in GROUPS.items()
+        for name in names
+        if name in result
+    }

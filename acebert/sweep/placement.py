@@ -1,0 +1,61 @@
+"""How many trials train at once, and which share of the cluster each of their workers gets.
+
+A trial's own process and Ray Train's controller need no CPU; its workers are placed together or
+not at all. So trials that fit the cluster never wait for each other in a circle.
+"""
+
+import math
+
+import ray
+
+from acebert.config import Settings
+from acebert.errors import UserError
+from acebert.sweep.space import Space, with_leaves
+
+FOR_RAY = 0.1
+"""share of a node's CPUs that workers leave to others"""
+
+
+def place(base: Settings, space: Space) -> tuple[int, Settings]:
+    """Trials at once, and `base` with the share of CPUs and threads of each worker.
+
+    Neither changes what is trained, so a trial is the same stage however it was placed.
+
+    Raises:
+        UserError: `trials_at_once` trials do not fit the cluster.
+    """
+    train = base.train
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(node.get("GPU", 0) for node in nodes)
+    use_gpu = gpus > 0 if train.use_gpu is None else train.use_gpu
+
+    def fitting(share: float) -> int:
+        """Workers with this many CPUs, and a GPU each if they take any."""
+        return sum(
+            int(min(node["CPU"] / share + 1e-9, node.get("GPU", 0) if use_gpu else math.inf))
+            for node in nodes
+            if node.get("CPU", 0) > 0
+        )
+
+    most = fitting(train.cpus_per_worker or 1.0) // train.num_workers
+    # CPUs may be shared out at will; unless told how, one trial gets them all.
+    default = max(1, most) if use_gpu or train.cpus_per_worker else 1
+    at_once = space.trials_at_once or default
+    if at_once > max(1, most):
+        needs = f"{train.cpus_per_worker or 1:g} CPUs" + (" and a GPU" if use_gpu else "")
+        raise UserError(
+            f"trials_at_once {at_once}: the cluster has room for {max(1, most)} at once, with "
+            f"{train.num_workers} workers a trial (train.num_workers) of {needs} each"
+        )
+    if at_once == 1 or train.cpus_per_worker:
+        return at_once, base
+    workers = at_once * train.num_workers
+    shares = (node["CPU"] / k for node in nodes if node.get("CPU") for k in range(1, workers + 1))
+    share = next(s for s in sorted(shares, reverse=True) if fitting(s) >= workers)
+    return at_once, with_leaves(
+        base,
+        {
+            "train.cpus_per_worker": math.floor(100 * (1 - FOR_RAY) * share) / 100,
+            "train.threads_per_worker": train.threads_per_worker or max(1, int(share)),
+        },
+    )

@@ -1,0 +1,125 @@
+"""What a sweep leaves: a table for people, one for programs, and the best settings as a recipe."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from acebert.config import Settings
+from acebert.sweep.space import Space, point_words, short
+from acebert.sweep.trials import Outcome, points_tried
+
+METRICS = {"gauc": "GAUC", "recall_100": "Recall@100"}
+NOT_IN_A_RECIPE = {"recipe", "workdir", "tracking"}
+
+
+def values(outcomes: Sequence[Outcome], metric: str) -> list[float]:
+    """The metric of the finished trials among `outcomes`."""
+    return [float(o.result[metric]) for o in outcomes if o.status == "finished"]
+
+
+def best(space: Space, outcomes: Sequence[Outcome]) -> list[Outcome] | None:
+    """The finished trials of the point with the best mean over seeds; None where none finished.
+
+    A point that lost a seed is behind every point that lost none: a mean over fewer is noisier.
+    """
+    points = [[o for o in of if o.status == "finished"] for of in points_tried(outcomes)]
+    points = [of for of in points if of]
+    if not points:
+        return None
+    return max(points, key=lambda of: (len(of), np.mean(values(of, space.metric))))
+
+
+def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
+    """trials.parquet: a row a trial; the varied settings, what came out, and the reason if failed.
+
+    A varied setting whose values are of several types is a column of text.
+    """
+    rows: list[dict[str, Any]] = []
+    for o in outcomes:
+        head = {**o.trial.point, "seed": o.trial.seed, "status": o.status}
+        rows.append({**head, **o.result, "seconds": o.seconds, "reason": o.reason})
+    columns = {name: [row.get(name) for row in rows] for name in _union(rows)}
+    for name, column in columns.items():
+        kinds = {type(value) for value in column if value is not None}
+        if len(kinds) > 1 and not kinds <= {int, float}:
+            columns[name] = [None if value is None else str(value) for value in column]
+    pq.write_table(pa.table(columns), path)
+
+
+def _union(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def write_recipe(trial: Outcome, base: Settings, path: Path) -> None:
+    """best.yaml: the trial's settings as a recipe, whole, so that it means the same tomorrow."""
+    tree = trial.trial.settings(base).model_dump(mode="json", exclude=NOT_IN_A_RECIPE)
+    words = " ".join(point_words(trial.trial.point))
+    path.write_text(f"# Best of a sweep: {words}\n" + yaml.safe_dump(tree, sort_keys=False))
+
+
+def table_text(space: Space, outcomes: Sequence[Outcome], width: int = 100) -> str:
+    """A row a point: mean over its seeds, the spread over them, and what did not finish."""
+    shown = [name for name in METRICS if any(name in o.result for o in outcomes)]
+    tests = [
+        f"test_{name}" for name in METRICS if any(f"test_{name}" in o.result for o in outcomes)
+    ]
+    plan = any("hard_share" in o.result for o in outcomes)
+    table = Table(title=f"validation day, best by {METRICS[space.metric]}", title_justify="left")
+    for leaf in space.vary:
+        table.add_column(leaf.split(".")[-1], justify="right")
+    if plan:
+        for name in ("P", "n/(P·W)", "hard"):
+            table.add_column(name, justify="right")
+    for name in [*shown, *tests]:
+        table.add_column(_label(name), justify="right", no_wrap=True)
+    table.add_column("trials", justify="right")
+    table.add_column("s", justify="right")
+    winner = best(space, outcomes)
+    for of in points_tried(outcomes):
+        point = of[0].trial.point
+        cells = [short(value) for value in point.values()]
+        if plan:
+            known = next((o.result for o in of if "hard_share" in o.result), None)
+            cells += _plan_cells(known)
+        cells += [mean_text(values(of, name)) for name in shown]
+        cells += [mean_text([o.result[name] for o in of if name in o.result]) for name in tests]
+        finished = [o for o in of if o.status == "finished"]
+        cells += [f"{len(finished)} of {len(of)}", f"{np.mean([o.seconds for o in of]):.0f}"]
+        is_best = winner is not None and winner[0].trial.point == point
+        table.add_row(*cells, style="bold" if is_best else None)
+    text = io.StringIO()
+    console = Console(width=width, file=text)
+    console.print(table)
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            console.print(f"{outcome.trial.name} failed: {outcome.reason}", markup=False)
+    if winner is not None:
+        console.print(f"best: {' '.join(point_words(winner[0].trial.point))}", markup=False)
+    return text.getvalue()
+
+
+def _label(name: str) -> str:
+    return f"test {METRICS[name[5:]]}" if name.startswith("test_") else METRICS[name]
+
+
+def _plan_cells(result: dict[str, Any] | None) -> list[str]:
+    if result is None:
+        return ["-"] * 3
+    per_partition, hard = result["batches_per_partition"], result["hard_share"]
+    return [f"{result['partitions']:,}", f"{per_partition:.3g}", f"{hard:.2f}"]
+
+
+def mean_text(of: Sequence[float]) -> str:
+    """`0.412 ±0.003`: mean, and standard deviation over seeds where there are several."""
+    if not of:
+        return "-"
+    spread = f" ±{np.std(of, ddof=1):.3f}" if len(of) > 1 else ""
+    return f"{np.mean(of):.3f}{spread}"

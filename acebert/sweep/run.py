@@ -1,0 +1,220 @@
+"""A sweep: prepare what trials share, run them, keep what became of them, say which is best.
+
+    directory = sweep(settings, "fig5_partitions", read_space(path))
+
+`<workdir>/sweep/<name>-<digest>/` holds `space.yaml`, `trials/` (a record each), `trials.parquet`,
+`best.yaml`, `sweep.png`, `report.txt`. Started again, a sweep runs what has not ended yet: trials
+that were cut off go on from their checkpoints, those that failed are tried once more.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import yaml
+from filelock import FileLock
+
+from acebert.cluster import connect
+from acebert.config import Settings
+from acebert.evaluation.tables import read_metrics
+from acebert.pipeline import evaluate_stage
+from acebert.sweep import training
+from acebert.sweep.children import Children, run_metrics
+from acebert.sweep.figure import sweep_figure
+from acebert.sweep.placement import place
+from acebert.sweep.records import Records
+from acebert.sweep.results import METRICS, best, table_text, values, write_recipe, write_table
+from acebert.sweep.space import Space, Trial, check_space
+from acebert.sweep.training import Prepared
+from acebert.sweep.trials import Objective, Outcome, points_tried, run_trials
+from acebert.tracking import Run, log_model, start_run
+from acebert.workdir import digest_of
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+NO_PART_OF_IT = {"recipe", "workdir", "tracking", "eval"}
+"""of the settings: change nothing that a trial trains"""
+
+
+def sweep(
+    settings: Settings,
+    name: str,
+    space: Space,
+    *,
+    evaluate: bool = False,
+    prepare: Callable[[Settings, Space], Prepared] = training.prepare,
+    train: Objective = training.train,
+) -> Path:
+    """Run a sweep to its end; its directory.
+
+    Args:
+        settings: what all trials have in common.
+        name: of the sweep; the tag `table` of its trials' runs, unless `tracking.tag` is set.
+        evaluate: measure every finished trial on the test day too, after all choices are made.
+        prepare, train: what a trial is, and what comes before the first one.
+
+    Raises:
+        UserError: the space asks for what is not there, before anything runs.
+    """
+    check_space(space, settings)
+    connect()
+    at_once, base = place(settings, space)
+    ready = prepare(base, space)
+    key = {
+        "version": VERSION,
+        "space": space.model_dump(exclude={"trials_at_once"}),
+        "settings": settings.model_dump(mode="json", exclude=NO_PART_OF_IT),
+        "shared": ready.identity,
+    }
+    digest = digest_of(key)
+    directory = settings.workdir / "sweep" / f"{name}-{digest}"
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / ".lock"):
+        one = _Sweep(base, name, digest, space, directory, Records(directory / "trials"))
+        if one.is_done(ready.trials, evaluate):
+            log.info("sweep: reused %s", directory)
+            print(table_text(space, one.records.ended()))
+            return directory
+        one.run(ready.trials, train, at_once, evaluate)
+    return directory
+
+
+@dataclass
+class _Sweep:
+    base: Settings
+    name: str
+    digest: str
+    space: Space
+    directory: Path
+    records: Records
+
+    def is_done(self, trials: list[Trial], evaluate: bool) -> bool:
+        finished = [o for o in self.records.ended() if o.status == "finished"]
+        tested = all("test_gauc" in o.result for o in finished) or not evaluate
+        written = (self.directory / "report.txt").exists() and tested
+        return written and not self._to_do(trials) and not self._points_left()
+
+    def run(self, trials: list[Trial], train: Objective, at_once: int, evaluate: bool) -> None:
+        tracking = self.base.tracking
+        untagged = tracking.model_copy(update={"tag": None})  # the table is of trials alone
+        with start_run(
+            self.base.model_copy(update={"tracking": untagged}),
+            "sweep",
+            self.digest,
+            name=f"sweep {self.name}",
+        ) as run:
+            children = Children(run, self.digest, tracking.tag or self.name)
+            children.end()  # of a try that was killed
+            try:
+                self._run_trials(trials, train, at_once, children)
+            finally:
+                children.end()
+            if evaluate:
+                self._evaluate(run)
+            self._write(run)
+        if any(o.status == "failed" for o in self.records.ended()):
+            run.client.set_terminated(run.run_id, "FAILED")  # it goes on when started again
+
+    def _to_do(self, trials: list[Trial]) -> list[Trial]:
+        """Of these and of all that were ever started, with all their seeds: what has not ended,
+        or failed."""
+        started = [outcome.trial for outcome in self.records.all.values()]
+        siblings = [Trial(t.point, seed) for t in started for seed in self.space.seeds]
+        wanted = {trial.digest: trial for trial in [*trials, *siblings]}
+        done = {o.trial.digest for o in self.records.ended() if o.status != "failed"}
+        return [trial for digest, trial in wanted.items() if digest not in done]
+
+    def _points_left(self) -> int:
+        """Points that Optuna has still to choose."""
+        if self.space.search != "optuna":
+            return 0
+        assert self.space.points is not None
+        return self.space.points - len(points_tried(list(self.records.all.values())))
+
+    def _run_trials(
+        self, trials: list[Trial], train: Objective, at_once: int, children: Children
+    ) -> None:
+        base = children.adopt(self.base)
+        total = (self.space.points or 0) * len(self.space.seeds)
+        total = total if self.space.search == "optuna" else len(trials)
+
+        def on_start(trial: Trial) -> None:
+            self.records.put(Outcome(trial, "running", {}, 0.0))
+            log.info("sweep: %s starts", trial.name)
+
+        def on_end(outcome: Outcome) -> None:
+            children.end(outcome.trial.name)
+            self.records.put(children.note(outcome, outcome.trial.settings(base)))
+            self._say(outcome, total, at_once)
+
+        for listed in (self._to_do(trials), None):
+            if listed or (listed is None and self._points_left()):
+                run_trials(
+                    self.space,
+                    base,
+                    listed,
+                    self.records.ended(),
+                    train,
+                    on_start,
+                    on_end,
+                    at_once=at_once,
+                    storage=self.directory / "tune",
+                )
+
+    def _say(self, outcome: Outcome, total: int, at_once: int) -> None:
+        """The table so far, and how long the rest will take."""
+        ended = self.records.ended()
+        spent = [o.seconds for o in ended if not o.result.get("reused")]
+        left = float(np.mean(spent or [0.0])) * (total - len(ended)) / at_once / 60
+        log.info(
+            "sweep: %s %s, %d of %d trials ended, about %.0f min left\n%s",
+            outcome.trial.name,
+            outcome.status,
+            len(ended),
+            total,
+            left,
+            table_text(self.space, ended),
+        )
+
+    def _evaluate(self, run: Run) -> None:
+        """GAUC and Recall@100 on the test day; which point is best is decided without them."""
+        tracking = self.base.tracking.model_copy(update={"tag": None})
+        base = self.base.model_copy(update={"tracking": tracking})
+        for outcome in self.records.ended():
+            if outcome.status != "finished" or "test_gauc" in outcome.result:
+                continue
+            settings = outcome.trial.settings(base)
+            _, row = evaluate_stage(settings, Path(outcome.result["model"]))
+            overall = read_metrics(row.path)["overall"]
+            test = {f"test_{name}": overall[name] for name in METRICS if overall.get(name)}
+            result = {**outcome.result, **test, "test_row": str(row.path)}
+            Run(run.client, result["mlflow_run"]).log_metrics(run_metrics(result))
+            self.records.put(replace(outcome, result=result))
+
+    def _write(self, run: Run) -> None:
+        outcomes = self.records.ended()
+        text = table_text(self.space, outcomes)
+        print(text)
+        space = self.space.model_dump(mode="json")
+        (self.directory / "space.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
+        write_table(outcomes, self.directory / "trials.parquet")
+        sweep_figure(self.name, self.space, outcomes, self.directory / "sweep.png")
+        winner = best(self.space, outcomes)
+        if winner is not None:
+            write_recipe(winner[0], self.base, self.directory / "best.yaml")
+            run.log_metrics(
+                {
+                    f"best/{m}": float(np.mean(values(winner, m)))
+                    for m in METRICS
+                    if m in winner[0].result
+                }
+            )
+            if "model" in winner[0].result:
+                log_model(self.base, run, Path(winner[0].result["model"]))
+        (self.directory / "report.txt").write_text(text)
+        for artifact in sorted(self.directory.glob("*.*")):
+            if artifact.is_file() and not artifact.name.startswith("."):
+                run.log_artifact(artifact)

@@ -1,0 +1,287 @@
+"""The space file of a sweep: which settings are varied, how they are searched, what is best.
+
+    vary:
+      plan.batches_per_partition: [1, 10, 100]         # a list: these values
+      loss.gamma: {low: 5, high: 80, log: true}        # or a range, for random and optuna
+    search: grid                                       # grid | random | optuna
+    seeds: [0, 1, 2]
+
+A point gives each varied setting a value; a trial is a point and a seed. Everything that can be
+wrong is found before anything runs.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
+
+from acebert.config import Section, Settings, settings_from
+from acebert.errors import UserError
+from acebert.workdir import digest_of
+
+Point = dict[str, Any]
+"""leaf of the settings tree → value"""
+
+VARIABLE = ("image", "text", "model", "plan", "loss", "adversary", "train")
+"""sections that may be varied: those that make another model out of the same data"""
+SHARED = ("image", "text")
+"""of these, the sections whose stages all trials share"""
+
+
+class Range(Section):
+    """Values from low to high, both included; whole numbers where the setting is one."""
+
+    low: float
+    high: float
+    log: bool = False
+    """evenly in the logarithm"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log: true needs low above 0, got {self.low:g}")
+        return self
+
+
+class Asha(Section):
+    """Asynchronous successive halving (Li et al. 2020) on the validations of running trials."""
+
+    first_rung: int = Field(ge=1)
+    """encoder steps before a trial may be stopped"""
+    reduction: int = Field(3, ge=2)
+    """of so many trials at a rung one goes on; the next rung is so many times as far"""
+
+
+Values = Annotated[
+    Annotated[list[Any], Tag("list")] | Annotated[Range, Tag("range")],
+    Discriminator(lambda given: "list" if isinstance(given, list) else "range"),
+]
+
+
+class Space(Section):
+    """A space file."""
+
+    vary: dict[str, Values]
+    """leaf of the settings tree → its values"""
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """every combination of the lists; points drawn at random; Optuna's TPE sampler"""
+    points: int | None = Field(None, ge=1)
+    """how many, for random and optuna"""
+    seeds: tuple[int, ...] = (0,)
+    """each point is trained once with each"""
+    metric: Literal["recall_100", "gauc"] = "recall_100"
+    """of the validation day: what the best point is best by"""
+    asha: Asha | None = None
+    """stop trials early that are behind"""
+    trials_at_once: int | None = Field(None, ge=1)
+    """trials that train at the same time (none: one a GPU group, one on CPUs)"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.vary:
+            raise ValueError("vary: names no setting")
+        for leaf, values in self.vary.items():
+            if values == []:
+                raise ValueError(f"vary.{leaf}: an empty list; name at least one value")
+            if isinstance(values, Range) and self.search == "grid":
+                raise ValueError(f"vary.{leaf}: a range, but search: grid takes lists of values")
+        if (self.points is None) != (self.search == "grid"):
+            raise ValueError(
+                "points: search: grid takes every combination, so leave it out"
+                if self.search == "grid"
+                else f"points: search: {self.search} needs to know how many"
+            )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: must be at least one, each once")
+        if self.asha and self.search == "optuna" and len(self.seeds) > 1:
+            raise ValueError(
+                "asha: Optuna is told a point's mean over the seeds, which a stopped trial has "
+                "not; take one seed, or leave asha out"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: a point and a seed."""
+
+    point: Point
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For people and MLflow: `gamma=20 k=5 seed=0`."""
+        return " ".join([*point_words(self.point), f"seed={self.seed}"])
+
+    @property
+    def digest(self) -> str:
+        return digest_of({"point": self.point, "seed": self.seed})
+
+    def settings(self, base: Settings) -> Settings:
+        """`base` with the point's values and the seed; its MLflow run is called like the trial."""
+        return with_leaves(base, {**self.point, "seed": self.seed, "tracking.run_name": self.name})
+
+
+def point_words(point: Point) -> list[str]:
+    return [f"{leaf.split('.')[-1]}={short(value)}" for leaf, value in point.items()]
+
+
+def short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def read_space(path: Path) -> Space:
+    """The space in a YAML file.
+
+    Raises:
+        UserError: no such file, no YAML mapping, an unknown or missing key, or keys that
+            contradict each other; it names the file and the key.
+    """
+    if not path.is_file():
+        known = ", ".join(str(p) for p in sorted(path.parent.glob("*.yaml")))
+        raise UserError(f"--space {path}: no such file" + (f". There are {known}" if known else ""))
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a space is a mapping with the key vary (see tune_spaces/)")
+    try:
+        return Space(**tree)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{path}: {line}" for line in _complaints(error))) from error
+
+
+def check_space(space: Space, base: Settings) -> None:
+    """Every leaf exists, may be varied, and takes every value (of a range: both ends).
+
+    Raises:
+        UserError: it names the leaf and the value.
+    """
+    for leaf, values in space.vary.items():
+        field = _leaf_type(leaf)
+        if isinstance(values, Range):
+            if not {int, float} & field:
+                raise UserError(f"vary.{leaf}: a range, but this setting is no number; give a list")
+            if space.search == "optuna" and leaf.split(".")[0] in SHARED:
+                raise UserError(
+                    f"vary.{leaf}: Optuna would ask for new {leaf.split('.')[0]} stages between "
+                    "trials; use search: random, or a list of values"
+                )
+    for point in itertools.product(*(_ends(values) for values in space.vary.values())):
+        leaves = dict(zip(space.vary, point, strict=True))
+        try:
+            with_leaves(base, leaves)
+        except UserError as error:
+            raise UserError(f"vary {leaves}: {error}") from error
+
+
+def trials_of(space: Space, base: Settings) -> list[Trial]:
+    """All trials of a grid or of a random search (drawn by `base.seed`), point by point."""
+    if space.search == "grid":
+        rows: Iterable[tuple[Any, ...]] = itertools.product(*map(_values, space.vary.values()))
+    else:
+        rng = np.random.RandomState(base.seed)  # what Tune's domains take
+        domains = tune_domains(space)
+        rows = [
+            tuple(_plain(domain.sample(random_state=rng)) for domain in domains.values())
+            for _ in range(space.points or 0)
+        ]
+    points = [dict(zip(space.vary, row, strict=True)) for row in rows]
+    return [Trial(point, seed) for point in points for seed in space.seeds]
+
+
+def corner_trials(space: Space) -> list[Trial]:
+    """Trials at every combination of a range's ends and a list's values: bounds of any search."""
+    rows = itertools.product(*(_ends(values) for values in space.vary.values()))
+    return [Trial(dict(zip(space.vary, row, strict=True)), space.seeds[0]) for row in rows]
+
+
+def tune_domains(space: Space) -> dict[str, Any]:
+    """Ray Tune's search domain of each leaf."""
+    from ray import tune
+
+    domains: dict[str, Any] = {}
+    for leaf, values in space.vary.items():
+        if not isinstance(values, Range):
+            domains[leaf] = tune.choice(values)
+        elif float not in _leaf_type(leaf):
+            draw = tune.lograndint if values.log else tune.randint  # their upper end is excluded
+            domains[leaf] = draw(int(values.low), int(values.high) + 1)
+        else:
+            draw = tune.loguniform if values.log else tune.uniform
+            domains[leaf] = draw(values.low, values.high)
+    return domains
+
+
+def with_leaves(base: Settings, leaves: Mapping[str, Any]) -> Settings:
+    """`base` with other values at some leaves.
+
+    Raises:
+        UserError: a value that its setting does not take, or that contradicts another.
+    """
+    tree = base.model_dump()
+    for leaf, value in leaves.items():
+        *sections, name = leaf.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    return settings_from(tree)
+
+
+def _complaints(error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"] if part not in ("list", "range"))
+        if item["type"] == "extra_forbidden":
+            yield f"{key}: there is no such key; a space has {', '.join(Space.model_fields)}"
+        elif item["type"] == "value_error":
+            yield f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
+        elif item["type"] == "model_type":
+            yield f"{key}: takes a list of values or {{low: …, high: …}}, got {item['input']!r}"
+        else:
+            yield f"{key}: {item['msg']}, got {item['input']!r}"
+
+
+def _leaf_type(leaf: str) -> set[Any]:
+    """The types that a leaf takes, e.g. {int, NoneType}."""
+    section, _, name = leaf.partition(".")
+    if section not in Settings.model_fields:
+        raise UserError(f"vary.{leaf}: there is no such setting (docs/settings.md lists them all)")
+    if section == "seed":
+        raise UserError("vary.seed: list the seeds under seeds:")
+    if section not in VARIABLE:
+        raise UserError(f"vary.{leaf}: can be varied: settings of {', '.join(VARIABLE)}")
+    kind = Settings.model_fields[section].annotation
+    assert isinstance(kind, type)
+    assert issubclass(kind, BaseModel)
+    if name not in kind.model_fields:
+        known = ", ".join(f"{section}.{field}" for field in kind.model_fields)
+        raise UserError(f"vary.{leaf}: there is no such setting. {section} has {known}")
+    annotation = kind.model_fields[name].annotation
+    union = get_origin(annotation) in (Union, UnionType)
+    return set(get_args(annotation)) if union else {annotation}
+
+
+def _values(values: list[Any] | Range) -> list[Any]:
+    assert isinstance(values, list)
+    return values
+
+
+def _ends(values: list[Any] | Range) -> list[Any]:
+    if isinstance(values, list):
+        return values
+    return [int(v) if v == int(v) else v for v in (values.low, values.high)]
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars as Python's own, which YAML and JSON know."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,145 @@
+"""A trial of a sweep: the fine-tuning job as it stands, and the stages that trials share.
+
+A trial calls what ray_jobs/finetune.py calls, in a process of its own, and Ray Train's workers hang
+below it. So its result is an ordinary 'finetune' stage: the same settings run alone train the same
+model, or find it there, and a trial that was stopped goes on from its last checkpoint.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.train.v2._internal.execution.callback import ReportCallback
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from acebert.config import Settings
+from acebert.data.partitions import count_pairs
+from acebert.data.plan_arithmetic import Layout, layout_of
+from acebert.errors import UserError
+from acebert.pipeline import catalogue_stages, finetune_stage, ingest_stage, plan_stage
+from acebert.sweep.space import Space, Trial, corner_trials, trials_of
+
+log = logging.getLogger(__name__)
+
+BEFORE_PLAN = ("data", "demo", "image", "text", "model", "pretrain")
+"""sections that the shared stages before the plan read"""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a sweep needs to know before its first trial."""
+
+    identity: str
+    """of what the trials share and the settings do not tell: the data"""
+    trials: list[Trial]
+    """to run; none where the search finds them itself"""
+
+
+def prepare(base: Settings, space: Space) -> Prepared:
+    """Check every point against the data, then build the stages that trials share, each once.
+
+    Points that make the same mini-batches (values of n/(P·W) that round to one P) are one point.
+
+    Raises:
+        UserError: a point with more partitions than batches (paper section 4.3: P ≤ n/W), or what
+            the stages raise.
+    """
+    ingested = ingest_stage(base)
+    pairs = count_pairs(ingested.path / "pairs.parquet")
+    if space.search == "optuna":
+        for corner in corner_trials(space):
+            _layout(pairs, corner, base)
+        catalogue_stages(base)
+        return Prepared(ingested.digest, [])
+
+    trials: list[Trial] = []
+    seen: dict[str, Trial] = {}
+    for trial in trials_of(space, base):
+        layout = _layout(pairs, trial, base)
+        others = {k: v for k, v in trial.point.items() if not k.startswith("plan.")}
+        same = repr((others, layout))
+        if same in seen:
+            log.info("sweep: %s makes the batches of %s: left out", trial.name, seen[same].name)
+            continue
+        seen[same] = trial
+        trials.append(trial)
+    _build_stages([trial.settings(base) for trial in trials])
+    return Prepared(ingested.digest, trials)
+
+
+def _layout(pairs: int, trial: Trial, base: Settings) -> Layout:
+    settings = trial.settings(base)
+    plan = settings.plan
+    try:
+        return layout_of(
+            pairs,
+            settings.train.batch_size,
+            plan.partitions,
+            settings.seed,
+            plan.batches_per_partition,
+        )
+    except UserError as error:
+        raise UserError(f"{trial.name}: {error}") from error
+
+
+def _build_stages(settings: Sequence[Settings]) -> None:
+    seen: set[str] = set()
+    for own in settings:
+        tree = own.model_dump_json(include=set(BEFORE_PLAN))
+        if tree not in seen:
+            seen.add(tree)
+            catalogue_stages(own)
+        plan_stage(own)
+
+
+def train(settings: Settings) -> dict[str, Any]:
+    """The objective of a trial: fine-tune, and say what came out.
+
+    Returns:
+        gauc, recall_100: of the validation sample, at the best step
+        step, best_step: encoder steps; train_seconds
+        partitions, batches_per_partition (n/(P·W)), hard_share: of the plan
+        model: the model directory; mlflow_run; reused: whether it was there already
+    """
+    os.environ["RAY_TRAIN_CALLBACKS"] = f"{__name__}.{ReportToTune.__name__}"
+    model = finetune_stage(settings)
+    report = _read(model.path / "report.json")
+    plan_digest = _read(model.path / "stage.json")["key"]["plan"]
+    plan = _read(settings.workdir / "plan" / plan_digest / "report.json")
+    best = report["best"]
+    return {
+        "gauc": best["gauc"],
+        "recall_100": best["recall_100"],
+        "step": report["steps"],
+        "best_step": best["step"],
+        "train_seconds": report["train_seconds"],
+        "partitions": plan["partitions"],
+        "batches_per_partition": plan["pairs"] / (plan["partitions"] * plan["batch_size"]),
+        "hard_share": plan["hard_share"],
+        "model": str(model.path),
+        "mlflow_run": report["mlflow_run"],
+        "reused": model.reused,
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads(path.read_text())
+    return tree
+
+
+class ReportToTune(ReportCallback):
+    """Hands each validation of Ray Train's workers to Ray Tune.
+
+    Ray makes it by its name, in RAY_TRAIN_CALLBACKS: fine-tuning knows nothing of sweeps. That
+    takes one of Train's own callbacks; Tune's is the public one, so it is called from here.
+    """
+
+    def __init__(self) -> None:
+        self.tune = TuneReportCallback()
+
+    def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
+        self.tune.after_report(None, metrics, None)  # type: ignore[arg-type]

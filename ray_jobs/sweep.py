@@ -1,0 +1,28 @@
+"""Train a recipe many times with some settings varied (Ray Tune); the best come out as a recipe.
+
+    python ray_jobs/sweep.py --space tune_spaces/fig5_partitions.yaml [--evaluate] [settings]
+
+A space file names what is varied and how: see tune_spaces/ and docs/guide.md. Trials are chosen by
+the validation day; --evaluate measures all of them on the test day afterwards. The same command
+given again goes on where a sweep was stopped. The last line printed is its directory.
+"""
+
+import argparse
+from pathlib import Path
+
+from acebert.config import Settings
+from acebert.job import run_job
+from acebert.sweep.run import sweep
+from acebert.sweep.space import read_space
+
+
+def work(settings: Settings, arguments: argparse.Namespace) -> None:
+    path = arguments.space
+    print(sweep(settings, path.stem, read_space(path), evaluate=arguments.evaluate))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--space", type=Path, required=True, help="YAML file under tune_spaces/")
+    parser.add_argument("--evaluate", action="store_true", help="measure trials on the test day")
+    run_job(work, __doc__, parser)
