@@ -23,6 +23,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 
 from acebert.config import Section, Settings, settings_from
 from acebert.errors import UserError
+from acebert.training.harness import HOW_IT_RUNS
 from acebert.workdir import digest_of
 
 Point = dict[str, Any]
@@ -261,6 +262,8 @@ def _leaf_type(leaf: str) -> set[Any]:
     if section not in VARIABLE:
         raise UserError(f"vary.{leaf}: can be varied: settings of {', '.join(VARIABLE)}")
     kind = Settings.model_fields[section].annotation
+    if section == "train" and name in HOW_IT_RUNS:
+        raise UserError(f"vary.{leaf}: it says how a training runs, not what comes out of it")
     assert isinstance(kind, type)
     assert issubclass(kind, BaseModel)
     if name not in kind.model_fields:

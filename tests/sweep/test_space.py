@@ -1,0 +1,144 @@
+"""The space file: what it says, and everything that can be wrong with it."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from acebert.config import Settings, load_settings
+from acebert.errors import UserError
+from acebert.sweep.space import Space, Trial, check_space, read_space, trials_of
+
+SPACES = Path(__file__).parents[2] / "tune_spaces"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    workdir = tmp_path_factory.mktemp("workdir")
+    return load_settings(["--recipe", "acebert_tiny", "--workdir", str(workdir)])
+
+
+def written(tmp_path: Path, **tree: object) -> Path:
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(SPACES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_spaces_that_we_ship_fit_the_settings(path: Path, base: Settings):
+    check_space(read_space(path), base)
+
+
+def test_a_grid_is_every_combination_with_every_seed(base: Settings):
+    space = Space(vary={"loss.gamma": [5, 10], "adversary.k": [1, 2, 3]}, seeds=[7, 8])
+    expected = [
+        ({"loss.gamma": gamma, "adversary.k": k}, seed)
+        for gamma, k, seed in itertools.product([5, 10], [1, 2, 3], [7, 8])
+    ]
+    assert [(trial.point, trial.seed) for trial in trials_of(space, base)] == expected
+
+
+def test_random_points_lie_in_their_ranges_and_come_from_the_seed(base: Settings):
+    space = Space(
+        vary={
+            "loss.gamma": {"low": 1, "high": 100, "log": True},
+            "train.batch_size": {"low": 2, "high": 4},
+            "model.pooling": ["cls", "mean"],
+        },
+        search="random",
+        points=400,
+    )
+    trials = trials_of(space, base)
+    assert trials == trials_of(space, base)
+    other = trials_of(space, base.model_copy(update={"seed": 1}))
+    assert trials != other
+    gamma = np.array([t.point["loss.gamma"] for t in trials])
+    assert gamma.min() >= 1
+    assert gamma.max() <= 100
+    # Even in the logarithm: half of the draws below 10; ±0.1 is four standard deviations.
+    assert np.mean(gamma < 10) == pytest.approx(0.5, abs=0.1)
+    assert {t.point["train.batch_size"] for t in trials} == {2, 3, 4}  # both ends, whole numbers
+    assert {t.point["model.pooling"] for t in trials} == {"cls", "mean"}
+
+
+def test_a_trials_settings_are_the_bases_but_for_its_point_and_seed(base: Settings):
+    trial = Trial({"loss.gamma": 40, "adversary.k": 2}, seed=3)
+    settings = trial.settings(base)
+    assert (settings.loss.gamma, settings.adversary.k, settings.seed) == (40, 2, 3)
+    assert settings.tracking.run_name == trial.name == "gamma=40 k=2 seed=3"
+    put_back = Trial({"loss.gamma": base.loss.gamma, "adversary.k": base.adversary.k}, base.seed)
+    assert put_back.settings(settings).model_dump(exclude={"tracking"}) == base.model_dump(
+        exclude={"tracking"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"vary": {"plan.partition": [1]}}, r"vary\.plan\.partition: there is no such.*partitions"),
+        ({"vary": {"plans.partitions": [1]}}, r"vary\.plans\.partitions: there is no such setting"),
+        ({"vary": {"loss": [1]}}, r"vary\.loss: there is no such setting"),
+        ({"vary": {"loss.gamma": []}}, r"vary\.loss\.gamma: an empty list"),
+        ({"vary": {}}, "vary: names no setting"),
+        ({"vary": {"loss.gamma": 5}}, r"vary\.loss\.gamma: takes a list of values or"),
+        ({"vary": {"loss.gamma": ["big"]}}, "loss.gamma.*'big'"),
+        ({"vary": {"loss.gamma": [-1]}}, "loss.gamma.*greater than 0"),
+        ({"vary": {"train.batch_size": [1.5]}}, "train.batch_size.*integer"),
+        ({"vary": {"seed": [1, 2]}}, "list the seeds under seeds:"),
+        ({"vary": {"workdir.x": ["/tmp"]}}, r"vary\.workdir\.x: can be varied: settings of"),
+        ({"vary": {"data.products": ["a"]}}, "can be varied: settings of"),
+        ({"vary": {"train.num_workers": [1, 2]}}, "how a training runs, not what comes out"),
+        ({"vary": {"loss.gamma": {"low": 1, "high": 9}}}, "a range, but search: grid"),
+        (
+            {"vary": {"loss.gamma": {"low": 9, "high": 1}}, "search": "random", "points": 3},
+            "low 9 must be below high 1",
+        ),
+        (
+            {"vary": {"model.pooling": {"low": 1, "high": 2}}, "search": "random", "points": 3},
+            r"model\.pooling: a range, but this setting is no number",
+        ),
+        (
+            {"vary": {"train.lr": {"low": 0, "high": 1, "log": True}}, "search": "random"},
+            "log: true needs low above 0",
+        ),
+        ({"vary": {"train.lr": [1e-3]}, "search": "optuna"}, "needs to know how many"),
+        ({"vary": {"train.lr": [1e-3]}, "points": 4}, "grid takes every combination"),
+        ({"vary": {"train.lr": [1e-3]}, "metric": "ndcg"}, "metric: .*'recall_100' or 'gauc'"),
+        ({"vary": {"train.lr": [1e-3]}, "seeds": []}, "seeds: must be at least one"),
+        ({"vary": {"train.lr": [1e-3]}, "seeds": [1, 1]}, "seeds: must be at least one, each once"),
+        ({"vary": {"train.lr": [1e-3]}, "sampler": "x"}, "sampler: there is no such key; a space"),
+        (
+            {
+                "vary": {"train.lr": [1e-3]},
+                **{"search": "optuna", "points": 3, "seeds": [0, 1], "asha": {"first_rung": 5}},
+            },
+            "asha: Optuna is told a point's mean",
+        ),
+        (
+            {
+                "vary": {"text.title_tokens": {"low": 4, "high": 32}},
+                **{"search": "optuna", "points": 3},
+            },
+            "new text stages between trials",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(
+    tree: dict[str, object], words: str, tmp_path: Path, base: Settings
+):
+    with pytest.raises(UserError, match=words):
+        check_space(read_space(written(tmp_path, **tree)), base)
+
+
+def test_a_space_that_is_not_there_or_no_yaml_is_said_so(tmp_path: Path):
+    with pytest.raises(UserError, match=r"gone\.yaml: no such file"):
+        read_space(tmp_path / "gone.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("vary: [")
+    with pytest.raises(UserError, match=r"bad\.yaml: not valid YAML"):
+        read_space(bad)
+    bad.write_text("- 1")
+    with pytest.raises(UserError, match="a space is a mapping"):
+        read_space(bad)
