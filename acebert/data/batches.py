@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from acebert.data.lookups import Lookups
 from acebert.data.tokens import Ragged, ranges, special_ids
 
 TITLE, HOT_QUERY = 0, 1  # segments; 2 and 3 are patches and pixels (models/encoder.py)
@@ -48,15 +48,10 @@ class TextStore:
     def open(cls, tokens: Path, ingested: Path) -> "TextStore":
         """Memory-maps the stages 'tokens' and 'ingest'."""
         special = special_ids(tokens / "tokenizer")
-        lists = pq.read_table(ingested / "hot_lists.parquet")["queries"].combine_chunks()
-        hot_lists = Ragged(
-            lists.values.to_numpy(zero_copy_only=False).astype(np.int32),
-            lists.offsets.to_numpy().astype(np.int64),
-        )
         return cls(
             Ragged.load(tokens, "titles"),
             Ragged.load(tokens, "queries"),
-            hot_lists,
+            Lookups.open(ingested).hot_lists,
             special["cls"],
             special["sep"],
             special["pad"],
@@ -83,6 +78,21 @@ class TextStore:
             rows = np.concatenate([rows, np.repeat(rows, per_row)])
             segments = np.concatenate([segments, np.full(len(hot), HOT_QUERY)])
         return self._assemble(B, rows, segments, pieces, lengths)
+
+    def single_batch(
+        self, products: NDArray[np.integer], queries: NDArray[np.integer]
+    ) -> TextArrays:
+        """Titles of product rows [P] alone, then queries of query rows [Q] → tokens [P + Q, L]."""
+        titles, title_lengths = self.titles.take(products)
+        pieces, lengths = self.queries.take(queries)
+        P, Q = len(products), len(queries)
+        return self._assemble(
+            P + Q,
+            np.arange(P + Q),
+            np.repeat([TITLE, HOT_QUERY], [P, Q]),
+            np.concatenate([titles, pieces]),
+            np.concatenate([title_lengths, lengths]),
+        )
 
     def _assemble(
         self,

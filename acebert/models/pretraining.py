@@ -9,7 +9,7 @@ Letters: B rows, L text length, N patches, D width, M masked words, K masked pat
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class PretrainOutputs:
     """Attributes:
     words: logits of the masked words [M, vocabulary]
     patches: logits of the masked patches [K, D1], or None for a model without patches
-    features: the raw features of these patches [K, D1], or None
+    features: the raw features of these patches, float32 [K, D1], or None
     match: logit of 'title and photo belong together' [B], or None for a text-only model
     """
 
@@ -148,6 +148,8 @@ class CEBertForPreTraining(BertPreTrainedModel):
         if inputs.text.input_ids.device.type != "cpu" or B <= ROWS_OF_ONE_LENGTH:
             return self._forward(inputs)
         # A core does padding at the price of words: rows of about one length go together.
+        if torch.is_grad_enabled():
+            inputs = replace(inputs, text=self.ce_bert.embeddings.look_up(inputs.text))
         parts = [
             self._forward(inputs.part(start, min(start + ROWS_OF_ONE_LENGTH, B)))
             for start in range(0, B, ROWS_OF_ONE_LENGTH)
@@ -167,7 +169,7 @@ class CEBertForPreTraining(BertPreTrainedModel):
             photos = inputs.image.rows(inputs.photo)
             patches = photos.patches
             if patches is not None:
-                features = patches[inputs.patch_rows, inputs.patch_columns]
+                features = patches[inputs.patch_rows, inputs.patch_columns].float()
                 patches = patches.masked_fill(inputs.masked_patches[:, :, None], 0)
             image = ImageInputs(inputs.has_photo, patches, photos.pixels)
         n = L + NUM_PATCHES if image is not None and config.patch_dim else L

@@ -1,0 +1,116 @@
+"""One rank's model and optimiser in pre-training, and the step that trains them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from acebert.config import Settings
+from acebert.models.parameters import adamw_groups
+from acebert.models.pretraining import (
+    CEBertForPreTraining,
+    PretrainOutputs,
+    adaptive_weights,
+    mlm_loss,
+    mpm_loss,
+    tip_loss,
+)
+from acebert.training.pretrain_batches import PretrainBatch
+from acebert.training.schedule import lr_factor
+
+
+class Pretrainer:
+    """Model and optimiser on one rank."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: CEBertForPreTraining,
+        device: torch.device,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.settings = settings
+        self.device, self.rank, self.world = device, rank, world
+        self.model = model.to(device)  # type: ignore[arg-type]
+        self.forward: nn.Module = self.model
+        if world > 1:
+            ids = [device] if device.type == "cuda" else None
+            self.forward = DistributedDataParallel(self.model, device_ids=ids)
+        own = settings.pretrain
+        self.optimizer = torch.optim.AdamW(
+            adamw_groups(
+                model, model.new_parameters, own.lr, own.new_layer_lr_factor, own.weight_decay
+            ),
+            fused=True,
+        )
+        self._peak = [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, batch: PretrainBatch, step: int, share: float) -> dict[str, torch.Tensor]:
+        """One update on this rank's rows; the step's metrics, whose mean over the ranks is the
+        whole batch's."""
+        torch.manual_seed(hash((self.settings.pretrain.seed, step, self.rank)))
+        bf16 = self.settings.train.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            outputs: PretrainOutputs = self.forward(batch.inputs)
+        losses, metrics = self._losses(outputs, batch)
+        if self.settings.pretrain.adaptive_loss:
+            weights = adaptive_weights(self._global(torch.stack(list(losses.values()))))
+            loss = sum(w * value for w, value in zip(weights, losses.values(), strict=True))
+            metrics |= {f"{name}_weight": w for name, w in zip(losses, weights, strict=True)}
+        else:
+            loss = sum(losses.values())
+        assert isinstance(loss, torch.Tensor)
+        factor = lr_factor(self.settings.pretrain, step, share)
+        for group, peak in zip(self.optimizer.param_groups, self._peak, strict=True):
+            group["lr"] = peak * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.max_grad_norm)
+        self.optimizer.step()
+        lr = norm.new_tensor(self.settings.pretrain.lr * factor)
+        return {"loss": loss.detach(), **metrics, "grad_norm": norm.detach(), "lr": lr}
+
+    def _losses(
+        self, outputs: PretrainOutputs, batch: PretrainBatch
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The losses of section 2.2, scaled so that DDP's mean over the ranks is the mean over the
+        whole batch; and their values with the accuracies, scaled alike."""
+
+        def mean(values: torch.Tensor, everywhere: int) -> torch.Tensor:
+            return values.sum() * (self.world / max(1, everywhere))
+
+        losses = {"mlm": mean(mlm_loss(outputs.words, batch.words), batch.all_words)}
+        right = {"mlm_accuracy": (outputs.words.argmax(dim=-1) == batch.words, batch.all_words)}
+        if outputs.patches is not None and outputs.features is not None:
+            kl = mpm_loss(
+                outputs.patches, outputs.features, self.settings.pretrain.patch_temperature
+            )
+            losses["mpm"] = mean(kl, batch.all_patches)
+        if outputs.match is not None:
+            entropy = tip_loss(outputs.match, batch.matched) * batch.paired
+            losses["tip"] = mean(entropy, batch.all_pairs)
+            agrees = ((outputs.match > 0) == (batch.matched > 0)) * batch.paired
+            right["tip_accuracy"] = agrees, batch.all_pairs
+        metrics = {name: loss.detach() for name, loss in losses.items()}
+        metrics |= {name: mean(hits.float(), n) for name, (hits, n) in right.items()}
+        return losses, metrics
+
+    def _global(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over the ranks, detached."""
+        values = values.detach().clone()
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        return values
+
+    def state(self) -> dict[str, Any]:
+        """Weights and optimiser state, on the device; equal on all ranks."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
