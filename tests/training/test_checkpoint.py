@@ -1,0 +1,215 @@
+import logging
+import multiprocessing
+import os
+import pickle
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from acebert.errors import UserError
+from acebert.training.checkpoint import (
+    HISTORY,
+    MANIFEST,
+    PROGRESS,
+    STATE,
+    Checkpoints,
+    Progress,
+    code_identity,
+    load_progress,
+    load_tensors,
+    why_broken,
+)
+
+CPU = torch.device("cpu")
+IDENTITY = {"key": {"train": {"lr": 0.001}, "plan": "ab12"}, "code": {"models/losses.py": "ff00"}}
+
+
+def state(step: int, size: int = 1000) -> dict:
+    """Tensors that tell their step, in a tree such as an optimiser's."""
+    return {
+        "model": {"weight": torch.full((size,), float(step)), "empty": torch.zeros(0)},
+        "optimizer": {"state": {0: {"step": torch.tensor(float(step))}}, "groups": [{"lr": 0.1}]},
+    }
+
+
+def progress(step: int, best_step: int = 0) -> Progress:
+    made = Progress(step, seconds=step / 3, best=0.25, best_step=best_step, since_best=1)
+    made.add_steps([{"step": i + 1, "loss": 1 / (i + 1)} for i in range(step)])
+    made.validations.append({"step": 2, "recall_100": 0.1})
+    return made
+
+
+def steps(directory: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in directory.glob("step-" + "[0-9]" * 8))
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(tmp_path / "run", IDENTITY, keep=2)
+
+
+def test_what_is_loaded_is_what_was_saved(checkpoints: Checkpoints):
+    saved = progress(7)
+    saved.add_steps([{"step": 8, "loss": 0.5, "domain_loss": 0.75}])  # not every step has it
+    checkpoints.save(state(7), saved)
+    checkpoints.wait()
+    path = checkpoints.newest()
+    assert path is not None
+    loaded = load_tensors(path, CPU)
+    assert torch.equal(loaded["model"]["weight"], torch.full((1000,), 7.0))
+    assert loaded["optimizer"]["state"][0]["step"] == 7
+    assert loaded["optimizer"]["groups"] == [{"lr": 0.1}]
+    again = load_progress(path)
+    assert again == saved
+    assert again.history["domain_loss"].to_pylist() == [None] * 7 + [0.75]
+
+
+def test_a_step_that_follows_at_once_does_not_reach_the_checkpoint(checkpoints: Checkpoints):
+    tensors, at = state(1, size=5_000_000), progress(1)
+    for step in (1, 2, 3):
+        tensors["model"]["weight"].fill_(step)
+        at.step = step
+        checkpoints.save(tensors, at)
+        tensors["model"]["weight"].fill_(-1)
+        at.validations.append({"step": -1})
+        checkpoints.wait()
+        path = checkpoints.at(step)
+        assert torch.equal(
+            load_tensors(path, CPU)["model"]["weight"].unique(), torch.tensor([step])
+        )
+        assert len(load_progress(path).validations) == step
+
+
+def test_the_newest_are_kept_and_the_best_of_each(checkpoints: Checkpoints):
+    for step in range(1, 9):
+        checkpoints.save(state(step), progress(step, best_step=3 if step < 8 else 8))
+    checkpoints.wait()
+    assert steps(checkpoints.directory) == [3, 7, 8]  # 3 is the best of those that 7 knows
+    checkpoints.save(state(9), progress(9, best_step=8))
+    checkpoints.wait()
+    assert steps(checkpoints.directory) == [8, 9]
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path / STATE, (path / STATE).stat().st_size // 2)
+
+
+def one_bit(path: Path) -> None:
+    data = bytearray((path / STATE).read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / STATE).write_bytes(data)
+
+
+def lose(name: str):
+    return lambda path: (path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (cut_short, rf"{STATE} has \d+ bytes of \d+"),
+        (one_bit, rf"{STATE} is not what was written"),
+        (lose(HISTORY), rf"{HISTORY} is missing"),
+        (lose(MANIFEST), rf"{MANIFEST} cannot be read"),
+        (lambda path: (path / MANIFEST).write_text("{"), rf"{MANIFEST} cannot be read"),
+        (lambda path: (path / PROGRESS).write_text("{}"), rf"{PROGRESS} has 2 bytes of"),
+    ],
+)
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before_it(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture, damage, words: str
+):
+    for step in (1, 2):
+        checkpoints.save(state(step), progress(step))
+    checkpoints.wait()
+    damage(checkpoints.at(2))
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.newest() == checkpoints.at(1)
+    (record,) = caplog.records
+    assert str(checkpoints.at(2)) in record.message
+    assert re.search(words, record.message)
+    checkpoints.save(state(2), progress(2))  # and its place is taken again
+    checkpoints.wait()
+    assert checkpoints.newest() == checkpoints.at(2)
+
+
+def test_without_any_whole_checkpoint_there_is_none(checkpoints: Checkpoints):
+    assert checkpoints.newest() is None
+    checkpoints.save(state(1), progress(1))
+    checkpoints.wait()
+    cut_short(checkpoints.at(1))
+    assert checkpoints.newest() is None
+
+
+@pytest.mark.parametrize(
+    ("identity", "words"),
+    [
+        (
+            {"key": {"train": {"lr": 0.002}, "plan": "ab12"}, "code": IDENTITY["code"]},
+            r"key\.train\.lr was 0\.001, is 0\.002",
+        ),
+        (
+            {"key": IDENTITY["key"], "code": {"models/losses.py": "ee11"}},
+            r"code\.models/losses\.py was ff00, is ee11",
+        ),
+        (
+            {"key": IDENTITY["key"], "code": {**IDENTITY["code"], "models/new.py": "11"}},
+            r"code\.models/new\.py was not there, is 11",
+        ),
+    ],
+)
+def test_a_checkpoint_of_other_settings_or_code_is_refused(
+    checkpoints: Checkpoints, identity: dict, words: str
+):
+    checkpoints.save(state(1), progress(1))
+    checkpoints.wait()
+    with pytest.raises(UserError, match=rf"nothing had happened: {words}\. Go back"):
+        Checkpoints(checkpoints.directory, identity, keep=2).newest()
+
+
+def test_the_code_that_trains_is_known_by_file():
+    code = code_identity()
+    assert {"torch", "acebert/training/loop.py", "acebert/models/losses.py"} <= code.keys()
+    assert not any("serving" in name or "sweep" in name for name in code)
+
+
+class Unwanted:
+    def __reduce__(self) -> tuple:
+        return os.system, ("false",)
+
+
+def test_a_checkpoint_from_elsewhere_cannot_run_code(checkpoints: Checkpoints):
+    checkpoints.save(state(1), progress(1))
+    checkpoints.wait()
+    torch.save({"model": Unwanted()}, checkpoints.at(1) / STATE)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only"):
+        load_tensors(checkpoints.at(1), CPU)
+
+
+def _save_for_ever(directory: Path) -> None:
+    checkpoints = Checkpoints(directory, IDENTITY, keep=2)
+    for step in range(1, 10_000):
+        checkpoints.save(state(step, size=300_000), progress(step))
+
+
+def test_a_writer_killed_at_any_time_leaves_whole_checkpoints(tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    for run in range(3):
+        directory = tmp_path / str(run)
+        writer = context.Process(target=_save_for_ever, args=(directory,))
+        writer.start()
+        while len(steps(directory)) < 2:
+            time.sleep(0.001)
+        writer.join(0.05 + 0.03 * run)
+        writer.kill()
+        writer.join()
+        left = steps(directory)
+        assert left
+        assert all(why_broken(directory / f"step-{step:08d}") is None for step in left)
+        newest = Checkpoints(directory, IDENTITY, keep=2).newest()
+        assert newest is not None
+        weight = load_tensors(newest, CPU)["model"]["weight"]
+        assert weight.unique().tolist() == [left[-1]]
+        assert {path.name[:5] for path in directory.iterdir()} == {"step-"}  # nothing lies about
