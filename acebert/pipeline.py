@@ -18,6 +18,7 @@ from acebert.evaluation.evaluate import evaluate_baselines, evaluate_embeddings
 from acebert.evaluation.testset import evaluation_queries
 from acebert.tracking import start_run
 from acebert.training.finetune import finetune
+from acebert.training.pretrain import pretrain
 from acebert.workdir import Stage
 
 
@@ -55,12 +56,20 @@ def plan_stage(settings: Settings) -> Stage:
     return _tracked(settings, plan(settings, ingested))
 
 
+def pretrain_stage(settings: Settings) -> Stage:
+    """The directory of a pre-trained CE-BERT."""
+    data = catalogue_stages(settings)
+    connect()
+    return pretrain(settings, data.ingested, data.tokens, data.features)
+
+
 def finetune_stage(settings: Settings) -> Stage:
     """The model directory."""
     data = catalogue_stages(settings)
     planned = plan_stage(settings)
     connect()
-    return finetune(settings, data.ingested, data.tokens, data.features, planned)
+    pretrained = pretrain_stage(settings) if settings.model.start == "pretrain" else None
+    return finetune(settings, data.ingested, data.tokens, data.features, planned, pretrained)
 
 
 def embed_stage(settings: Settings, model: Path, queries: list[str]) -> Stage:

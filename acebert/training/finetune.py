@@ -32,13 +32,24 @@ SETTINGS_THAT_MATTER = ("model", "text", "loss", "adversary")
 
 
 def finetune(
-    settings: Settings, ingested: Stage, tokens: Stage, features: Stage | None, plan: Stage
+    settings: Settings,
+    ingested: Stage,
+    tokens: Stage,
+    features: Stage | None,
+    plan: Stage,
+    pretrained: Stage | None = None,
 ) -> Stage:
     """Train the dual encoder and write its model directory (docs/architecture.md, finetune).
 
+    Args:
+        pretrained: the CE-BERT that it starts from, where `model.start` says so
+
     Raises:
         UserError: the cluster lacks the CPUs or GPUs asked for, or the loss is not finite.
+        ValueError: `model.start` and `pretrained` do not fit.
     """
+    if (settings.model.start == "pretrain") != (pretrained is not None):
+        raise ValueError(f"model.start is {settings.model.start!r}, pretrained is {pretrained}")
     stages = {"ingest": ingested, "tokens": tokens, "features": features, "plan": plan}
     key: dict[str, Any] = {
         "version": VERSION,
@@ -50,13 +61,20 @@ def finetune(
     }
     if settings.model.backbone is not None:
         key["backbone"] = backbone_digest(settings.model.backbone)
-    paths = StagePaths(ingested.path, tokens.path, features.path if features else None, plan.path)
+    if pretrained is not None:
+        key["pretrain"] = pretrained.digest
+    config = {
+        "paths": StagePaths(
+            ingested.path, tokens.path, features.path if features else None, plan.path
+        ),
+        "start": pretrained.path if pretrained else None,
+    }
 
     def build(out: Path) -> None:
         tags = {"acebert.data": ingested.digest}
         with start_run(settings, "finetune", digest_of(key), tags=tags) as mlrun:
-            checkpoints = train_on_ray(settings, "finetune", key, _worker, {"paths": paths}, mlrun)
-            _export(settings, paths, checkpoints, mlrun.run_id, out)
+            checkpoints = train_on_ray(settings, "finetune", key, _worker, config, mlrun)
+            _export(settings, config, checkpoints, mlrun.run_id, out)
             for artifact in ("settings.yaml", "report.json", "history.parquet", "valid.parquet"):
                 mlrun.log_artifact(out / artifact)
             log_model(settings, mlrun, out)
@@ -66,15 +84,21 @@ def finetune(
     return stage
 
 
-def new_model(settings: Settings, paths: StagePaths) -> DualEncoder:
-    """The dual encoder at its start weights, sized to the vocabulary and the stored features."""
+def new_model(settings: Settings, paths: StagePaths, start: Path | None = None) -> DualEncoder:
+    """The dual encoder at its start weights, sized to the vocabulary and the stored features.
+
+    `start` is the directory of a pre-trained CE-BERT; none: the weights of `model.backbone`.
+    """
+    model = settings.model
+    if start is not None:
+        model = model.model_copy(update={"backbone": str(start)})
     features = FeatureStore(paths.features) if paths.features else None
     return DualEncoder.new(
-        settings.model,
+        model,
         vocab_size=len(load_tokenizer(paths.tokens / "tokenizer")),
         sep_token_id=special_ids(paths.tokens / "tokenizer")["sep"],
-        patch_dim=features.patch_dim if features and settings.model.patches else 0,
-        pixel_side=features.pixel_side if features and settings.model.pixels else 0,
+        patch_dim=features.patch_dim if features and model.patches else 0,
+        pixel_side=features.pixel_side if features and model.pixels else 0,
         gamma=settings.loss.gamma,
         gamma_learned=settings.loss.gamma_learned,
         seed=settings.seed,
@@ -85,7 +109,7 @@ def _worker(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
     run(
         settings,
         config["paths"],
-        new_model(settings, config["paths"]),
+        new_model(settings, config["paths"], config["start"]),
         device=rank.device,
         rank=rank.rank,
         world=rank.world,
@@ -95,9 +119,10 @@ def _worker(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
 
 
 def _export(
-    settings: Settings, paths: StagePaths, checkpoints: Checkpoints, run_id: str, out: Path
+    settings: Settings, config: dict[str, Any], checkpoints: Checkpoints, run_id: str, out: Path
 ) -> None:
     """The model directory: weights of the best validation, history of the whole run."""
+    paths: StagePaths = config["paths"]
     last = checkpoints.newest()
     assert last is not None
     progress = load_progress(last)
@@ -107,7 +132,7 @@ def _export(
             f"{best}, the best checkpoint, is broken: {broken}. Remove {checkpoints.directory} to "
             "train from the start"
         )
-    model = new_model(settings, paths)
+    model = new_model(settings, paths, config["start"])
     model.load_state_dict(load_tensors(best, torch.device("cpu"))["model"])
     model.save(out)
     shutil.copytree(paths.tokens / "tokenizer", out / "tokenizer")

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from acebert.config import Settings
 from acebert.data.batches import TextArrays, TextStore
+from acebert.data.feature_cache import open_features
 from acebert.data.features import FeatureStore
 from acebert.data.masking import Vocabulary, mask_patches, mask_words
 from acebert.data.tokens import load_tokenizer
@@ -175,7 +176,7 @@ class PretrainBatches:
         self.settings = settings.pretrain
         self.patches, self.pixels = settings.model.patches, settings.model.pixels
         self.texts = Texts(settings, paths)
-        self.features = FeatureStore(paths.features) if paths.features else None
+        self.features = open_features(settings.image, paths.features) if paths.features else None
         tokenizer = load_tokenizer(paths.tokens / "tokenizer")
         assert isinstance(tokenizer.mask_token_id, int)  # load_tokenizer has looked
         self.vocabulary = Vocabulary.of(

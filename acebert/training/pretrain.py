@@ -1,0 +1,129 @@
+"""The 'pretrain' stage: CE-BERT on Ray Train, from a BERT to a checkpoint for fine-tuning.
+
+What it writes is a Hugging Face directory (config, weights with heads, tokenizer), so it is also a
+`model.backbone` for another catalogue.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from acebert.config import Settings
+from acebert.data.feature_cache import open_features
+from acebert.data.tokens import backbone_digest, load_tokenizer, special_ids
+from acebert.models.encoder import HOT_QUERY, TITLE, load_backbone
+from acebert.models.pretraining import CEBertForPreTraining, start_pretraining
+from acebert.tracking import start_run
+from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors
+from acebert.training.harness import Rank, run_directory, train_on_ray
+from acebert.training.pairs import StagePaths
+from acebert.training.pretrain_loop import run
+from acebert.workdir import Stage, digest_of, run_stage
+
+VERSION = 1
+MODEL_SETTINGS = {
+    *("backbone", "layers", "width", "heads", "dropout"),
+    *("patches", "pixels", "pooling", "image_attention_bias"),
+}
+"""leaves of `model` that pre-training reads; the others are fine-tuning's alone"""
+
+
+def pretrain(settings: Settings, ingested: Stage, tokens: Stage, features: Stage | None) -> Stage:
+    """Pre-train and write the checkpoint directory (docs/architecture.md, pretrain).
+
+    Raises:
+        UserError: the cluster lacks the CPUs or GPUs asked for, the catalogue is smaller than a
+            batch, or the loss is not finite.
+    """
+    stages = {"ingest": ingested, "tokens": tokens, "features": features}
+    key: dict[str, Any] = {
+        "version": VERSION,
+        **{name: stage.digest for name, stage in stages.items() if stage},
+        "model": settings.model.model_dump(include=MODEL_SETTINGS),
+        "pretrain": settings.pretrain.model_dump(),
+        "train": settings.train.model_dump(include={"precision", "max_grad_norm"}),
+    }
+    if settings.model.backbone is not None:
+        key["backbone"] = backbone_digest(settings.model.backbone)
+    paths = StagePaths(ingested.path, tokens.path, features.path if features else None)
+
+    def build(out: Path) -> None:
+        tags = {"acebert.data": ingested.digest}
+        with start_run(settings, "pretrain", digest_of(key), tags=tags) as mlrun:
+            checkpoints = train_on_ray(settings, "pretrain", key, _worker, {"paths": paths}, mlrun)
+            _export(settings, paths, checkpoints, mlrun.run_id, out)
+            for artifact in ("settings.yaml", "report.json", "history.parquet", "valid.parquet"):
+                mlrun.log_artifact(out / artifact)
+
+    stage = run_stage(settings.workdir, "pretrain", key, build)
+    shutil.rmtree(run_directory(settings, "pretrain", key), ignore_errors=True)
+    return stage
+
+
+def new_model(settings: Settings, paths: StagePaths) -> CEBertForPreTraining:
+    """CE-BERT with its heads at the start weights, sized to the vocabulary and the features."""
+    model = settings.model
+    features = open_features(settings.image, paths.features) if paths.features else None
+    encoder = load_backbone(
+        model.backbone,
+        layers=model.layers,
+        width=model.width,
+        heads=model.heads,
+        dropout=model.dropout,
+        vocab_size=len(load_tokenizer(paths.tokens / "tokenizer")),
+        sep_token_id=special_ids(paths.tokens / "tokenizer")["sep"],
+        patch_dim=features.patch_dim if features and model.patches else 0,
+        pixel_side=features.pixel_side if features and model.pixels else 0,
+        image_attention_bias=model.image_attention_bias,
+        pooling=model.pooling,
+        seed=settings.pretrain.seed,
+    )
+    return start_pretraining(encoder, model.backbone, settings.pretrain.seed)
+
+
+def _worker(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
+    run(
+        settings,
+        config["paths"],
+        new_model(settings, config["paths"]),
+        device=rank.device,
+        rank=rank.rank,
+        world=rank.world,
+        save=rank.save,
+        resume=rank.resume,
+    )
+
+
+def _export(
+    settings: Settings, paths: StagePaths, checkpoints: Checkpoints, run_id: str, out: Path
+) -> None:
+    """The directory of the last checkpoint: pre-training uses its budget up."""
+    last = checkpoints.newest()
+    assert last is not None
+    progress = load_progress(last)
+    model = new_model(settings, paths)
+    model.load_state_dict(load_tensors(last, torch.device("cpu"))["model"])
+    if not settings.pretrain.queries:  # that segment was never seen: it starts as the title's
+        segments = model.ce_bert.embeddings.token_type_embeddings.weight
+        with torch.no_grad():
+            segments[HOT_QUERY] = segments[TITLE]
+    model.save_pretrained(out)
+    shutil.copytree(paths.tokens / "tokenizer", out, dirs_exist_ok=True)
+    pq.write_table(progress.history, out / "history.parquet")
+    pq.write_table(pa.Table.from_pylist(progress.validations), out / "valid.parquet")
+    tree = settings.model_dump(mode="json")
+    (out / "settings.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    report = {
+        "mlflow_run": run_id,
+        "steps": progress.step,
+        "texts": progress.step * settings.pretrain.batch_size,
+        "train_seconds": progress.seconds,
+        "held_out": progress.validations[-1],
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
