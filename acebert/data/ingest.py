@@ -33,6 +33,7 @@ from acebert.config import DataSettings, Settings
 from acebert.data.catalogue import RAW_PRODUCT, count_catalogue, load_products, write_products
 from acebert.data.database import open_database, write_parquet
 from acebert.data.hot_queries import build_hot_lists
+from acebert.data.lookups import write_lookups
 from acebert.data.quarantine import check_share, count_quarantined, write_quarantine
 from acebert.data.schema import IMPRESSIONS, PRODUCTS, check_mapping
 from acebert.data.search_log import (
@@ -52,7 +53,7 @@ from acebert.workdir import Stage, digest_of, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 ROBOT_SHARE = 0.1  # of the log's rows: more of robots than this is worth a second look
 
 Connection = duckdb.DuckDBPyConnection
@@ -254,6 +255,7 @@ def _write(con: Connection, leave_out: str, out: Path) -> dict[str, int]:
     for name, (sql, schema) in tables(leave_out).items():
         rows[name] = write_parquet(con, sql, out / f"{name}.parquet", schema)
         log.info("ingest: %s, %s rows", name, f"{rows[name]:,}")
+    write_lookups(con, out)
     return rows
 
 
