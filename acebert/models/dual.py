@@ -40,6 +40,8 @@ class Tower(nn.Module):
         self.projection = nn.Linear(encoder.config.hidden_size, embedding_dim)
 
     def forward(self, text: TextInputs, image: ImageInputs | None = None) -> Tensor:
+        if not len(text.input_ids):
+            return self.projection.weight.new_zeros(0, self.projection.out_features)
         if text.input_ids.device.type != "cpu" or len(text.input_ids) < 2 * ROWS_OF_ONE_LENGTH:
             return self._encode(text, image)
         # A core does padding at the price of words: rows of about one length go together.

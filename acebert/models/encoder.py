@@ -75,6 +75,15 @@ class TextInputs:
             segment_ids=self.segment_ids[rows][:, columns],
         )
 
+    def span(self, start: int, stop: int, L: int) -> "TextInputs":
+        """Rows start … stop − 1 and their first L tokens; views, no copies."""
+        return replace(
+            self,
+            input_ids=self.input_ids[start:stop, :L],
+            attention_mask=self.attention_mask[start:stop, :L],
+            segment_ids=self.segment_ids[start:stop, :L],
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TextInputs":
         return TextInputs(
             self.input_ids.to(device, non_blocking=non_blocking),
@@ -104,6 +113,14 @@ class ImageInputs:
             return None if x is None else x[rows]
 
         return ImageInputs(self.has_image[rows], pick(self.patches), pick(self.pixels))
+
+    def span(self, start: int, stop: int) -> "ImageInputs":
+        """Rows start … stop − 1; views, no copies."""
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[start:stop]
+
+        return ImageInputs(self.has_image[start:stop], cut(self.patches), cut(self.pixels))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageInputs":
         def move(x: Tensor | None) -> Tensor | None:
@@ -144,6 +161,12 @@ class CEBertConfig(BertConfig):
     @property
     def reads_images(self) -> bool:
         return self.patch_dim > 0 or self.pixel_side > 0
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens of a row, each part's [SEP] included: 17, 50, or both."""
+        patches = (NUM_PATCHES + 1) * (self.patch_dim > 0)
+        return patches + (NUM_PIXEL_PATCHES + 1) * (self.pixel_side > 0)
 
 
 AutoConfig.register(CEBertConfig.model_type, CEBertConfig)

@@ -1,5 +1,8 @@
 """One rank's model, adversary and optimisers, and the two kinds of step that train them.
 
+A batch with more than `train.micro_batch` rows on a side goes through the encoders in parts
+(gradient_cache.py); the loss, the adversary and the optimiser see the whole of it.
+
 The domain classifier's step takes the embeddings of the last encoder step, detached: it costs no
 forward of the encoder.
 """
@@ -14,10 +17,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from acebert.config import Settings
 from acebert.models.domain import DomainClassifier, domain_accuracy, domain_loss, encoder_term
-from acebert.models.dual import DualEncoder
+from acebert.models.dual import ROWS_OF_ONE_LENGTH, DualEncoder
 from acebert.models.losses import semantic_matching_loss
-from acebert.training.pairs import TrainBatch
+from acebert.training.flops import matrix_peak, step_flops
+from acebert.training.gradient_cache import backward_parts, embed_parts
+from acebert.training.pairs import Part, TrainBatch
 from acebert.training.schedule import lr_factor
+from acebert.training.step_timer import StepTimer
+
+SPEED = (
+    *("seconds_data", "seconds_forward", "seconds_backward", "seconds_optimizer"),
+    *("pairs_per_second", "flops", "peak_share"),
+)
+"""metrics of a step that no step repeats"""
 
 
 class Finetuner:
@@ -30,62 +42,141 @@ class Finetuner:
         self.device = device
         self.rank, self.world = rank, world
         self.model = model.to(device)
-        forward: nn.Module = self.model
+        self.encoders: nn.Module = self.model
         if settings.train.compile:
-            forward = torch.compile(forward)  # type: ignore[assignment]
+            self.encoders = torch.compile(self.model)  # type: ignore[assignment]
+        self.parallel = self.encoders
         if world > 1:
-            ids = [device] if device.type == "cuda" else None
-            forward = DistributedDataParallel(forward, device_ids=ids)
-        self.forward = forward
+            self.parallel = DistributedDataParallel(
+                self.encoders,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,  # they are constants
+                gradient_as_bucket_view=True,
+            )
         train = settings.train
         self.optimizer = torch.optim.AdamW(
             model.parameter_groups(train.lr, train.new_layer_lr_factor, train.weight_decay),
             fused=True,
         )
-        self._peak = [group["lr"] for group in self.optimizer.param_groups]
+        self._peak_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.adversary = settings.adversary
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.domain = DomainClassifier(settings.model.embedding_dim, self.adversary.hidden)
         self.domain.to(device)
         self.domain_optimizer = torch.optim.Adam(self.domain.parameters(), lr=self.adversary.lr)
+        self.timer = StepTimer(device)
+        self.peak: float | None = None  # FLOP/s, measured at the first batch
 
     def encoder_step(
         self, batch: TrainBatch, step: int, share: float
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
         """One update of the encoders; the classifier's parameters stay as they are.
 
-        Returns the step's metrics and the embeddings of query and product [b, d], detached.
+        Returns the step's metrics and the embeddings of query and product [b, d], detached. The
+        metrics hold the loss's own (`semantic_matching_loss`), those of the optimiser, and
+        `_speed`'s.
         """
-        torch.manual_seed(hash((self.settings.seed, step, self.rank)))
-        bf16 = self.settings.train.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            v_q, v_p = self.forward(batch.query, batch.product, batch.image)
-        main, metrics = semantic_matching_loss(
+        flops = step_flops(self.model, batch, self.world)
+        if self.peak is None:
+            self.peak = self._matrix_peak(batch)
+        self.timer.start()
+        metrics, v_q, v_p = self._gradients(batch, step)
+        factor = lr_factor(self.settings.train, step, share)
+        for group, peak in zip(self.optimizer.param_groups, self._peak_lr, strict=True):
+            group["lr"] = peak * factor
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.timer.mark("optimizer")
+        values = {
+            "lr": self.settings.train.lr * factor,
+            **self._speed(flops, batch.waited),
+        }
+        on_device = torch.tensor(list(values.values()), device=self.device).unbind()
+        metrics |= dict(zip(values, on_device, strict=True))
+        metrics["grad_norm"] = norm.detach()
+        metrics["gamma"] = torch.as_tensor(self.model.gamma, device=self.device).detach()
+        return metrics, v_q, v_p
+
+    def _gradients(
+        self, batch: TrainBatch, step: int
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Forward and backward, in one part or by gradient caching."""
+
+        def encode(module: nn.Module, part: Part, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+            torch.manual_seed(hash((self.settings.seed, step, self.rank, i)))
+            bf16 = self.settings.train.precision == "bf16"
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                return module(*part)
+
+        parts = batch.parts(self.settings.train.micro_batch)
+        cached = len(parts) > 1
+        if cached:
+            queries, products = embed_parts(encode, self.encoders, parts)
+        else:
+            queries, products = encode(self.parallel, parts[0], 0)
+        gamma = self.model.gamma
+        if cached and isinstance(gamma, torch.Tensor):
+            gamma = gamma.detach().requires_grad_()
+        v_q, v_p = queries[batch.query.pair_row], products[batch.product.pair_row]
+        loss, metrics = semantic_matching_loss(
             v_q,
             v_p,
-            self.model.gamma,
+            gamma,
             query_mask=batch.query_mask,
             product_mask=batch.product_mask,
             product_log_share=batch.product_log_share,
         )
-        loss = main
         if self.adversary.form != "off":
             ramp = min(1.0, (step + 1) / max(1, self.adversary.ramp_steps))
             term = encoder_term(self.adversary.form, self.domain, v_q, v_p)
-            loss = main + self.adversary.weight * ramp * term
+            loss = loss + self.adversary.weight * ramp * term
             metrics["adversary"] = term.detach()
-        factor = lr_factor(self.settings.train, step, share)
-        for group, peak in zip(self.optimizer.param_groups, self._peak, strict=True):
-            group["lr"] = peak * factor
-        self.optimizer.zero_grad(set_to_none=True)
+        self.timer.mark("forward")
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.max_grad_norm)
-        self.optimizer.step()
-        metrics["grad_norm"] = norm.detach()
-        metrics["lr"] = norm.new_tensor(self.settings.train.lr * factor)
-        metrics["gamma"] = torch.as_tensor(self.model.gamma, device=norm.device).detach()
+        if cached:
+            others = []
+            if isinstance(gamma, torch.Tensor):
+                assert gamma.grad is not None
+                others.append((torch.as_tensor(self.model.gamma), gamma.grad))
+            backward_parts(encode, self.parallel, parts, queries, products, others)
+        self.timer.mark("backward")
         return metrics, v_q.detach(), v_p.detach()
+
+    def _speed(self, flops: float, waited: float) -> dict[str, float]:
+        """How fast the step was, by the names of SPEED; on a GPU, the step before (see StepTimer).
+
+        `seconds_data` is the wait for the batch; `seconds_forward` (up to the loss),
+        `seconds_backward` (with the all-reduce, which runs inside it, and with gradient caching's
+        second forward) and `seconds_optimizer` are the parts of the step [s]. `pairs_per_second`
+        is W over their sum, `flops` the FLOP/s that this rank achieved (`step_flops` over the
+        sum), and `peak_share` what share this is of what its matrix products reach alone.
+        """
+        assert self.peak is not None
+        timed = self.timer.seconds()
+        parts = [timed.get(name, float("nan")) for name in ("forward", "backward", "optimizer")]
+        total = waited + sum(parts)
+        pairs = self.settings.train.batch_size / total
+        values = waited, *parts, pairs, flops / total, flops / total / self.peak
+        return dict(zip(SPEED, values, strict=True))
+
+    def _matrix_peak(self, batch: TrainBatch) -> float:
+        """Of products as large as this batch's are, on average [FLOP/s]."""
+        config = self.model.tower.encoder.config
+        text = int(batch.query.tokens.sum() + batch.product.tokens.sum())
+        image = int(batch.product.has_image.sum()) * config.image_tokens
+        rows = len(batch.query) + len(batch.product)
+        together = self.settings.train.micro_batch or self.settings.train.batch_size
+        if self.device.type == "cpu":
+            together = min(together, ROWS_OF_ONE_LENGTH)
+        bf16 = self.settings.train.precision == "bf16"
+        return matrix_peak(
+            config,
+            max(1, together * (text + image) // rows),
+            self.device,
+            torch.bfloat16 if bf16 else torch.float32,
+        )
 
     def domain_step(self, v_q: torch.Tensor, v_p: torch.Tensor) -> dict[str, torch.Tensor]:
         """One update of the domain classifier on embeddings [b, d] that carry no gradient."""

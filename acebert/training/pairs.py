@@ -1,25 +1,33 @@
-"""Training batches: the plan's mini-batches with tokens, images and false-negative masks.
+"""Training batches: the plan's mini-batches with tokens, images and false negatives.
 
-A batch depends on (seed, epoch, step) alone, and a rank takes its rows of it, so a run that is
-resumed, or has another number of workers, sees the same batches.
+* A batch depends on (seed, epoch, step) alone, and a rank takes its rows of it, so a run that is
+  resumed, or has another number of workers, sees the same batches.
+* A query or product that stands in several pairs is there once, and encoded once. A product's hot
+  list is part of what it is: two pairs may see the same product with different lists. Pairs that
+  share a row share its dropout too.
+* Rows are ordered by length, so that those encoded together need little padding.
 """
 
+import math
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from acebert.config import Settings
 from acebert.data.batches import TextArrays, TextStore
-from acebert.data.features import FeatureStore
+from acebert.data.feature_cache import open_features
+from acebert.data.lookups import Lookups
 from acebert.data.partitions import Plan
 from acebert.models.encoder import ImageInputs, TextInputs
-from acebert.models.losses import ClickedPairs, false_negative_mask
+from acebert.models.false_negatives import ClickedPairs, FalseNegatives, false_negatives
+from acebert.training.device_features import DeviceFeatures
 
 EMPTY_LIST = 0  # row of ingest's hot_lists.parquet that holds no query
 
@@ -34,49 +42,109 @@ class StagePaths:
     plan: Path | None = None
 
 
-@dataclass
-class TrainBatch:
-    """One rank's rows (b of the global W) of a mini-batch.
-
-    Attributes:
-        query: tokens [b, L]
-        product: tokens [b, L']
-        image: image tokens [b, …], or None for a text-only model
-        query_mask: bool [b, W], True where a product is no negative of a query
-        product_mask: bool [b, W], True where a query is no negative of a product
-        product_log_share: float32 [W], log of each product's share of the training pairs, or None
-            without popularity correction
-    """
+class Part(NamedTuple):
+    """Rows of both sides that are encoded in one forward; a side may have none."""
 
     query: TextInputs
     product: TextInputs
     image: ImageInputs | None
-    query_mask: torch.Tensor | None
-    product_mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Side:
+    """The distinct queries, or products, of a rank's b pairs: n rows, shortest text first.
+
+    Attributes:
+        text: tokens [n, L]
+        image: image tokens [n, …], or None
+        tokens: of each text, int64 [n], on the host
+        has_image: bool [n], on the host; False for a model or a side without images
+        pair_row: int64 [b], the row of each pair
+    """
+
+    text: TextInputs
+    image: ImageInputs | None
+    tokens: NDArray[np.int64]
+    has_image: NDArray[np.bool_]
+    pair_row: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, start: int, stop: int) -> tuple[TextInputs, ImageInputs | None]:
+        """Rows start … stop − 1, padded to their own longest."""
+        L = int(self.tokens[start:stop].max(initial=1))
+        image = None if self.image is None else self.image.span(start, stop)
+        return self.text.span(start, stop, L), image
+
+    def to(self, device: torch.device) -> "Side":
+        return replace(
+            self,
+            text=self.text.to(device, non_blocking=True),
+            image=None if self.image is None else self.image.to(device, non_blocking=True),
+            pair_row=self.pair_row.to(device, non_blocking=True),
+        )
+
+
+@dataclass
+class TrainBatch:
+    """One rank's pairs (b of the global W) of a mini-batch.
+
+    Attributes:
+        query, product: the rows to encode
+        query_mask: cells of [b, W] where a product is no negative of a query, or None
+        product_mask: cells of [b, W] where a query is no negative of a product, or None
+        product_log_share: float32 [W], log of each product's share of the training pairs, or None
+            without popularity correction
+        waited: how long training waited for this batch [s]
+    """
+
+    query: Side
+    product: Side
+    query_mask: FalseNegatives | None
+    product_mask: FalseNegatives | None
     product_log_share: torch.Tensor | None
+    waited: float = 0.0
+
+    def parts(self, micro_batch: int | None) -> list[Part]:
+        """The rows cut into parts with at most `micro_batch` of either side (None: one part).
+
+        Every part but the last may lack a side, where it has fewer rows than there are parts.
+        """
+        sides = self.query, self.product
+        n = 1 if micro_batch is None else math.ceil(max(map(len, sides)) / micro_batch)
+
+        def cut(side: Side, i: int) -> tuple[TextInputs, ImageInputs | None]:
+            return side.rows(i * len(side) // n, (i + 1) * len(side) // n)
+
+        return [Part(cut(self.query, i)[0], *cut(self.product, i)) for i in range(n)]
 
     def to(self, device: torch.device) -> "TrainBatch":
-        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        return TrainBatch(
-            self.query.to(device),
-            self.product.to(device),
-            None if self.image is None else self.image.to(device),
-            move(self.query_mask),
-            move(self.product_mask),
-            move(self.product_log_share),
+        share = self.product_log_share
+        return replace(
+            self,
+            query=self.query.to(device),
+            product=self.product.to(device),
+            query_mask=None if self.query_mask is None else self.query_mask.to(device),
+            product_mask=None if self.product_mask is None else self.product_mask.to(device),
+            product_log_share=None if share is None else share.to(device, non_blocking=True),
         )
 
 
 class InputStore:
     """Model inputs of any product or query rows: tokens from `TextStore`, images from features."""
 
-    def __init__(self, settings: Settings, paths: StagePaths) -> None:
+    def __init__(
+        self, settings: Settings, paths: StagePaths, device: torch.device | None = None
+    ) -> None:
+        """`device`: where `image.feature_cache: device` keeps images (none: they are mapped)."""
         self.text = TextStore.open(paths.tokens, paths.ingest)
-        self.features = FeatureStore(paths.features) if paths.features else None
+        self.features = open_features(settings.image, paths.features) if paths.features else None
         self.patches = settings.model.patches
         self.pixels = settings.model.pixels
+        self._on_device = None
+        if self.features and device and settings.image.feature_cache == "device":
+            self._on_device = DeviceFeatures(self.features, device, self.patches, self.pixels)
 
     def queries(self, queries: NDArray[np.integer]) -> TextInputs:
         """Query rows [B] → tokens."""
@@ -87,14 +155,28 @@ class InputStore:
     ) -> tuple[TextInputs, ImageInputs | None]:
         """Product rows [B] and the rows of their hot lists [B] → tokens and images."""
         text = as_inputs(self.text.product_batch(products, hot_lists))
+        return text, self.images(products)
+
+    def has_image(self, products: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Product rows [B] → whether they have image tokens [B], on the host."""
         if self.features is None:
-            return text, None
+            return np.zeros(len(products), np.bool_)
+        return self.features.has_image(products)
+
+    def images(self, products: NDArray[np.integer]) -> ImageInputs | None:
+        """Product rows [B] → image tokens, or None for a text-only model. A photo's features are
+        read, or decoded, once."""
+        if self.features is None:
+            return None
+        if self._on_device is not None:
+            return self._on_device.images(products)
+        distinct, back = np.unique(products, return_inverse=True)
         image = ImageInputs(
-            has_image=torch.from_numpy(self.features.has_image(products)),
-            patches=torch.from_numpy(self.features.patches(products)) if self.patches else None,
-            pixels=torch.from_numpy(self.features.pixels(products)) if self.pixels else None,
+            has_image=torch.from_numpy(self.features.has_image(distinct)),
+            patches=torch.from_numpy(self.features.patches(distinct)) if self.patches else None,
+            pixels=torch.from_numpy(self.features.pixels(distinct)) if self.pixels else None,
         )
-        return text, image
+        return image.rows(torch.from_numpy(back))
 
 
 def as_inputs(text: TextArrays) -> TextInputs:
@@ -108,29 +190,27 @@ def as_inputs(text: TextArrays) -> TextInputs:
 class PairBatches:
     """The plan's batches as one rank trains on them."""
 
-    def __init__(self, settings: Settings, paths: StagePaths, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        paths: StagePaths,
+        rank: int,
+        world_size: int,
+        device: torch.device | None = None,
+    ) -> None:
+        """`device` as in `InputStore`."""
         assert paths.plan is not None
         self.settings = settings
         self.plan = Plan(paths.plan)
-        self.inputs = InputStore(settings, paths)
+        self.inputs = InputStore(settings, paths, device)
         W = settings.train.batch_size
         self.rows = slice(rank * W // world_size, (rank + 1) * W // world_size)
-        columns = ["query", "product", "hot_list"]
-        pairs = pq.read_table(paths.ingest / "pairs.parquet", columns=columns)
-        self._other_days = pairs["hot_list"].to_numpy()
-        lists = pq.read_table(paths.ingest / "product_hot_lists.parquet", columns=["train"])
-        self._as_is = lists["train"].to_numpy()
+        self._lookups = Lookups.open(paths.ingest)
         self._clicked = (
-            ClickedPairs(pairs["query"].to_numpy(), pairs["product"].to_numpy(), len(lists))
+            ClickedPairs.of_log(self._lookups.clicked)
             if settings.loss.false_negatives == "log"
             else None
         )
-
-        self._log_share = None
-        if settings.loss.popularity_correction:
-            drawn = np.bincount(pairs["product"].to_numpy(), minlength=len(lists))
-            with np.errstate(divide="ignore"):  # never in a batch
-                self._log_share = np.log(drawn / len(pairs)).astype(np.float32)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -144,14 +224,35 @@ class PairBatches:
         query, product = record["query"].to_numpy(), record["product"].to_numpy()
         hot = self._hot_lists(record["pair"].to_numpy(), product, step)
         rows = self.rows
-        query_mask, product_mask = false_negative_mask(
+        masks = false_negatives(
             query, product, self.settings.loss.false_negatives, self._clicked, rows
         )
-        text, image = self.inputs.products(product[rows], None if hot is None else hot[rows])
-        share = None if self._log_share is None else torch.from_numpy(self._log_share[product])
+        share = None
+        if self.settings.loss.popularity_correction:
+            drawn = self._lookups.product_pairs[product] / len(self._lookups.pair_hot_list)
+            share = torch.from_numpy(np.log(drawn).astype(np.float32))
         return TrainBatch(
-            self.inputs.queries(query[rows]), text, image, query_mask, product_mask, share
+            self._queries(query[rows]),
+            self._products(product[rows], None if hot is None else hot[rows]),
+            *masks,
+            share,
         )
+
+    def _queries(self, query: NDArray[np.int32]) -> Side:
+        distinct, pair_row = np.unique(query, return_inverse=True)
+        text, tokens, order, rows = _by_length(self.inputs.text.query_batch(distinct), pair_row)
+        return Side(text, None, tokens, np.zeros(len(order), np.bool_), rows)
+
+    def _products(self, product: NDArray[np.int32], hot: NDArray[np.int32] | None) -> Side:
+        both = product[:, None] if hot is None else np.stack([product, hot], axis=1)
+        distinct, pair_row = np.unique(both, axis=0, return_inverse=True)
+        products, lists = distinct[:, 0], None if hot is None else distinct[:, 1]
+        text, tokens, order, rows = _by_length(
+            self.inputs.text.product_batch(products, lists), pair_row
+        )
+        products = products[order]
+        images, has_image = self.inputs.images(products), self.inputs.has_image(products)
+        return Side(text, images, tokens, has_image, rows)
 
     def _hot_lists(
         self, pair: NDArray[np.int64], product: NDArray[np.int32], step: int
@@ -160,7 +261,9 @@ class PairBatches:
         if model.hot_queries == "off":
             return None
         lists = (
-            self._other_days[pair] if model.hot_queries == "other_days" else self._as_is[product]
+            self._lookups.pair_hot_list[pair]
+            if model.hot_queries == "other_days"
+            else self._lookups.product_hot_lists[product, 0]
         )
         draw = np.random.default_rng((self.settings.seed, step)).random(len(product))
         return np.where(draw < model.hot_query_dropout, EMPTY_LIST, lists)
@@ -171,6 +274,21 @@ class PairBatches:
             ahead = maker.submit(self.batch, start) if start < stop else None
             for step in range(start, stop):
                 assert ahead is not None
+                asked = time.perf_counter()
                 ready = ahead.result()
+                ready.waited = time.perf_counter() - asked
                 ahead = maker.submit(self.batch, step + 1) if step + 1 < stop else None
                 yield ready
+
+
+def _by_length(
+    text: TextArrays, pair_row: NDArray[np.int64]
+) -> tuple[TextInputs, NDArray[np.int64], NDArray[np.int64], torch.Tensor]:
+    """Rows [n] put in the order of their length: the texts, how long they are, which rows they
+    were, and the pairs' rows [b]."""
+    tokens = text.attention_mask.sum(axis=1)
+    order = tokens.argsort(kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    rows = as_inputs(text).rows(torch.from_numpy(order))
+    return rows, tokens[order], order, torch.from_numpy(place[pair_row])

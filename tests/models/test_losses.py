@@ -1,4 +1,4 @@
-"""Eq. 4-5 against numpy, false negatives against brute force, two ranks against one process.
+"""Eq. 4-5 against numpy, blocks against the whole, two ranks against one process.
 
 Run as a script, this file is one rank of the two (see `two_ranks`).
 """
@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,7 +23,8 @@ from acebert.config import ModelSettings
 from acebert.models.domain import DomainClassifier, domain_loss, encoder_term
 from acebert.models.dual import DualEncoder
 from acebert.models.encoder import ImageInputs, TextInputs
-from acebert.models.losses import ClickedPairs, false_negative_mask, semantic_matching_loss
+from acebert.models.false_negatives import ClickedPairs, FalseNegatives, false_negatives
+from acebert.models.losses import semantic_matching_loss
 
 W, d = 6, 8
 
@@ -34,6 +33,12 @@ def unit_vectors(seed: int = 0, n: int = W) -> tuple[Tensor, Tensor]:
     torch.manual_seed(seed)
     v_q, v_p = torch.nn.functional.normalize(torch.randn(2, n, d), dim=-1)
     return v_q, v_p
+
+
+def cells(mask: Tensor) -> FalseNegatives:
+    """Of a bool matrix."""
+    rows, columns = mask.numpy().nonzero()
+    return FalseNegatives.at(rows, columns, len(mask))
 
 
 def equation_5(
@@ -68,7 +73,9 @@ def test_masked_pairs_leave_the_denominators() -> None:
     q_mask, p_mask = torch.rand(2, W, W) < 0.4
     q_mask.fill_diagonal_(False)
     p_mask.fill_diagonal_(False)
-    loss, metrics = semantic_matching_loss(v_q, v_p, 5.0, query_mask=q_mask, product_mask=p_mask)
+    loss, metrics = semantic_matching_loss(
+        v_q, v_p, 5.0, query_mask=cells(q_mask), product_mask=cells(p_mask)
+    )
     assert loss.item() == pytest.approx(equation_5(v_q, v_p, 5.0, q_mask, p_mask), rel=1e-5)
     assert metrics["masked"].item() == pytest.approx(int(q_mask.sum()) / W)
 
@@ -116,7 +123,7 @@ def test_only_with_popularity_correction_do_scores_become_the_chance_of_a_click(
 
 def test_a_masked_pair_sends_no_gradient() -> None:
     v_q, v_p = (v.requires_grad_() for v in unit_vectors(n=2))
-    everything_else = ~torch.eye(2, dtype=torch.bool)
+    everything_else = cells(~torch.eye(2, dtype=torch.bool))
     loss, _ = semantic_matching_loss(
         v_q, v_p, 20.0, query_mask=everything_else, product_mask=everything_else
     )
@@ -133,7 +140,7 @@ def test_accuracy_counts_queries_whose_own_product_is_on_top_of_those_not_masked
     assert metrics["accuracy"].item() == pytest.approx(2 / 3)
     mask = torch.zeros(3, 3, dtype=torch.bool)
     mask[1, 2] = True
-    _, metrics = semantic_matching_loss(v_q, v_p, 20.0, query_mask=mask)
+    _, metrics = semantic_matching_loss(v_q, v_p, 20.0, query_mask=cells(mask))
     assert metrics["accuracy"] == 1
 
 
@@ -154,77 +161,37 @@ def test_gamma_gets_the_gradient_of_equation_5() -> None:
     assert gamma.grad.item() == pytest.approx(slope, rel=1e-4)
 
 
-def test_a_mask_of_the_wrong_shape_is_refused() -> None:
+def test_a_mask_of_other_rows_is_refused() -> None:
     v_q, v_p = unit_vectors()
-    with pytest.raises(ValueError, match="query_mask has shape"):
-        semantic_matching_loss(v_q, v_p, 1.0, query_mask=torch.zeros(W, W + 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match="a mask of 5 rows for 6"):
+        semantic_matching_loss(v_q, v_p, 1.0, query_mask=cells(torch.zeros(5, W)))
 
 
-# ---- false negatives
-
-ids = st.integers(0, 6)
-pair_lists = st.lists(st.tuples(ids, ids), min_size=1, max_size=12)
-
-
-def columns(pairs: list[tuple[int, int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    table = np.array(pairs, np.int32).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
-
-
-@settings(max_examples=200, deadline=None)
-@given(batch=pair_lists, log=st.lists(st.tuples(ids, ids), max_size=20), data=st.data())
-@pytest.mark.parametrize("form", ["keep", "batch", "log"])
-def test_mask_is_the_brute_force_one(
-    form: Any, batch: list[tuple[int, int]], log: list[tuple[int, int]], data: st.DataObject
+@pytest.mark.parametrize("block", [1, 2 * 40 + 1, 7 * 40])
+def test_scores_made_in_blocks_give_the_whole_matrixs_loss_and_gradients(
+    block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = data.draw(st.integers(0, len(batch) - 1))
-    stop = data.draw(st.integers(start + 1, len(batch)))
-    clicked = ClickedPairs(*columns(log), n_products=7)
-    query_mask, product_mask = false_negative_mask(
-        *columns(batch), form, clicked, slice(start, stop)
-    )
-    known = {"keep": set(), "batch": set(batch), "log": set(batch) | set(log)}[form]
-    for i in range(start, stop):
-        for j in range(len(batch)):
-            (query, product), (other_query, other_product) = batch[i], batch[j]
-            assert query_mask[i - start, j] == (i != j and (query, other_product) in known)
-            assert product_mask[i - start, j] == (i != j and (other_query, product) in known)
+    """Rows one by one, in twos, and in sevens with a last block of five."""
+    masks = torch.rand(2, 40, 40) < 0.3
+    masks[:, range(40), range(40)] = False
+    log_share = torch.randn(40)
 
+    def run() -> list[Tensor]:
+        v_q, v_p = (v.requires_grad_() for v in unit_vectors(n=40))
+        gamma = torch.tensor(9.0, requires_grad=True)
+        loss, metrics = semantic_matching_loss(
+            v_q,
+            v_p,
+            gamma,
+            query_mask=cells(masks[0]),
+            product_mask=cells(masks[1]),
+            product_log_share=log_share,
+        )
+        return [loss, metrics["accuracy"], *torch.autograd.grad(loss, [v_q, v_p, gamma])]
 
-def test_same_query_and_same_product_are_masked_and_the_own_pair_never() -> None:
-    query, product = np.array([1, 1, 2, 1]), np.array([5, 6, 5, 5])
-    query_mask, product_mask = false_negative_mask(query, product, "batch", None, slice(0, 4))
-    #      (1,5) (1,6) (2,5) (1,5)
-    assert query_mask.int().tolist() == [
-        [0, 1, 1, 1],
-        [1, 0, 1, 1],
-        [1, 0, 0, 1],
-        [1, 1, 1, 0],
-    ]
-    assert product_mask.int().tolist() == [
-        [0, 1, 1, 1],
-        [1, 0, 0, 1],
-        [1, 1, 0, 1],
-        [1, 1, 1, 0],
-    ]
-
-
-def test_rows_of_a_rank_are_the_rows_of_the_whole_mask() -> None:
-    rng = np.random.default_rng(0)
-    query, product = rng.integers(0, 9, 12), rng.integers(0, 9, 12)
-    clicked = ClickedPairs(rng.integers(0, 9, 40), rng.integers(0, 9, 40), 9)
-    whole = false_negative_mask(query, product, "log", clicked, slice(0, 12))
-    shards = [
-        false_negative_mask(query, product, "log", clicked, slice(6 * r, 6 * r + 6))
-        for r in range(2)
-    ]
-    for side in (0, 1):
-        assert torch.equal(torch.cat([shard[side] for shard in shards]), whole[side])
-
-
-def test_the_log_form_asks_for_the_log() -> None:
-    with pytest.raises(ValueError, match="needs the clicked pairs"):
-        false_negative_mask(np.array([0, 1]), np.array([0, 1]), "log", None, slice(0, 2))
+    whole = run()
+    monkeypatch.setattr("acebert.models.losses.BLOCK", block)
+    torch.testing.assert_close(run(), whole)
 
 
 # ---- two ranks
@@ -279,7 +246,7 @@ def train_a_little(case: tuple[Any, Any, bool], rows: slice, wrap: Any) -> dict[
     domain = DomainClassifier(d, 12)
     encoders, D = wrap(model), wrap(domain)
     sgd, sgd_D = (torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, domain))
-    masks = false_negative_mask(QUERY, PRODUCT, negatives, CLICKED, rows)
+    masks = false_negatives(QUERY, PRODUCT, negatives, CLICKED, rows)
     seen: dict[str, Tensor] = {}
     for turn in range(2):
         for step in range(2):

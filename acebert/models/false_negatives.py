@@ -1,0 +1,152 @@
+"""In-batch negatives that are none: the query and the product were clicked together.
+
+They are kept as coordinates of the score matrix, a few for a row. As a mask the matrix alone has
+268 million cells at W = 16,384.
+
+Letters: W pairs in the global batch, b of them on this rank.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from acebert.data.tokens import Ragged, ranges
+
+
+class Grouped:
+    """Values by key, in CSR.
+
+    Attributes:
+        offsets: int64 [keys + 1]
+        values: [values], those of key k at offsets[k] … offsets[k + 1] − 1
+    """
+
+    def __init__(
+        self, key: NDArray[np.integer], value: NDArray[np.integer], n_keys: int | None = None
+    ) -> None:
+        """Columns [n] in any order; values of a key stay in theirs."""
+        self.values = value[np.argsort(key, kind="stable")]
+        self.offsets = np.concatenate([[0], np.cumsum(np.bincount(key, minlength=n_keys or 0))])
+
+    def of(self, keys: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
+        """Their values: positions in `keys`, and values. Keys beyond the last have none.
+
+        Args:
+            keys: [K], repeats allowed
+        """
+        last = len(self.offsets) - 1
+        start = self.offsets[np.minimum(keys, last)]
+        count = self.offsets[np.minimum(keys + 1, last)] - start
+        return np.repeat(np.arange(len(keys)), count), self.values[ranges(start, count)]
+
+
+class ClickedPairs(Grouped):
+    """The distinct (query, product) pairs that a log has as clicked: products int32 by query."""
+
+    def __init__(
+        self, query: NDArray[np.integer], product: NDArray[np.integer], n_products: int
+    ) -> None:
+        """From the columns of pairs.parquet [n], in any order, repeats allowed."""
+        keys = np.unique(query.astype(np.int64) * n_products + product)
+        queries, products = np.divmod(keys, n_products)
+        super().__init__(queries, products.astype(np.int32))
+
+    @classmethod
+    def of_log(cls, clicked: Ragged) -> Self:
+        """As ingest has laid them out (`Lookups.clicked`), mapped."""
+        made = cls.__new__(cls)
+        made.offsets, made.values = clicked.offsets, clicked.values
+        return made
+
+
+@dataclass(frozen=True)
+class FalseNegatives:
+    """Cells of this rank's scores [b, W] that stay out of the denominator.
+
+    Attributes:
+        rows, columns: int64 [n], sorted by row
+        starts: int64 [b + 1], on the host: row i's cells are starts[i] … starts[i + 1] − 1
+    """
+
+    rows: Tensor
+    columns: Tensor
+    starts: NDArray[np.int64]
+
+    @classmethod
+    def at(cls, rows: NDArray[np.integer], columns: NDArray[np.integer], b: int) -> Self:
+        """Of the cells (row, column), both [n] and sorted by row, of a matrix with b rows."""
+        starts = np.searchsorted(rows, np.arange(b + 1))
+        return cls(torch.from_numpy(rows), torch.from_numpy(columns), starts)
+
+    def to(self, device: torch.device) -> "FalseNegatives":
+        return replace(
+            self,
+            rows=self.rows.to(device, non_blocking=True),
+            columns=self.columns.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> "FalseNegatives":
+        return replace(self, rows=self.rows.pin_memory(), columns=self.columns.pin_memory())
+
+    def fill_(self, scores: Tensor, first: int) -> Tensor:
+        """-inf in place where `scores` [r, W], rows first … first + r − 1, have such a cell."""
+        cells = slice(self.starts[first], self.starts[first + len(scores)])
+        at = self.rows[cells] - first, self.columns[cells]
+        return scores.index_put_(at, scores.new_tensor(-torch.inf))
+
+
+def false_negatives(
+    query: NDArray[np.integer],
+    product: NDArray[np.integer],
+    form: Literal["keep", "batch", "log"],
+    clicked: ClickedPairs | None,
+    rows: slice,
+) -> tuple[FalseNegatives | None, FalseNegatives | None]:
+    """Which in-batch negatives of `rows` are none, because the query and the product were clicked.
+
+    A pair of the batch makes every combination of its query and its product a click, so rows with
+    the same query or the same product are no negatives of each other in 'batch' and 'log'. A row's
+    own pair is never among them.
+
+    Args:
+        query, product: ids of the whole batch [W], the same on every rank
+        form: 'keep' finds none (paper), 'batch' what the batch shows as clicked, 'log' also what
+            `clicked` has
+        clicked: for 'log'
+        rows: this rank's b rows
+
+    Returns:
+        Cells of queries against products [b, W], and of products against queries; None for 'keep'.
+    """
+    if form == "keep":
+        return None, None
+    queries, q = np.unique(query, return_inverse=True)
+    products, p = np.unique(product, return_inverse=True)
+    known = q * len(products) + p
+    if form == "log":
+        if clicked is None:
+            raise ValueError("false_negatives: form 'log' needs the clicked pairs")
+        at, clicks = clicked.of(queries)
+        column = np.minimum(np.searchsorted(products, clicks), len(products) - 1)
+        hit = products[column] == clicks
+        known = np.concatenate([known, at[hit] * len(products) + column[hit]])
+    known_q, known_p = np.divmod(np.unique(known), len(products))
+    return _cells(q, p, Grouped(known_q, known_p), rows), _cells(
+        p, q, Grouped(known_p, known_q), rows
+    )
+
+
+def _cells(
+    own: NDArray[np.int64], other: NDArray[np.int64], known: Grouped, rows: slice
+) -> FalseNegatives:
+    """Of each of `rows`: the columns whose `other` id is among those known for its `own` id."""
+    mine = np.arange(len(own))[rows]
+    row, ids = known.of(own[mine])
+    of_id, column = Grouped(other, np.arange(len(other))).of(ids)
+    row = row[of_id]
+    negative = column != mine[row]
+    return FalseNegatives.at(row[negative], column[negative], len(mine))
