@@ -55,7 +55,7 @@ def run(
         UserError: loss or weights are not finite, or the validation day measures nothing. All
             ranks raise it at the same step.
     """
-    batches = PairBatches(settings, paths, rank, world)
+    batches = PairBatches(settings, paths, rank, world, device)
     sample = ValidationSample.draw(settings, paths)
     tuner = Finetuner(settings, model, device, rank, world)
     state = Progress()
