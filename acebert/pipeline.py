@@ -7,6 +7,7 @@ from pathlib import Path
 
 from acebert.cluster import connect
 from acebert.config import Settings, read_recipe, settings_from
+from acebert.data.cnn_labels import label_photos
 from acebert.data.demo import build_demo
 from acebert.data.ingest import ingest
 from acebert.data.partitions import plan
@@ -19,6 +20,7 @@ from acebert.evaluation.testset import evaluation_queries
 from acebert.tracking import start_run
 from acebert.training.finetune import finetune
 from acebert.training.pretrain import pretrain
+from acebert.training.train_cnn import WEIGHTS, crop_settings, train_cnn
 from acebert.workdir import Stage
 
 
@@ -45,9 +47,29 @@ def catalogue_stages(settings: Settings) -> Catalogue:
     tokens = _tracked(settings, tokenize(settings, ingested))
     features = None
     if settings.reads_images:
+        settings = with_own_cnn(settings)
         connect()
         features = _tracked(settings, preprocess(settings, ingested))
     return Catalogue(ingested, tokens, features)
+
+
+def cnn_stage(settings: Settings) -> Stage:
+    """The patch CNN, trained on the catalogue."""
+    ingested = ingest_stage(settings)
+    connect()
+    crops = _tracked(settings, preprocess(crop_settings(settings), ingested))
+    labels = _tracked(settings, label_photos(settings, ingested, crops))
+    return train_cnn(settings, ingested, crops, labels)
+
+
+def with_own_cnn(settings: Settings) -> Settings:
+    """`image.cnn_weights trained` as the file that it stands for, trained first where it is not
+    there. A model that is trained with it names the file, not the wish."""
+    if settings.image.cnn_weights != "trained" or not settings.model.patches:
+        return settings
+    weights = str(cnn_stage(settings).path / WEIGHTS)
+    image = settings.image.model_copy(update={"cnn_weights": weights})
+    return settings.model_copy(update={"image": image})
 
 
 def plan_stage(settings: Settings) -> Stage:
@@ -58,6 +80,7 @@ def plan_stage(settings: Settings) -> Stage:
 
 def pretrain_stage(settings: Settings) -> Stage:
     """The directory of a pre-trained CE-BERT."""
+    settings = with_own_cnn(settings)
     data = catalogue_stages(settings)
     connect()
     return pretrain(settings, data.ingested, data.tokens, data.features)
@@ -65,6 +88,7 @@ def pretrain_stage(settings: Settings) -> Stage:
 
 def finetune_stage(settings: Settings) -> Stage:
     """The model directory."""
+    settings = with_own_cnn(settings)
     data = catalogue_stages(settings)
     planned = plan_stage(settings)
     connect()

@@ -1,6 +1,7 @@
 """Random views of photos, a whole batch at a time, on the device that trains.
 
-    views = random_views(photos, Views.draw(rng, B), side)  # uint8 [B, S, S, 3] → [B, 3, side, side]
+    views = Views.draw(rng, B)
+    random_views(photos, views, side)  # uint8 [B, S, S, 3] → float32 [B, 3, side, side]
 
 Random resized crop, flip, and a little brightness, contrast and saturation. No hue, and little of
 the others: colours are what the words name. The random numbers are drawn apart from the pixels, on

@@ -33,7 +33,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from acebert.config import Settings
 from acebert.data.database import feed, open_database, read
 from acebert.data.features import read_shard_list
-from acebert.data.tokens import Ragged
+from acebert.data.tokens import Ragged, ranges
 from acebert.errors import UserError
 from acebert.workdir import Stage, run_stage
 
@@ -76,7 +76,7 @@ class PhotoLabels:
         out = np.zeros((len(products), len(self.tags)), np.float32)
         values, lengths = self.words.take(products)
         rows = np.repeat(np.arange(len(products)), lengths)
-        out[rows, values] = self._targets_of(products)
+        out[rows, values] = self._target[ranges(self.words.offsets[products], lengths)]
         return out
 
     def named_in_title(self, products: NDArray[np.integer]) -> NDArray[np.bool_]:
@@ -85,11 +85,8 @@ class PhotoLabels:
 
     def words_per_product(self) -> float:
         """Mean sum of the targets of a product that has any."""
-        named = np.count_nonzero(np.diff(self.words.offsets))
+        named = int((np.diff(self.words.offsets) > 0).sum())
         return float(self._target.sum(dtype=np.float64)) / max(1, named)
-
-    def _targets_of(self, products: NDArray[np.integer]) -> NDArray[np.float32]:
-        return Ragged(self._target, self.words.offsets).take(products)[0]  # type: ignore[arg-type]
 
 
 def label_photos(settings: Settings, ingested: Stage, crops: Stage) -> Stage:
@@ -118,9 +115,9 @@ def _build(settings: Settings, ingested: Stage, crops: Stage, out: Path) -> None
         tags = _write_words(con, ingested, own.tags, own.tag_products, n, out)
     if not categories and not len(tags):
         raise UserError(
-            f"{ingested.path}: nothing to train the patch CNN on: fewer than two categories, and no "
-            f"word that {own.tag_products} products are named by (--cnn.tag_products), or "
-            "--cnn.tags 0. --image.cnn_weights takes hub, random or a file too"
+            f"{ingested.path}: nothing to train the patch CNN on: fewer than two categories, and "
+            f"no word names {own.tag_products} products (--cnn.tag_products), or --cnn.tags is 0. "
+            "--image.cnn_weights takes hub, random or a file too"
         )
     np.save(out / "category.npy", category)
     (out / "categories.json").write_text(json.dumps(categories, ensure_ascii=False) + "\n")
@@ -163,10 +160,10 @@ def _categories(ingested: Stage) -> tuple[NDArray[np.int32], list[str]]:
     table = ds.dataset(_parts(ingested)).to_table(columns=["category", "category_code"])
     code = table["category_code"].to_numpy()
     known = table["category"].is_valid().to_numpy()
-    names = dict(sorted(zip(code[known].tolist(), table["category"].drop_null().to_pylist())))
+    names = table["category"].drop_null().unique().sort().to_pylist()  # ingest codes them so
     if len(names) < 2:
         return np.full(len(code), -1, np.int32), []
-    return np.where(known, code, -1).astype(np.int32), list(names.values())
+    return np.where(known, code, -1).astype(np.int32), names
 
 
 def _write_words(

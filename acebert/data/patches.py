@@ -47,13 +47,21 @@ class PatchCNN:
         clipped: values so far that float16 could not hold and that were set to its limit.
     """
 
-    def __init__(self, name: str, weights: str, side: int, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        name: str,
+        weights: str,
+        side: int,
+        batch_size: int = 16,
+        setting: str = "image.cnn_weights",
+    ) -> None:
         """
         Args:
             name: timm model name, with or without a tag (`resnet18`, `resnet18.a1_in1k`).
             weights: `hub`, `random`, or the path of a .safetensors file with timm's names.
             side: height and width of the crops [px], a multiple of 128.
             batch_size: crops in one forward.
+            setting: where `weights` comes from, for errors to name.
 
         Raises:
             UserError: unknown model, not a CNN, weights that cannot be had or do not fit.
@@ -61,7 +69,7 @@ class PatchCNN:
         if side % (GRID * STRIDE):
             raise UserError(f"image.cnn_side: {side} is not a multiple of {GRID * STRIDE}")
         self.side, self.batch_size = side, batch_size
-        self.model, self.weights_name = _load(name, weights)
+        self.model, self.weights_name = _load(name, weights, setting)
         self.model.eval().requires_grad_(False)
         self.model.to(memory_format=torch.channels_last)
         config = self.model.pretrained_cfg
@@ -168,7 +176,7 @@ def _has_fast_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def _load(name: str, weights: str) -> tuple[Any, str]:
+def _load(name: str, weights: str, setting: str) -> tuple[Any, str]:
     """The model, and where its weights come from in words."""
     if not timm.is_model(name):
         known = timm.list_models()
@@ -176,32 +184,32 @@ def _load(name: str, weights: str) -> tuple[Any, str]:
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
         raise UserError(f"image.cnn {name}: timm knows no such model; {hint}")
     if weights == "hub":
-        return _from_hub(name)
+        return _from_hub(name, setting)
     # Seeds torch for these weights alone: the caller's random state is left as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = timm.create_model(name, pretrained=False, num_classes=0)
     if weights == "random":
         return model, "random weights (untrained)"
-    _fill_from_file(model, name, weights)
+    _fill_from_file(model, name, weights, setting)
     return model, f"weights of {weights}"
 
 
-def _from_hub(name: str) -> tuple[Any, str]:
+def _from_hub(name: str, setting: str) -> tuple[Any, str]:
     try:
         model: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # no network, no such tag, no weights published: many types
         raise UserError(
-            f"image.cnn_weights hub: no weights for {name} ({type(error).__name__}: {error}). "
-            "Offline: --image.cnn_weights FILE.safetensors (timm's own names), or "
-            "--image.cnn_weights random to try things out"
+            f"{setting} hub: no weights for {name} ({type(error).__name__}: {error}). "
+            f"Offline: --{setting} FILE.safetensors (timm's own names), or "
+            f"--{setting} random to try things out"
         ) from error
     config = model.pretrained_cfg
     return model, f"hub weights {config['architecture']}.{config['tag']}"
 
 
-def _fill_from_file(model: Any, name: str, path: str) -> None:
-    where = f"image.cnn_weights {path}"
+def _fill_from_file(model: Any, name: str, path: str, setting: str) -> None:
+    where = f"{setting} {path}"
     if not path.endswith(".safetensors"):
         raise UserError(f"{where}: neither hub nor random nor a .safetensors file")
     if not Path(path).is_file():

@@ -98,10 +98,17 @@ def _image_key(settings: Settings) -> dict[str, Any]:
     if model.pixels:
         names |= {"pixel_source", "pixel_side", "pixel_format"}
     key = image.model_dump(include=names) | {"patches": model.patches, "pixels": model.pixels}
-    if model.patches and Path(image.cnn_weights).is_file():
-        with open(image.cnn_weights, "rb") as file:
-            key["cnn_weights"] = file_digest(file, "sha256").hexdigest()  # wherever it lies
+    if model.patches:
+        key["cnn_weights"] = weights_digest(image.cnn_weights)
     return key
+
+
+def weights_digest(weights: str) -> str:
+    """SHA-256 of a file of weights, wherever it lies; `hub` and `random` are themselves."""
+    if not Path(weights).is_file():
+        return weights
+    with open(weights, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _build(settings: Settings, spec: CropSpec, ingested: Stage, out: Path) -> None:

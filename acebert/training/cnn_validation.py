@@ -124,7 +124,7 @@ def average_precision(scores: NDArray[np.floating], relevant: NDArray[np.bool_])
     return float((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean())
 
 
-def recall_among(scores: NDArray[np.floating], named: NDArray[np.bool_], k: int) -> float:
+def recall_among(scores: NDArray, named: NDArray[np.bool_], k: int) -> float:
     """Share of a photo's named words that are among its k most likely, a mean over the photos that
     have any; with k fewer than a photo's words, of k. Scores and labels [P, T]."""
     rows = named.any(1)

@@ -1,0 +1,14 @@
+"""Train the patch CNN on the catalogue (Ray Train); the last line printed is its weights file."""
+
+from acebert.config import Settings
+from acebert.job import run_job
+from acebert.pipeline import cnn_stage
+from acebert.training.train_cnn import WEIGHTS
+
+
+def work(settings: Settings) -> None:
+    print(cnn_stage(settings).path / WEIGHTS)
+
+
+if __name__ == "__main__":
+    run_job(work, __doc__)
