@@ -7,11 +7,16 @@ listens on).
 
 import logging
 import os
+import time
+from collections.abc import Callable
 
 import ray
 import ray.data
+from ray.autoscaler.sdk import request_resources
 
 log = logging.getLogger(__name__)
+
+POLL_SECONDS = 2.0
 
 
 def connect() -> None:
@@ -31,3 +36,20 @@ def connect() -> None:
         total.get("CPU", 0),
         total.get("GPU", 0),
     )
+
+
+def wait_for_nodes(
+    bundle: dict[str, float], count: int, minutes: float, fits: Callable[[], bool]
+) -> None:
+    """Ask the autoscaler for `count` times the resources of `bundle`; return when `fits()` says
+    that they are there, or when `minutes` have passed."""
+    if fits():
+        return
+    log.info("ray: asks for %d × %s, waits up to %g minutes", count, bundle, minutes)
+    end = time.monotonic() + 60 * minutes
+    request_resources(bundles=[bundle] * count)
+    try:
+        while not fits() and time.monotonic() < end:
+            time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
+    finally:
+        request_resources(bundles=[])  # it stands until it is taken back, and nodes with it

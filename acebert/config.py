@@ -356,6 +356,9 @@ class TrainSettings(Section):
     """steps between checkpoints (one is written with every validation too)"""
     checkpoints_kept: int = Field(2, ge=1)
     """newest checkpoints that are kept beside the best"""
+    wait_minutes: float = Field(0, ge=0)
+    """how long to wait for a cluster that grows on demand to bring what the workers need (0: what
+    is not there now is refused) [min]"""
     max_failures: int = Field(3, ge=0)
     """restarts of the worker group from the last checkpoint"""
 

@@ -29,6 +29,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
+from acebert.cluster import wait_for_nodes
 from acebert.config import Settings, settings_from
 from acebert.errors import UserError
 from acebert.job import set_up_logging
@@ -47,7 +48,7 @@ log = logging.getLogger(__name__)
 HOW_IT_RUNS = frozenset(
     {
         *("num_workers", "min_workers", "use_gpu", "cpus_per_worker", "threads_per_worker"),
-        *("max_failures", "checkpoint_every", "checkpoints_kept"),
+        *("max_failures", "wait_minutes", "checkpoint_every", "checkpoints_kept"),
     }
 )
 """leaves of `train` that do not belong in a stage's key: a run goes on when they change"""
@@ -138,16 +139,26 @@ def train_on_ray(
 
 
 def _resources(settings: Settings) -> tuple[float, bool]:
-    """CPUs a worker, and whether each takes a GPU; refuses what the cluster can never give."""
+    """CPUs a worker, and whether each takes a GPU; refuses what the cluster does not give, or not
+    within `train.wait_minutes`."""
     train = settings.train
     least = train.min_workers or train.num_workers
+    if train.wait_minutes:
+        bundle = {"CPU": train.cpus_per_worker or 1.0} | ({"GPU": 1.0} if train.use_gpu else {})
+        wait_for_nodes(bundle, train.num_workers, train.wait_minutes, lambda: _fits(bundle, least))
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = sum(node.get("GPU", 0) for node in nodes)
     use_gpu = gpus > 0 if train.use_gpu is None else train.use_gpu
     if use_gpu and gpus < least:
         raise UserError(
             f"--train.num_workers {least}: the cluster has {gpus:.0f} GPUs. Ask for fewer "
-            "workers, or train on CPUs with --train.use_gpu false"
+            "workers, or train on CPUs with --train.use_gpu false. If it grows on demand, say how "
+            "long to wait for them: --train.wait_minutes"
+        )
+    if not any(node.get("CPU", 0) > 0 for node in nodes):
+        raise UserError(
+            "the cluster has no CPUs for workers. If it grows on demand, say how long to wait for "
+            "them: --train.wait_minutes"
         )
     places = [
         (node["CPU"], node.get("GPU", 0) if use_gpu else math.inf)
@@ -172,6 +183,13 @@ def _resources(settings: Settings) -> tuple[float, bool]:
     )
     share = next((s for s in shares if fitting(s / 0.9) >= train.num_workers), shares[-1])
     return math.floor(100 * share) / 100, use_gpu
+
+
+def _fits(bundle: dict[str, float], count: int) -> bool:
+    """Whether the nodes that are there have room for `count` times `bundle`."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = (min(int(node.get(k, 0) / v + 1e-9) for k, v in bundle.items()) for node in nodes)
+    return sum(room) >= count
 
 
 def _run_rank(loop: dict[str, Any]) -> str | None:
