@@ -10,9 +10,10 @@ score, itself included, stands in the first K with probability
     clip((K − greater) / equal, 0, 1).
 
 So (greater, equal) of each target is all that Recall, nDCG and MRR need. The catalogue is scored a
-block of queries at a time: memory is bounded by `BLOCK_BYTES`, not by queries × products. The best
-`depth` products of a query decide nearly all counts; the full row is read again only for targets
-whose ties reach beyond them.
+block of queries at a time, and embeddings a tile of products at a time: memory is bounded by
+`block_bytes`, neither by queries × products nor by products. The best `depth` products of a query
+decide nearly all counts; all products are looked at again only for targets whose ties reach beyond
+them.
 
 Two scores within `tie` of each other are equal. Vectors of two products with the same text differ
 in the last bits with the batch that they were computed in, and so do products of matrices with the
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 256 * 2**20
+TILE = 131_072  # products: with BLOCK_BYTES, 512 queries share each read of a product's vector
 SAY_EVERY = 10  # seconds between lines of progress
 
 
@@ -75,7 +77,7 @@ class DotProduct:
 
     Args:
         queries: float32 [Q, D].
-        products: float32 [n, D].
+        products: float32 [n, D]; may be memory-mapped, it is read a tile at a time.
     """
 
     tie = 1e-6  # float32 sums of 128 products of unit vectors agree to about 2e-7
@@ -86,12 +88,17 @@ class DotProduct:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.products = len(products)
         self._queries = torch.from_numpy(queries).to(self.device)
-        self._products = torch.from_numpy(products).to(self.device).T
+        self._products = torch.from_numpy(products).to(self.device)
 
     def score(self, queries: NDArray[np.int64], out: "torch.Tensor") -> None:
+        self.score_tile(queries, 0, out)
+
+    def score_tile(self, queries: NDArray[np.int64], first: int, out: "torch.Tensor") -> None:
+        """Fill `out` [b, m] with the scores of products first … first + m − 1."""
         import torch
 
-        torch.mm(self._queries[queries], self._products, out=out)
+        tile = self._products[first : first + out.shape[1]]
+        torch.mm(self._queries[queries], tile.T, out=out)
 
 
 def search_catalogue(
@@ -126,22 +133,28 @@ def search_catalogue(
     equal = np.ones(len(target_query), np.int64)
     pair_score = np.empty(len(pair_query), np.float32)
 
-    rows_a_block = max(1, block_bytes // (4 * n))
+    tile = min(n, TILE) if isinstance(scorer, DotProduct) else n
+    rows_a_block = min(max(1, block_bytes // (4 * tile)), queries)
     targets = _by_block(target_query, queries, rows_a_block)
     pairs = _by_block(pair_query, queries, rows_a_block)
-    say_next = time.monotonic() + SAY_EVERY
     # One buffer for all blocks: fresh memory of that size costs more than the product does.
-    buffer = torch.empty(min(rows_a_block, queries), n, device=scorer.device)
+    buffer = torch.empty(rows_a_block * tile, device=scorer.device)
+    say_next = time.monotonic() + SAY_EVERY
     for start in range(0, queries, rows_a_block):
         stop = min(start + rows_a_block, queries)
-        block = buffer[: stop - start]
-        scorer.score(np.arange(start, stop), block)
         t, p = next(targets), next(pairs)
-        top[start:stop, :kept], top_score[start:stop, :kept] = _best(block, kept)
-        greater[t], equal[t] = _count(
-            block, top_score[start:stop], target_query[t] - start, target_product[t], scorer.tie
-        )
-        pair_score[p] = _gather(block, pair_query[p] - start, pair_product[p])
+        own = np.empty(len(t), np.float32)
+        best = top[start:stop, :kept], top_score[start:stop, :kept]
+        for first, block in _tiles(scorer, np.arange(start, stop), buffer, tile):
+            best = _merge(best, _best(block, min(kept, block.shape[1]), first))
+            _take(block, first, target_query[t] - start, target_product[t], own)
+            scores = pair_score[p]
+            _take(block, first, pair_query[p] - start, pair_product[p], scores)
+            pair_score[p] = scores
+        top[start:stop, :kept], top_score[start:stop, :kept] = best
+        greater[t], equal[t], cut = _ranks(top_score[target_query[t]], own, scorer.tie)
+        if cut.size:
+            equal[t[cut]] = _count_ties(scorer, target_query[t[cut]], own[cut], buffer, tile)
         if time.monotonic() > say_next:
             log.info("searched %d of %d queries", stop, queries)
             say_next += SAY_EVERY
@@ -198,7 +211,25 @@ def _by_block(query: NDArray[np.int64], queries: int, rows: int) -> Iterator[NDA
         yield order[first:end]
 
 
-def _best(block: "torch.Tensor", kept: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def _tiles(
+    scorer: Scorer, queries: NDArray[np.int64], buffer: "torch.Tensor", tile: int
+) -> "Iterator[tuple[int, torch.Tensor]]":
+    """(first product, scores [b, m]) over all products; the next overwrites the last."""
+    for first in range(0, scorer.products, tile):
+        m = min(tile, scorer.products - first)
+        block = buffer[: len(queries) * m].view(len(queries), m)
+        if isinstance(scorer, DotProduct):
+            scorer.score_tile(queries, first, block)
+        else:
+            scorer.score(queries, block)
+        yield first, block
+
+
+_Lists = tuple[NDArray[np.int32], NDArray[np.float32]]
+"""products and scores of some queries, each [b, kept], best first"""
+
+
+def _best(block: "torch.Tensor", kept: int, first: int) -> _Lists:
     """The best `kept` products of each row, by score, then by catalogue row."""
     best = block.topk(min(kept + 1, block.shape[1]))
     score, out = best.values.cpu().numpy(), best.indices.cpu().numpy().astype(np.int32)
@@ -210,45 +241,65 @@ def _best(block: "torch.Tensor", kept: int) -> tuple[NDArray[np.int32], NDArray[
         at_end = score[i] == last[i]
         tied = np.flatnonzero(block[i].cpu().numpy() == last[i])
         out[i, at_end] = tied[: at_end.sum()]
+    out += first
     out[np.isneginf(score)] = -1
     order = np.lexsort((out, -score), axis=1)
     return np.take_along_axis(out, order, 1), np.take_along_axis(score, order, 1)
 
 
-def _count(
+def _merge(lists: _Lists, more: _Lists) -> _Lists:
+    """The best of both, as many as `lists` has."""
+    kept = lists[0].shape[1]
+    product, score = (np.concatenate(both, axis=1) for both in zip(lists, more, strict=True))
+    order = np.lexsort((product, -score), axis=1)[:, :kept]
+    return np.take_along_axis(product, order, 1), np.take_along_axis(score, order, 1)
+
+
+def _take(
     block: "torch.Tensor",
-    top_score: NDArray[np.float32],
+    first: int,
     row: NDArray[np.int64],
     product: NDArray[np.int64],
-    tie: float,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(greater, equal) of the targets of a block; `row` counts from the block's first query."""
+    out: NDArray[np.float32],
+) -> None:
+    """Put the scores of those (row, product) that lie in this tile into `out`."""
     import torch
 
-    depth = top_score.shape[1]
-    own = _gather(block, row, product)
-    lists = top_score[row]
+    here = np.flatnonzero((product >= first) & (product < first + block.shape[1]))
+    r = torch.from_numpy(row[here]).to(block.device)
+    c = torch.from_numpy(product[here] - first).to(block.device)
+    out[here] = block[r, c].cpu().numpy()
+
+
+def _ranks(
+    lists: NDArray[np.float32], own: NDArray[np.float32], tie: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(greater, equal) of targets from the scores of their queries' lists [T, depth], and which of
+    them may tie with more products than the list has."""
+    depth = lists.shape[1]
     greater = (lists > own[:, None] + tie).sum(axis=1)
     equal = np.maximum((lists >= own[:, None] - tie).sum(axis=1) - greater, 1)
     greater[np.isneginf(own)] = depth
-    # The list may end within the target's ties: then count them in the whole row.
-    cut = np.flatnonzero(
-        (greater < depth) & (lists[:, -1] <= own + tie) & np.isfinite(lists[:, -1])
-    )
-    step = max(1, block.numel() // (4 * block.shape[1]))
-    for low in range(0, len(cut), step):
-        c = cut[low : low + step]
-        value = torch.from_numpy(own[c]).to(block.device)[:, None]
-        rows = block[torch.from_numpy(row[c]).to(block.device)]
-        equal[c] = ((rows >= value - tie) & (rows <= value + tie)).sum(1).cpu().numpy()
-    return greater, equal
+    cut = (greater < depth) & (lists[:, -1] <= own + tie) & np.isfinite(lists[:, -1])
+    return greater, equal, np.flatnonzero(cut)
 
 
-def _gather(
-    block: "torch.Tensor", row: NDArray[np.int64], column: NDArray[np.int64]
-) -> NDArray[np.float32]:
+def _count_ties(
+    scorer: Scorer,
+    query: NDArray[np.int64],
+    own: NDArray[np.float32],
+    buffer: "torch.Tensor",
+    tile: int,
+) -> NDArray[np.int64]:
+    """Products of the whole catalogue that score as target i of `query` does, itself included."""
     import torch
 
-    r = torch.from_numpy(row).to(block.device)
-    c = torch.from_numpy(column).to(block.device)
-    return block[r, c].cpu().numpy()
+    equal = np.zeros(len(query), np.int64)
+    step = max(1, len(buffer) // tile)
+    for low in range(0, len(query), step):
+        part = slice(low, low + step)
+        value = torch.from_numpy(own[part]).to(buffer.device)[:, None]
+        for _, block in _tiles(scorer, query[part], buffer, tile):
+            near = block.sub_(value).abs_() <= scorer.tie
+            equal[part] += near.sum(1).cpu().numpy()
+    return equal

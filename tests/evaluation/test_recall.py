@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from acebert.evaluation import recall as module
 from acebert.evaluation.recall import (
     DotProduct,
     expected_hits,
@@ -57,8 +58,10 @@ def test_recall_with_ties_is_the_mean_over_all_orders_of_equal_scores(data):
     assert value == pytest.approx(over_all_orders(scores, targets, k))
 
 
+@pytest.mark.parametrize("tile", [1, 7, 64, 500, 10**6])
 @pytest.mark.parametrize("block_bytes", [1, 4 * 500 * 7, 2**28])
-def test_exact_search_equals_a_numpy_sort_whatever_the_block(block_bytes):
+def test_exact_search_equals_a_numpy_sort_whatever_the_block(block_bytes, tile, monkeypatch):
+    monkeypatch.setattr(module, "TILE", tile)
     rng = np.random.default_rng(0)
     queries, products = unit(rng, 40, 24), unit(rng, 500, 24)
     target_query = np.sort(rng.integers(0, 40, 90))
@@ -100,6 +103,37 @@ def test_products_with_the_same_vector_tie_though_floats_differ_in_the_last_bit(
     found = search_catalogue(DotProduct(query, products), 1, target, target, 4)
     assert (found.greater[0], found.equal[0]) == (0, 8)
     assert recall(found.greater, found.equal, target, 1, 2)[0] == pytest.approx(2 / 8)
+
+
+def test_ties_between_tiles_are_ordered_and_counted_as_in_one(monkeypatch):
+    """40 different vectors, 25 copies of each, spread over tiles of 64."""
+    rng = np.random.default_rng(3)
+    products, queries = unit(rng, 40, 8)[rng.permutation(1000) % 40], unit(rng, 30, 8)
+    target_query, target_product = np.divmod(np.sort(rng.choice(30_000, 400, replace=False)), 1000)
+    args = DotProduct(queries, products), 30, target_query, target_product, 60
+    whole = search_catalogue(*args)
+    monkeypatch.setattr(module, "TILE", 64)
+    tiled = search_catalogue(*args, block_bytes=4 * 64 * 7)
+    for name in ("greater", "equal"):
+        np.testing.assert_array_equal(getattr(tiled, name), getattr(whole, name))
+    reached = whole.greater < 60
+    assert reached.any()
+    assert (whole.equal[reached] == 25).all()
+    exact = queries.astype(np.float64) @ products.T.astype(np.float64)
+    above = exact[target_query] > exact[target_query, target_product][:, None] + 1e-6
+    np.testing.assert_array_equal(tiled.greater[reached], above.sum(axis=1)[reached])
+
+
+def test_vectors_on_disk_are_searched_without_being_loaded(tmp_path):
+    rng = np.random.default_rng(4)
+    queries, products = unit(rng, 5, 16), unit(rng, 300, 16)
+    np.save(tmp_path / "products.npy", products)
+    mapped = np.load(tmp_path / "products.npy", mmap_mode="c")
+    none = np.empty(0, np.int64)
+    np.testing.assert_array_equal(
+        search_catalogue(DotProduct(queries, mapped), 5, none, none, 10).top,
+        search_catalogue(DotProduct(queries, products), 5, none, none, 10).top,
+    )
 
 
 def test_ties_that_reach_beyond_the_list_are_counted_in_the_whole_catalogue():
