@@ -19,7 +19,6 @@ from acebert.data.features import FeatureStore
 from acebert.data.tokens import backbone_digest, load_tokenizer, special_ids
 from acebert.errors import UserError
 from acebert.models.dual import DualEncoder
-from acebert.tracking import log_model, start_run
 from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors, why_broken
 from acebert.training.harness import HOW_IT_RUNS, Rank, run_directory, train_on_ray
 from acebert.training.loop import run
@@ -71,6 +70,8 @@ def finetune(
     }
 
     def build(out: Path) -> None:
+        from acebert.tracking import log_model, start_run  # MLflow, which workers do not need
+
         tags = {"acebert.data": ingested.digest}
         with start_run(settings, "finetune", digest_of(key), tags=tags) as mlrun:
             checkpoints = train_on_ray(settings, "finetune", key, _worker, config, mlrun)

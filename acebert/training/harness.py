@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
@@ -33,7 +33,6 @@ from acebert.cluster import wait_for_nodes
 from acebert.config import Settings, settings_from
 from acebert.errors import UserError
 from acebert.job import set_up_logging
-from acebert.tracking import Run, metrics_actor
 from acebert.training.checkpoint import (
     Checkpoints,
     Progress,
@@ -42,6 +41,9 @@ from acebert.training.checkpoint import (
     load_tensors,
 )
 from acebert.workdir import digest_of
+
+if TYPE_CHECKING:
+    from acebert.tracking import Run
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ def train_on_ray(
     key: Mapping[str, Any],
     worker: Worker,
     config: dict[str, Any],
-    mlrun: Run,
+    mlrun: "Run",
 ) -> Checkpoints:
     """Run `worker` on `train.num_workers` ranks to its end; the newest checkpoint is the last.
 
@@ -103,6 +105,8 @@ def train_on_ray(
         UserError: the cluster lacks what is asked for, a checkpoint is of other code, the disk is
             full, or what the worker raised.
     """
+    from acebert.tracking import metrics_actor  # MLflow: a second that no worker needs
+
     directory = run_directory(settings, stage, key)
     identity = {"key": dict(key), "code": code_identity()}
     checkpoints = Checkpoints(directory / "checkpoints", identity, settings.train.checkpoints_kept)
