@@ -142,6 +142,10 @@ class CEBertForPreTraining(BertPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.cls.predictions.decoder = new_embeddings
 
+    def match(self, text: TextInputs, image: ImageInputs) -> Tensor:
+        """TIP's logit of B titles and photos of which nothing is masked, [B]."""
+        return self.match_head(self.ce_bert.pooled(text, image)).squeeze(-1)
+
     def forward(self, inputs: PretrainInputs) -> PretrainOutputs:
         """Logits of whatever is to be predicted, in the order of `inputs`."""
         B = len(inputs.text.input_ids)

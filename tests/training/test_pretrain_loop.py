@@ -1,0 +1,169 @@
+"""Pre-training in plain torch on a catalogue made by hand."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from acebert.config import Settings, load_settings
+from acebert.errors import UserError
+from acebert.models.encoder import ImageInputs, TextInputs
+from acebert.training.checkpoint import Progress
+from acebert.training.pairs import StagePaths
+from acebert.training.pretrain import new_model
+from acebert.training.pretrain_batches import PretrainBatch, PretrainBatches
+from acebert.training.pretrain_loop import run
+from acebert.training.pretrainer import Pretrainer
+
+CPU = torch.device("cpu")
+SMALL = [
+    *["--recipe", "cebert_tiny", "--train.precision", "fp32", "--model.dropout", "0.1"],
+    *["--model.width", "32", "--model.heads", "2", "--model.layers", "1"],
+    *["--model.image_attention_bias", "0", "--pretrain.batch_size", "16"],
+    *["--pretrain.held_out", "0.25", "--pretrain.warmup_steps", "5", "--pretrain.lr", "3e-3"],
+    *["--pretrain.validate_every", "6", "--train.checkpoint_every", "4"],
+]
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return load_settings(SMALL)
+
+
+def with_pretrain(settings: Settings, **values: object) -> Settings:
+    own = settings.pretrain.model_copy(update=values)
+    return settings.model_copy(update={"pretrain": own})
+
+
+def train(settings: Settings, paths: StagePaths, save: Any = lambda *_: None, resume: Any = None):
+    model = new_model(settings, paths)
+    state = run(settings, paths, model, device=CPU, rank=0, world=1, save=save, resume=resume)
+    return model, state
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_one_batch_is_learned_until_each_loss_is_near_its_floor(
+    settings: Settings, handmade_paths: StagePaths, adaptive: bool
+) -> None:
+    """Floors are zero: the words, the patches and the label of each row are fixed."""
+    settings = with_pretrain(settings, adaptive_loss=adaptive, warmup_steps=1, lr=1e-2)
+    settings = settings.model_copy(
+        update={"model": settings.model.model_copy(update={"dropout": 0.0})}
+    )
+    batch = PretrainBatches(settings, handmade_paths, rank=0, world=1).batch(0)
+    trainer = Pretrainer(settings, new_model(settings, handmade_paths), CPU, 0, 1)
+    first = trainer.step(batch, 0, 0.0)
+    for _ in range(250):
+        last = trainer.step(batch, 0, 0.0)
+    assert first["mlm"] > 3
+    assert last["mlm"] < 0.1
+    assert last["tip"] < 0.05 * first["tip"]
+    assert last["mpm"] < 0.15 * first["mpm"]
+    assert last["mlm_accuracy"] == 1
+    assert last["tip_accuracy"] == 1
+    weights = [float(last[f"{name}_weight"]) for name in ("mlm", "mpm", "tip")] if adaptive else [1]
+    assert sum(weights) == pytest.approx(1)
+
+
+def blanked(batch: PretrainBatch, mask: int) -> PretrainBatch:
+    """All words the same but [MASK], all patches ones but the masked, all photos black."""
+    text, image = batch.inputs.text, batch.inputs.image
+    assert image is not None
+    assert image.patches is not None
+    assert image.pixels is not None
+    ids = torch.where(text.input_ids == mask, mask, 5 * text.attention_mask)
+    nothing = ImageInputs(
+        image.has_image, torch.ones_like(image.patches), torch.zeros_like(image.pixels)
+    )
+    text = TextInputs(ids, text.attention_mask, text.segment_ids)
+    return replace(batch, inputs=replace(batch.inputs, text=text, image=nothing))
+
+
+def test_masks_and_lengths_alone_do_not_tell_which_pairs_match(
+    settings: Settings, handmade_paths: StagePaths
+) -> None:
+    settings = with_pretrain(settings, batch_size=32)
+    batches = PretrainBatches(settings, handmade_paths, rank=0, world=1)
+    trainer = Pretrainer(settings, new_model(settings, handmade_paths), CPU, 0, 1)
+    mask = batches.vocabulary.mask
+    for step in range(120):
+        trainer.step(blanked(batches.batch(step), mask), step, step / 120)
+    trainer.model.eval()
+    scores, labels = [], []
+    for step in range(200, 230):
+        batch = blanked(batches.batch(step), mask)
+        with torch.inference_mode():
+            scores.append(trainer.model(batch.inputs).match[batch.paired.bool()])
+        labels.append(batch.matched[batch.paired.bool()])
+    label, score = torch.cat(labels).numpy(), torch.cat(scores).numpy()
+    n, m = label.sum(), (1 - label).sum()
+    deviation = np.sqrt((n + m + 1) / (12 * n * m))  # of the AUC of scores that tell nothing
+    assert abs(roc_auc_score(label, score) - 0.5) < 4 * deviation
+    assert len(np.unique(score)) > 100
+
+
+def test_a_run_resumed_in_the_middle_of_an_epoch_has_the_same_losses_and_weights(
+    settings: Settings, handmade_paths: StagePaths
+) -> None:
+    settings = with_pretrain(settings, epochs=2)
+    kept: list[tuple[dict, Progress]] = []
+
+    def save(tensors: Any, progress: Progress) -> None:
+        if progress.step == 8:
+            kept.append((copy.deepcopy(tensors), copy.deepcopy(progress)))
+            raise KeyboardInterrupt
+
+    whole, state = train(settings, handmade_paths)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, handmade_paths, save)
+    resumed, again = train(settings, handmade_paths, resume=kept[0])
+    assert again.step == state.step > 10
+    for name in ("loss", "mlm", "mpm", "tip", "tip_accuracy", "lr"):
+        assert again.history[name].to_pylist() == state.history[name].to_pylist(), name
+    timeless = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in s.validations]
+        for s in (state, again)
+    ]
+    np.testing.assert_equal(timeless[0], timeless[1])
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_losses_fall_and_every_validation_measures_each_task(
+    settings: Settings, handmade_paths: StagePaths
+) -> None:
+    _, state = train(with_pretrain(settings, epochs=12), handmade_paths)
+    for name in ("mlm", "mpm"):
+        losses = state.history[name].to_numpy()
+        assert losses[-5:].mean() < 0.9 * losses[:5].mean(), name
+    steps = [row["step"] for row in state.validations]
+    assert steps == sorted({*range(6, state.step, 6), state.step})
+    for row in state.validations:
+        assert 0 <= row["tip_auc_random"] <= 1
+        assert 0 <= row["tip_auc_same_category"] <= 1
+        assert row["mpm_kl_position"] <= row["mpm_kl_mean"] <= row["mpm_kl_uniform"]
+        assert {"mlm_accuracy_other_photo", "mlm_accuracy_no_photo", "mpm_kl"} <= set(row)
+
+
+def test_text_alone_is_pre_trained_on_titles_and_queries(
+    settings: Settings, handmade_paths: StagePaths
+) -> None:
+    settings = with_pretrain(settings, queries=True, epochs=2)
+    text = settings.model.model_copy(update={"patches": False, "pixels": False})
+    settings = settings.model_copy(update={"model": text})
+    paths = replace(handmade_paths, features=None)
+    model, state = train(settings, paths)
+    assert not model.ce_bert.config.reads_images
+    assert {"mpm", "tip"}.isdisjoint(state.history.column_names)
+    assert set(state.validations[-1]) == {"step", "seconds", "mlm_loss", "mlm_accuracy"}
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_what_to_do(
+    settings: Settings, handmade_paths: StagePaths
+) -> None:
+    with pytest.raises(UserError, match=r"loss is not finite after step \d+.*--pretrain\.lr"):
+        train(with_pretrain(settings, lr=1e30, warmup_steps=0), handmade_paths)
