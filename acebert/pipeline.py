@@ -16,6 +16,7 @@ from acebert.data.tokens import tokenize
 from acebert.errors import UserError
 from acebert.evaluation.embed import embed
 from acebert.evaluation.evaluate import evaluate_baselines, evaluate_embeddings
+from acebert.evaluation.look_inside import look_inside
 from acebert.evaluation.testset import evaluation_queries
 from acebert.tracking import start_run
 from acebert.training.finetune import finetune
@@ -86,6 +87,16 @@ def pretrain_stage(settings: Settings) -> Stage:
     return pretrain(settings, data.ingested, data.tokens, data.features)
 
 
+def look_inside_stage(settings: Settings, pretrained: Stage) -> Stage:
+    """What a pre-trained CE-BERT that reads photos makes of them: a page and a list."""
+    data = catalogue_stages(settings)
+    if data.features is None:
+        raise ValueError("a model that reads no photos has nothing to be looked at")
+    connect()
+    stage = look_inside(settings, pretrained, data.ingested, data.tokens, data.features)
+    return _tracked(settings, stage)
+
+
 def finetune_stage(settings: Settings) -> Stage:
     """The model directory."""
     settings = with_own_cnn(settings)
@@ -138,7 +149,7 @@ def _tracked(settings: Settings, stage: Stage) -> Stage:
     with start_run(settings, stage.name, stage.digest, started=started) as run:
         run.log_metrics({"seconds": stage.seconds, **_numbers(stage.path)})
         for path in sorted(stage.path.rglob("*")):
-            if path.suffix in {".png", ".json"} and "tokenizer" not in path.parts:
+            if path.suffix in {".png", ".json", ".html"} and "tokenizer" not in path.parts:
                 below = path.parent.relative_to(stage.path)
                 run.log_artifact(path, None if below == Path(".") else str(below))
     return stage
