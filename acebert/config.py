@@ -125,9 +125,9 @@ class CNNSettings(Section):
 
     start: str = "hub"
     """what it starts from: `hub` (timm's pretrained weights), `random`, or a .safetensors file"""
-    side: int = Field(224, ge=56, multiple_of=28)
-    """side of the crops that it trains on; a little under image.cnn_side, for random crops show
-    the product larger than it is [px]"""
+    side: int = Field(168, ge=56, multiple_of=28)
+    """side that it trains at; about two thirds of image.cnn_side, for random crops show the
+    product larger than it is [px]"""
     tags: int = Field(500, ge=0)
     """most frequent words of titles and training queries that it learns (0: categories alone)"""
     tag_products: int = Field(20, ge=1)
@@ -386,6 +386,8 @@ class EvalSettings(Section):
     """queries or products in one forward"""
     num_actors: int = Field(1, ge=1)
     """actors that embed"""
+    search_mb: int = Field(256, ge=1)
+    """scores held at a time while the whole catalogue is searched [MiB]"""
     ann_from: int = Field(100_000, ge=1)
     """catalogue size from which the ANN index is IVF instead of HNSW [products]"""
     head_share: float = Field(0.5, gt=0, lt=1)
