@@ -14,53 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from acebert.data.tokens import Ragged, ranges
-
-
-class Grouped:
-    """Values by key, in CSR.
-
-    Attributes:
-        offsets: int64 [keys + 1]
-        values: [values], those of key k at offsets[k] … offsets[k + 1] − 1
-    """
-
-    def __init__(
-        self, key: NDArray[np.integer], value: NDArray[np.integer], n_keys: int | None = None
-    ) -> None:
-        """Columns [n] in any order; values of a key stay in theirs."""
-        self.values = value[np.argsort(key, kind="stable")]
-        self.offsets = np.concatenate([[0], np.cumsum(np.bincount(key, minlength=n_keys or 0))])
-
-    def of(self, keys: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
-        """Their values: positions in `keys`, and values. Keys beyond the last have none.
-
-        Args:
-            keys: [K], repeats allowed
-        """
-        last = len(self.offsets) - 1
-        start = self.offsets[np.minimum(keys, last)]
-        count = self.offsets[np.minimum(keys + 1, last)] - start
-        return np.repeat(np.arange(len(keys)), count), self.values[ranges(start, count)]
-
-
-class ClickedPairs(Grouped):
-    """The distinct (query, product) pairs that a log has as clicked: products int32 by query."""
-
-    def __init__(
-        self, query: NDArray[np.integer], product: NDArray[np.integer], n_products: int
-    ) -> None:
-        """From the columns of pairs.parquet [n], in any order, repeats allowed."""
-        keys = np.unique(query.astype(np.int64) * n_products + product)
-        queries, products = np.divmod(keys, n_products)
-        super().__init__(queries, products.astype(np.int32))
-
-    @classmethod
-    def of_log(cls, clicked: Ragged) -> Self:
-        """As ingest has laid them out (`Lookups.clicked`), mapped."""
-        made = cls.__new__(cls)
-        made.offsets, made.values = clicked.offsets, clicked.values
-        return made
+from acebert.data.tokens import Ragged
 
 
 @dataclass(frozen=True)
@@ -103,7 +57,7 @@ def false_negatives(
     query: NDArray[np.integer],
     product: NDArray[np.integer],
     form: Literal["keep", "batch", "log"],
-    clicked: ClickedPairs | None,
+    clicked: Ragged | None,
     rows: slice,
 ) -> tuple[FalseNegatives | None, FalseNegatives | None]:
     """Which in-batch negatives of `rows` are none, because the query and the product were clicked.
@@ -116,7 +70,7 @@ def false_negatives(
         query, product: ids of the whole batch [W], the same on every rank
         form: 'keep' finds none (paper), 'batch' what the batch shows as clicked, 'log' also what
             `clicked` has
-        clicked: for 'log'
+        clicked: for 'log', row = query, values = the products clicked for it
         rows: this rank's b rows
 
     Returns:
@@ -130,23 +84,30 @@ def false_negatives(
     if form == "log":
         if clicked is None:
             raise ValueError("false_negatives: form 'log' needs the clicked pairs")
-        at, clicks = clicked.of(queries)
+        clicks, lengths = clicked.take(queries)
+        at = np.repeat(np.arange(len(queries)), lengths)
         column = np.minimum(np.searchsorted(products, clicks), len(products) - 1)
         hit = products[column] == clicks
         known = np.concatenate([known, at[hit] * len(products) + column[hit]])
     known_q, known_p = np.divmod(np.unique(known), len(products))
-    return _cells(q, p, Grouped(known_q, known_p), rows), _cells(
-        p, q, Grouped(known_p, known_q), rows
+    return _cells(q, p, _grouped(known_q, known_p), rows), _cells(
+        p, q, _grouped(known_p, known_q), rows
     )
 
 
 def _cells(
-    own: NDArray[np.int64], other: NDArray[np.int64], known: Grouped, rows: slice
+    own: NDArray[np.int64], other: NDArray[np.int64], known: Ragged, rows: slice
 ) -> FalseNegatives:
     """Of each of `rows`: the columns whose `other` id is among those known for its `own` id."""
     mine = np.arange(len(own))[rows]
-    row, ids = known.of(own[mine])
-    of_id, column = Grouped(other, np.arange(len(other))).of(ids)
-    row = row[of_id]
+    ids, of_row = known.take(own[mine])
+    column, of_id = _grouped(other, np.arange(len(other))).take(ids)
+    row = np.repeat(np.repeat(np.arange(len(mine)), of_row), of_id)
     negative = column != mine[row]
-    return FalseNegatives.at(row[negative], column[negative], len(mine))
+    return FalseNegatives.at(row[negative], column[negative].astype(np.int64), len(mine))
+
+
+def _grouped(key: NDArray[np.int64], value: NDArray[np.int64]) -> Ragged:
+    """Columns [n]: row k holds the values whose key is k."""
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(key))])
+    return Ragged(value[np.argsort(key, kind="stable")].astype(np.int32), offsets)

@@ -26,7 +26,7 @@ from acebert.data.feature_cache import open_features
 from acebert.data.lookups import Lookups
 from acebert.data.partitions import Plan
 from acebert.models.encoder import ImageInputs, TextInputs
-from acebert.models.false_negatives import ClickedPairs, FalseNegatives, false_negatives
+from acebert.models.false_negatives import FalseNegatives, false_negatives
 from acebert.training.device_features import DeviceFeatures
 
 EMPTY_LIST = 0  # row of ingest's hot_lists.parquet that holds no query
@@ -206,11 +206,6 @@ class PairBatches:
         W = settings.train.batch_size
         self.rows = slice(rank * W // world_size, (rank + 1) * W // world_size)
         self._lookups = Lookups.open(paths.ingest)
-        self._clicked = (
-            ClickedPairs.of_log(self._lookups.clicked)
-            if settings.loss.false_negatives == "log"
-            else None
-        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -225,7 +220,7 @@ class PairBatches:
         hot = self._hot_lists(record["pair"].to_numpy(), product, step)
         rows = self.rows
         masks = false_negatives(
-            query, product, self.settings.loss.false_negatives, self._clicked, rows
+            query, product, self.settings.loss.false_negatives, self._lookups.clicked, rows
         )
         share = None
         if self.settings.loss.popularity_correction:

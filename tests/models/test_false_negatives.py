@@ -1,5 +1,6 @@
 """In-batch negatives that were clicked, against brute force."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from acebert.models.false_negatives import ClickedPairs, FalseNegatives, false_negatives
+from acebert.data.tokens import Ragged
+from acebert.models.false_negatives import FalseNegatives, false_negatives
 
 
 def masks(
     query: NDArray[np.integer],
     product: NDArray[np.integer],
     form: Any,
-    clicked: ClickedPairs | None,
+    clicked: Ragged | None,
     rows: slice,
 ) -> list[torch.Tensor]:
     """`false_negatives` as matrices, bool [b, W]."""
@@ -37,6 +39,12 @@ def columns(pairs: list[tuple[int, int]]) -> tuple[NDArray[np.int32], NDArray[np
     return table[:, 0], table[:, 1]
 
 
+def clicked_for(log: Iterable[tuple[int, int]]) -> Ragged:
+    """The log's distinct products of each of nine queries."""
+    known = set(map(tuple, log))
+    return Ragged.from_rows(sorted(p for q, p in known if q == query) for query in range(9))
+
+
 @settings(max_examples=200, deadline=None)
 @given(batch=pair_lists, log=st.lists(st.tuples(ids, ids), max_size=20), data=st.data())
 @pytest.mark.parametrize("form", ["keep", "batch", "log"])
@@ -45,7 +53,7 @@ def test_mask_is_the_brute_force_one(
 ) -> None:
     start = data.draw(st.integers(0, len(batch) - 1))
     stop = data.draw(st.integers(start + 1, len(batch)))
-    clicked = ClickedPairs(*columns(log), n_products=7)
+    clicked = clicked_for(log)
     query_mask, product_mask = masks(*columns(batch), form, clicked, slice(start, stop))
     known = {"keep": set(), "batch": set(batch), "log": set(batch) | set(log)}[form]
     for i in range(start, stop):
@@ -76,7 +84,7 @@ def test_same_query_and_same_product_are_masked_and_the_own_pair_never() -> None
 def test_rows_of_a_rank_are_the_rows_of_the_whole_mask() -> None:
     rng = np.random.default_rng(0)
     query, product = rng.integers(0, 9, 12), rng.integers(0, 9, 12)
-    clicked = ClickedPairs(rng.integers(0, 9, 40), rng.integers(0, 9, 40), 9)
+    clicked = clicked_for(rng.integers(0, 9, (40, 2)).tolist())
     whole = masks(query, product, "log", clicked, slice(0, 12))
     shards = [masks(query, product, "log", clicked, slice(6 * r, 6 * r + 6)) for r in range(2)]
     for side in (0, 1):

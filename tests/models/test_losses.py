@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import acebert
 from acebert.config import ModelSettings
+from acebert.data.tokens import Ragged
 from acebert.models.domain import DomainClassifier, domain_loss, encoder_term
 from acebert.models.dual import DualEncoder
 from acebert.models.encoder import ImageInputs, TextInputs
-from acebert.models.false_negatives import ClickedPairs, FalseNegatives, false_negatives
+from acebert.models.false_negatives import FalseNegatives, false_negatives
 from acebert.models.losses import semantic_matching_loss
 
 W, d = 6, 8
@@ -199,7 +200,7 @@ def test_scores_made_in_blocks_give_the_whole_matrixs_loss_and_gradients(
 CASES = [("minimax", "log", True), ("confusion", "keep", True), ("minimax", "batch", False)]
 QUERY = np.array([0, 1, 2, 3, 0, 4, 5, 2])  # 0 and 2 stand on both ranks
 PRODUCT = np.array([0, 1, 2, 3, 4, 1, 5, 2])  # 1 and 2 as well; row 7 repeats row 2
-CLICKED = ClickedPairs(np.array([3, 5, 1]), np.array([5, 0, 4]), 6)
+CLICKED = Ragged.from_rows([[], [4], [], [5], [], [0]])  # products of each query
 
 
 def batch(rows: slice) -> tuple[TextInputs, TextInputs, ImageInputs]:
