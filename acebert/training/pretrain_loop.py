@@ -75,11 +75,14 @@ def run(
         )
         if share >= 1:
             break
+        waited = time.perf_counter() - clock
         metrics = trainer.step(batch.to(device), state.step, share)
         state.step += 1
         now = time.perf_counter()
         state.seconds += now - clock
-        metrics["seconds"] = torch.tensor(now - clock, device=device)
+        metrics["seconds"], metrics["seconds_data"] = torch.tensor(
+            [now - clock, waited], device=device
+        ).unbind()
         clock = now
         pending.append(metrics)
         if rank == 0 and now - spoken > SECONDS_BETWEEN_LINES:

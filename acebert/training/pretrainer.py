@@ -20,6 +20,7 @@ from acebert.models.pretraining import (
 )
 from acebert.training.pretrain_batches import PretrainBatch
 from acebert.training.schedule import lr_factor
+from acebert.training.step_timer import StepTimer
 
 
 class Pretrainer:
@@ -47,11 +48,13 @@ class Pretrainer:
             ),
             fused=True,
         )
-        self._peak = [group["lr"] for group in self.optimizer.param_groups]
+        self._peak_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.timer = StepTimer(device)
 
     def step(self, batch: PretrainBatch, step: int, share: float) -> dict[str, torch.Tensor]:
         """One update on this rank's rows; the step's metrics, whose mean over the ranks is the
-        whole batch's."""
+        whole batch's. `seconds_…` say what its parts took; on a GPU, those of the step before."""
+        self.timer.start()
         torch.manual_seed(hash((self.settings.pretrain.seed, step, self.rank)))
         bf16 = self.settings.train.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
@@ -64,15 +67,21 @@ class Pretrainer:
         else:
             loss = sum(losses.values())
         assert isinstance(loss, torch.Tensor)
+        self.timer.mark("forward")
         factor = lr_factor(self.settings.pretrain, step, share)
-        for group, peak in zip(self.optimizer.param_groups, self._peak, strict=True):
+        for group, peak in zip(self.optimizer.param_groups, self._peak_lr, strict=True):
             group["lr"] = peak * factor
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.timer.mark("backward")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.max_grad_norm)
         self.optimizer.step()
-        lr = norm.new_tensor(self.settings.pretrain.lr * factor)
-        return {"loss": loss.detach(), **metrics, "grad_norm": norm.detach(), "lr": lr}
+        self.timer.mark("optimizer")
+        host = {"lr": self.settings.pretrain.lr * factor}
+        host |= {f"seconds_{part}": seconds for part, seconds in self.timer.seconds().items()}
+        on_device = torch.tensor(list(host.values()), device=self.device).unbind()
+        metrics |= {"loss": loss.detach(), "grad_norm": norm.detach()}
+        return metrics | dict(zip(host, on_device, strict=True))
 
     def _losses(
         self, outputs: PretrainOutputs, batch: PretrainBatch
