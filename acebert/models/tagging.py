@@ -5,6 +5,7 @@ CNN is trained for (`acebert.data.patches`): what tells a category or a word fro
 tells it from a patch.
 """
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,10 @@ class TaggingCNN(nn.Module):
         super().__init__()
         self.backbone: Any = cnn.model.requires_grad_(True)
         self.patch_dim = cnn.patch_dim
-        self.category = nn.Linear(self.patch_dim, categories)
-        self.tags = nn.Linear(self.patch_dim, len(tag_share))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an empty head
+            self.category = nn.Linear(self.patch_dim, categories)
+            self.tags = nn.Linear(self.patch_dim, len(tag_share))
         with torch.no_grad():
             self.tags.bias.copy_(torch.logit(torch.from_numpy(tag_share), eps=1e-4))
         config = cnn.model.pretrained_cfg
