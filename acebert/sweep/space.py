@@ -23,7 +23,6 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 
 from acebert.config import Section, Settings, settings_from
 from acebert.errors import UserError
-from acebert.training.harness import HOW_IT_RUNS
 from acebert.workdir import digest_of
 
 Point = dict[str, Any]
@@ -254,6 +253,8 @@ def _complaints(error: ValidationError) -> Iterator[str]:
 
 def _leaf_type(leaf: str) -> set[Any]:
     """The types that a leaf takes, e.g. {int, NoneType}."""
+    from acebert.training.harness import HOW_IT_RUNS  # brings torch, which trials of a toy lack
+
     section, _, name = leaf.partition(".")
     if section not in Settings.model_fields:
         raise UserError(f"vary.{leaf}: there is no such setting (docs/settings.md lists them all)")

@@ -16,7 +16,7 @@ from typing import Any
 from ray.train.v2._internal.execution.callback import ReportCallback
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from acebert.config import Settings
+from acebert.config import Settings, TrackingSettings
 from acebert.data.partitions import count_pairs
 from acebert.data.plan_arithmetic import Layout, layout_of
 from acebert.errors import UserError
@@ -67,7 +67,7 @@ def prepare(base: Settings, space: Space) -> Prepared:
             continue
         seen[same] = trial
         trials.append(trial)
-    _build_stages([trial.settings(base) for trial in trials])
+    _build_stages([_untracked(trial.settings(base)) for trial in trials])
     return Prepared(ingested.digest, trials)
 
 
@@ -84,6 +84,12 @@ def _layout(pairs: int, trial: Trial, base: Settings) -> Layout:
         )
     except UserError as error:
         raise UserError(f"{trial.name}: {error}") from error
+
+
+def _untracked(settings: Settings) -> Settings:
+    """Without name, tag and parent for the run: the stages that are shared have their own."""
+    tracking = TrackingSettings(experiment=settings.tracking.experiment)
+    return settings.model_copy(update={"tracking": tracking})
 
 
 def _build_stages(settings: Sequence[Settings]) -> None:
@@ -105,6 +111,8 @@ def train(settings: Settings) -> dict[str, Any]:
         partitions, batches_per_partition (n/(P·W)), hard_share: of the plan
         model: the model directory; mlflow_run; reused: whether it was there already
     """
+    # What is missing of the stages before is no part of the trial, and no row of the table.
+    _build_stages([_untracked(settings)])
     os.environ["RAY_TRAIN_CALLBACKS"] = f"{__name__}.{ReportToTune.__name__}"
     model = finetune_stage(settings)
     report = _read(model.path / "report.json")

@@ -10,6 +10,7 @@
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray import cloudpickle, tune
-from ray.exceptions import RayActorError, RayTaskError
+from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.repeater import TRIAL_INDEX
@@ -79,8 +79,15 @@ def run_trials(
 
     def run_one(config: dict[str, Any]) -> None:
         os.chdir(directory)
-        result = objective(_trial_of(config, space).settings(settings_from(tree)))
-        tune.report({**result, "returned": True})
+        try:
+            result = objective(_trial_of(config, space).settings(settings_from(tree)))
+        except Exception as error:
+            # Reported, not raised: a raise costs the process, and the next trial its start.
+            if not isinstance(error, UserError):
+                log.exception("sweep: a trial failed")
+            tune.report({space.metric: math.nan, "failed": _reason(error)})
+        else:
+            tune.report({**result, "returned": True})
 
     here = f"node:{ray.util.get_node_ip_address()}"
     listed = {} if trials is None else {"trial": tune.grid_search([vars(t) for t in trials])}
@@ -182,37 +189,43 @@ class _Watcher(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        self._end(trial, "finished" if trial.last_result.get("returned") else "stopped")
+        last = trial.last_result
+        if "failed" in last:
+            self._end(trial, "failed", last["failed"])
+        else:
+            self._end(trial, "finished" if last.get("returned") else "stopped")
 
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        self._end(trial, "failed", _reason(trial))
+        self._end(trial, "failed", "its process died (killed, or out of memory)")
 
     def _end(self, trial: TuneTrial, status: Status, reason: str | None = None) -> None:
-        last = {k: v for k, v in trial.last_result.items() if k not in TUNES_OWN}
+        last = {k: v for k, v in trial.last_result.items() if k not in NO_RESULT}
+        last = {} if status == "failed" else last
         seconds = float(trial.last_result.get("time_total_s", 0.0))
         self.on_end(Outcome(_trial_of(trial.config, self.space), status, last, seconds, reason))
 
 
-TUNES_OWN = {
+NO_RESULT = {
     *("config", "date", "done", "experiment_tag", "hostname", "iterations_since_restore"),
-    *("node_ip", "pid", "returned", "time_since_restore", "time_this_iter_s", "time_total_s"),
+    *(
+        "failed",
+        "node_ip",
+        "pid",
+        "returned",
+        "time_since_restore",
+        "time_this_iter_s",
+        "time_total_s",
+    ),
     *("timestamp", "training_iteration", "trial_id", "checkpoint_dir_name", "checkpoint_path"),
 }
-"""keys that Ray Tune adds to a result"""
+"""keys that Ray Tune adds to a result, and our own marks"""
 
 
-def _reason(trial: TuneTrial) -> str:
+def _reason(error: Exception) -> str:
     """One line for a table; UserErrors as they are."""
-    if trial.pickled_error_file is None:  # Ray's own errors, such as memory running low
-        return Path(trial.error_file).read_text().splitlines()[1]
-    with open(trial.pickled_error_file, "rb") as file:
-        error = cloudpickle.load(file)  # this process wrote it, a moment ago
-    if isinstance(error, RayActorError):
-        return "its process died (killed, or out of memory)"
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, UserError):
-        return str(cause)
-    lines = str(cause).strip().splitlines() or [""]
-    return f"{type(cause).__name__}: {lines[-1]}"
+    if isinstance(error, UserError):
+        return str(error)
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}"

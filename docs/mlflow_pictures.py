@@ -1,0 +1,107 @@
+"""Pictures of a sweep in the MLflow UI, taken in Chromium from a real server.
+
+    python docs/mlflow_pictures.py --uri sqlite:///W/mlflow.db --table fig5_partitions \
+        --metric best/recall_100 --param plan.batches_per_partition --out docs/images
+
+`mlflow_runs.png`: the runs that carry the tag `table`. `mlflow_compare.png`: these runs after
+Compare, as parallel coordinates above the table of their params and metrics. Chromium is the
+system's (`apt-get install chromium`), else the one that `playwright install chromium` brings.
+"""
+
+import argparse
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from mlflow.tracking import MlflowClient
+from playwright.sync_api import Page, sync_playwright
+
+SIZE = {"width": 1500, "height": 900}
+START_SECONDS = 120
+
+
+@contextmanager
+def mlflow_ui(uri: str) -> Iterator[str]:
+    """Address of an `mlflow ui` on 127.0.0.1 that ends with the block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    server = subprocess.Popen(
+        [*command, "--port", str(port), "--workers", "1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(2 * START_SECONDS):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                break
+            except OSError:
+                if server.poll() is not None:
+                    sys.exit(f"mlflow ui ended with {server.returncode}")
+                time.sleep(0.5)
+        else:
+            sys.exit(f"mlflow ui does not answer after {START_SECONDS} s")
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def take_pictures(uri: str, table: str, metric: str, param: str, out: Path) -> list[Path]:
+    """Write both pictures into `out`; their paths.
+
+    Raises:
+        ValueError: fewer than two runs carry the tag.
+    """
+    client = MlflowClient(uri)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    runs = client.search_runs(experiments, f"tags.table = '{table}'")
+    if len(runs) < 2:
+        raise ValueError(f"--table {table}: {len(runs)} runs in {uri} carry this tag, 2 are needed")
+    experiment = runs[0].info.experiment_id
+    out.mkdir(parents=True, exist_ok=True)
+    with mlflow_ui(uri) as address, sync_playwright() as playwright:
+        chromium = shutil.which("chromium") or shutil.which("google-chrome")
+        browser = playwright.chromium.launch(executable_path=chromium)
+        page = browser.new_page(viewport=SIZE)  # type: ignore[arg-type]
+        page.set_default_timeout(1000 * START_SECONDS)
+        pictures = [out / "mlflow_runs.png", out / "mlflow_compare.png"]
+        wanted = quote(f"tags.table = '{table}'")
+        page.goto(f"{address}/#/experiments/{experiment}/runs?searchFilter={wanted}")
+        page.get_by_text(runs[0].info.run_name).first.wait_for()
+        _settle(page)
+        page.screenshot(path=pictures[0])
+        page.get_by_role("checkbox", name="Press Space to toggle all rows selection").check()
+        page.get_by_role("button", name="Compare").click()
+        page.get_by_text("Parallel Coordinates Plot").wait_for()
+        _settle(page)
+        page.screenshot(path=pictures[1])
+        browser.close()
+    return pictures
+
+
+def _settle(page: Page) -> None:
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(1500)  # the plot's drawing
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--uri", required=True, help="MLflow's backend store")
+    parser.add_argument("--table", required=True, help="value of the tag `table`")
+    parser.add_argument("--metric", default="best/recall_100")
+    parser.add_argument("--param", required=True, help="the varied setting")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    arguments = parser.parse_args()
+    for path in take_pictures(**vars(arguments)):
+        print(path)

@@ -1,0 +1,91 @@
+"""Trials that are real fine-tunings: Ray Tune above Ray Train, a tiny demo catalogue."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from acebert.config import Settings, load_settings
+from acebert.errors import UserError
+from acebert.pipeline import finetune_stage
+from acebert.sweep.run import sweep
+from acebert.sweep.space import Space
+from acebert.sweep.training import prepare
+from acebert.tracking import client
+
+TINY = [
+    *["--recipe", "twinbert_tiny", "--demo.products", "120", "--demo.searches_per_day", "300"],
+    *["--demo.days", "4", "--model.width", "32", "--model.heads", "2", "--model.layers", "1"],
+    *["--text.vocab_size", "400", "--train.batch_size", "32", "--train.validate_every", "4"],
+    *["--train.precision", "fp32", "--train.valid_products", "100", "--train.max_steps", "8"],
+    *["--train.threads_per_worker", "1", "--eval.bootstrap", "0"],
+]
+
+
+def tiny(workdir: Path, *more: str) -> Settings:
+    return load_settings([*TINY, "--workdir", str(workdir), *more])
+
+
+@pytest.mark.slow
+def test_a_trial_trains_as_the_job_alone_does_and_asha_stops_one_that_is_behind(
+    tmp_path: Path, ray_cluster: None
+):
+    """One sweep, for each fine-tuning costs seconds of start-up."""
+    base = tiny(tmp_path / "sweep")
+    space = Space(
+        vary={"train.lr": [1e-3, 1e-9]}, seeds=(3,), asha={"first_rung": 4, "reduction": 2}
+    )
+    directory = sweep(base, "rates", space, evaluate=True)
+    learns, frozen = pq.read_table(directory / "trials.parquet").to_pylist()
+    assert (learns["status"], learns["step"]) == ("finished", 8)
+    assert (frozen["status"], frozen["step"]) == ("stopped", 4)
+    assert 0 < learns["test_recall_100"] <= 1
+
+    alone = tiny(tmp_path / "alone", "--seed", "3", "--train.lr", "1e-3")
+    histories = [
+        pq.read_table(Path(model) / "history.parquet")["loss"].to_pylist()
+        for model in (learns["model"], finetune_stage(alone).path)
+    ]
+    assert len(histories[0]) == 8
+    assert histories[0] == histories[1]
+
+    recipe = ["--recipe", str(directory / "best.yaml"), "--workdir", str(tmp_path / "sweep")]
+    again = finetune_stage(load_settings(recipe))
+    assert again.reused
+    assert str(again.path) == learns["model"]
+
+    mlflow = client(base)
+    experiment = mlflow.get_experiment_by_name(base.tracking.experiment).experiment_id
+    table = mlflow.search_runs([experiment], "tags.table = 'rates'")
+    assert {run.info.run_name: run.info.status for run in table} == {
+        "lr=0.001 seed=3": "FINISHED",
+        "lr=1e-09 seed=3": "KILLED",
+    }
+    assert not mlflow.search_runs([experiment], "attributes.status = 'RUNNING'")
+    scored = next(run for run in table if run.info.status == "FINISHED")
+    assert scored.data.metrics["test/recall_100"] == pytest.approx(learns["test_recall_100"])
+    assert scored.data.metrics["plan/hard_share"] == pytest.approx(learns["hard_share"])
+
+
+def test_more_partitions_than_batches_are_refused_before_anything_is_built(tmp_path: Path):
+    base = tiny(tmp_path)
+    space = Space(vary={"plan.partitions": [1, 10_000]})
+    with pytest.raises(UserError, match=r"partitions=10000.*a partition needs at least one: 1 to"):
+        prepare(base, space)
+    ends = {"low": 1, "high": 10_000}
+    searched = Space(vary={"plan.partitions": ends}, search="optuna", points=2)
+    with pytest.raises(UserError, match=r"partitions=10000.*a partition needs at least one"):
+        prepare(base, searched)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_values_that_make_the_same_partitions_are_one_point(tmp_path: Path, ray_cluster: None):
+    base = tiny(tmp_path)
+    space = Space(vary={"plan.batches_per_partition": [1, 1000, 5000]}, seeds=(0, 1))
+    trials = prepare(base, space).trials
+    assert [(t.point["plan.batches_per_partition"], t.seed) for t in trials] == [
+        *((1, 0), (1, 1)),
+        *((1000, 0), (1000, 1)),
+    ]
+    plans = [path.name for path in (tmp_path / "plan").glob("[!.]*")]
+    assert len(plans) == 4

@@ -1,0 +1,141 @@
+"""What a sweep leaves, from outcomes written by hand."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy import stats
+
+from acebert.config import load_settings
+from acebert.sweep import figure
+from acebert.sweep.children import run_metrics
+from acebert.sweep.figure import sweep_figure
+from acebert.sweep.records import Records
+from acebert.sweep.results import best, table_text, write_recipe, write_table
+from acebert.sweep.space import Space, Trial
+from acebert.sweep.trials import Outcome
+
+LEAF = "plan.batches_per_partition"
+
+
+def outcome(per_partition: float, seed: int, recall: float, status: str = "finished") -> Outcome:
+    """Of 1,000 batches (n/W)."""
+    result = {
+        "recall_100": recall,
+        "gauc": 0.7,
+        "partitions": round(1000 / per_partition),
+        "batches_per_partition": per_partition,
+        "hard_share": 0.1 + per_partition / 2000,
+    }
+    reason = None if status == "finished" else "out of luck"
+    return Outcome(Trial({LEAF: per_partition}, seed), status, result, 5.0, reason)  # type: ignore[arg-type]
+
+
+SPACE = Space(vary={LEAF: [1, 10, 100]}, seeds=(0, 1))
+OUTCOMES = [
+    *(outcome(1, 0, 0.30), outcome(1, 1, 0.32)),
+    *(outcome(10, 0, 0.36), outcome(10, 1, 0.38)),
+    *(outcome(100, 0, 0.50), outcome(100, 1, 0.50, "failed")),
+]
+
+
+def test_best_is_by_the_mean_of_all_seeds_and_a_lost_seed_falls_behind():
+    winner = best(SPACE, OUTCOMES)
+    assert winner is not None
+    assert [(o.trial.point[LEAF], o.trial.seed) for o in winner] == [(10, 0), (10, 1)]
+    lone = best(SPACE, OUTCOMES[-2:])  # better than nothing
+    assert lone is not None
+    assert [o.trial.seed for o in lone] == [0]
+    assert best(SPACE, OUTCOMES[-1:]) is None
+
+
+def test_the_table_has_means_spreads_and_reasons():
+    text = table_text(SPACE, OUTCOMES)
+    spread = np.std([0.36, 0.38], ddof=1)
+    assert f"0.370 ±{spread:.3f}" in text
+    assert "1 of 2" in text
+    assert "batches_per_partition=100 seed=1 failed: out of luck" in text
+    assert text.rstrip().endswith("best: batches_per_partition=10")
+
+
+def test_trials_parquet_has_a_row_a_trial_and_takes_settings_of_any_type(tmp_path: Path):
+    mixed = [
+        Outcome(Trial({"train.max_steps": value}, 0), "finished", {"recall_100": 0.1}, 1.0)
+        for value in (None, 5)
+    ] + [Outcome(Trial({"train.max_steps": "x"}, 0), "failed", {}, 1.0, "no number")]
+    write_table([*OUTCOMES, *mixed], tmp_path / "trials.parquet")
+    rows = pq.read_table(tmp_path / "trials.parquet").to_pylist()
+    assert len(rows) == 9
+    assert rows[2][LEAF] == 10
+    assert rows[2]["partitions"] == 100
+    assert rows[5]["reason"] == "out of luck"
+    assert [row["train.max_steps"] for row in rows[6:]] == [None, "5", "x"]
+
+
+def test_the_recipe_gives_back_the_trials_settings(tmp_path: Path):
+    base = load_settings(["--recipe", "acebert_tiny", "--workdir", str(tmp_path), "--seed", "9"])
+    write_recipe(OUTCOMES[3], base, tmp_path / "best.yaml")
+    argv = ["--recipe", str(tmp_path / "best.yaml"), "--workdir", str(tmp_path)]
+    again, wanted = load_settings(argv), OUTCOMES[3].trial.settings(base)
+    assert (again.plan.batches_per_partition, again.seed) == (10, 1)
+    without = {"recipe", "tracking"}
+    assert again.model_dump(exclude=without) == wanted.model_dump(exclude=without)
+
+
+def test_records_survive_the_process_and_keep_the_order_of_starts(tmp_path: Path):
+    records = Records(tmp_path)
+    for one in OUTCOMES[:3]:
+        records.put(Outcome(one.trial, "running", {}, 0.0))
+    records.put(OUTCOMES[1])
+    again = Records(tmp_path)
+    assert [o.trial for o in again.all.values()] == [o.trial for o in OUTCOMES[:3]]
+    assert again.ended() == [OUTCOMES[1]]
+    again.put(OUTCOMES[5])
+    assert [o.trial for o in Records(tmp_path).all.values()][-1] == OUTCOMES[5].trial
+
+
+def test_mlflow_names_of_a_result_are_in_groups():
+    result = {**OUTCOMES[0].result, "test_gauc": 0.6, "model": "path"}
+    assert run_metrics(result) == {
+        **{"best/gauc": 0.7, "best/recall_100": 0.30, "test/gauc": 0.6},
+        **{"plan/partitions": 1000, "plan/batches_per_partition": 1, "plan/hard_share": 0.1005},
+    }
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> plt.Figure:
+    """The figure of OUTCOMES, kept open."""
+    monkeypatch.setattr(figure.plt, "close", lambda _: None)
+    sweep_figure("toy", SPACE, OUTCOMES, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    return plt.gcf()
+
+
+def test_the_figure_draws_means_against_p_with_the_papers_best_at_its_n_over_pw(drawn: plt.Figure):
+    gauc, recall, hard = drawn.axes[:3]
+    assert [axes.get_ylabel() for axes in (gauc, recall, hard)] == [
+        *("GAUC", "Recall@100"),
+        "hard share of a batch",
+    ]
+    assert recall.get_xscale() == "log"
+    lines = {line.get_label(): line for line in recall.get_lines()}
+    np.testing.assert_allclose(lines["validation day"].get_xdata(), [10, 100, 1000])  # P
+    np.testing.assert_allclose(lines["validation day"].get_ydata(), [0.50, 0.37, 0.31])
+    upright = [
+        line.get_xdata()[0] for line in recall.get_lines() if len(set(line.get_xdata())) == 1
+    ]
+    assert 1000 / 65 in [pytest.approx(x) for x in upright]  # n/(P·W) = 65 of 1,000 batches
+    (second,) = gauc.child_axes
+    assert second.get_xlabel().startswith("n/(P·W)")
+    forward, _ = second._functions
+    np.testing.assert_allclose(forward(np.array([10, 100, 1000])), [100, 10, 1])
+
+
+def test_the_validation_interval_is_students():
+    low, high = figure._interval(OUTCOMES[2:4], "recall_100") or (0, 0)
+    of = [0.36, 0.38]
+    expected = stats.t.interval(0.95, 1, np.mean(of), stats.sem(of))
+    assert (low, high) == pytest.approx(expected)
+    assert figure._interval(OUTCOMES[:1], "recall_100") is None

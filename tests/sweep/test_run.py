@@ -1,0 +1,233 @@
+"""Sweeps of the toy through a real Ray Tune and a real MLflow."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+from mlflow.entities import Run as MlflowRun
+
+from acebert.config import Settings, load_settings
+from acebert.errors import UserError
+from acebert.sweep.run import sweep
+from acebert.sweep.space import Space
+from acebert.tracking import client
+
+WIDE = {"loss.gamma": {"low": 1.5, "high": 90, "log": True}}
+
+
+def runs(settings: Settings) -> list[MlflowRun]:
+    mlflow = client(settings)
+    experiment = mlflow.get_experiment_by_name(settings.tracking.experiment)
+    return list(mlflow.search_runs([experiment.experiment_id], max_results=1000))
+
+
+def statuses(settings: Settings) -> set[str]:
+    return {run.info.status for run in runs(settings)}
+
+
+@pytest.mark.parametrize(
+    ("space", "within"),
+    [
+        (Space(vary={"loss.gamma": [5, 10, 20, 40, 80]}, seeds=(0, 1)), 1.0),
+        (Space(vary=WIDE, search="random", points=30), 1.2),
+        (Space(vary=WIDE, search="optuna", points=15, seeds=(0, 1)), 1.2),
+    ],
+    ids=["grid", "random", "optuna"],
+)
+def test_the_best_point_is_found_and_comes_out_as_a_recipe(
+    space: Space, within: float, settings: Settings, toy, ray_cluster: None
+):
+    directory = sweep(settings, "toy", space, **toy.parts)
+    recipe = load_settings(["--recipe", str(directory / "best.yaml")])
+    assert toy.best / within <= recipe.loss.gamma <= toy.best * within
+    table = pq.read_table(directory / "trials.parquet").to_pylist()
+    assert len(table) == len(toy.calls(settings)) == (space.points or 5) * len(space.seeds)
+    best = max(row["recall_100"] for row in table)
+    assert recipe.loss.gamma in {row["loss.gamma"] for row in table if row["recall_100"] == best}
+    assert statuses(settings) == {"FINISHED"}
+    before = toy.calls(settings)
+    assert sweep(settings, "toy", space, **toy.parts) == directory
+    assert toy.calls(settings) == before  # nothing is left to do
+
+
+def test_failed_trials_are_reported_and_tried_again_and_the_others_go_on(
+    settings: Settings, toy, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+):
+    space = Space(vary={"loss.gamma": [1, 2, 3, 20]})
+    directory = sweep(settings, "toy", space, **toy.parts)
+    table = pq.read_table(directory / "trials.parquet").to_pylist()
+    reasons = {row["loss.gamma"]: (row["status"], row["reason"]) for row in table}
+    assert reasons == {
+        1: ("failed", "its process died (killed, or out of memory)"),
+        2: ("failed", "no such luck"),
+        3: ("failed", "RuntimeError: line two"),
+        20: ("finished", None),
+    }
+    assert "gamma=2 seed=0 failed: no such luck" in capsys.readouterr().out
+    of = {run.info.run_name: run.info.status for run in runs(settings)}
+    assert of == {
+        "gamma=1 seed=0": "KILLED",  # died without a word: ended by the sweep
+        "gamma=2 seed=0": "FAILED",
+        "gamma=3 seed=0": "FAILED",
+        "gamma=20 seed=0": "FINISHED",
+        "sweep toy": "FAILED",
+    }
+    sweep(settings, "toy", space, **toy.parts)
+    assert [gamma for gamma, _ in toy.calls(settings)] == [1, 2, 3, 20, 1, 2, 3]
+    assert len(runs(settings)) == 5  # each goes on in its own run
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from conftest import make_toy, prepare
+from acebert.config import load_settings
+from acebert.sweep.run import sweep
+from acebert.sweep.space import Space
+settings = load_settings(["--recipe", "acebert_tiny", "--workdir", sys.argv[1]])
+space = Space.model_validate_json(sys.argv[3])
+sweep(settings, "toy", space, prepare=prepare, train=make_toy())
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "space",
+    [
+        Space(vary={"loss.gamma": [5, 10, 20, 40]}),
+        Space(vary=WIDE, search="optuna", points=4),
+    ],
+    ids=["grid", "optuna"],
+)
+def test_a_stopped_sweep_goes_on_without_repeating_finished_trials(
+    space: Space, stop: signal.Signals, settings: Settings, toy, ray_cluster: None
+):
+    if space.search == "optuna" and stop != signal.SIGKILL:
+        pytest.skip("how it is stopped makes no difference to the search")
+    workdir = settings.workdir
+    argv = [sys.executable, "-c", DRIVER, str(workdir), str(Path(__file__).parent)]
+    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    driver = subprocess.Popen([*argv, space.model_dump_json()], env=env)
+    try:
+        wait_for(lambda: (workdir / "calls.txt").exists() and len(toy.calls(settings)) >= 2, driver)
+        (workdir / "slow").touch()
+        wait_for((workdir / "waits").exists, driver)
+        driver.send_signal(stop)
+        driver.wait(60)
+    finally:
+        driver.kill()
+        driver.wait()
+    if stop != signal.SIGKILL:  # it had the time to end its runs
+        assert "RUNNING" not in statuses(settings)
+    (workdir / "slow").unlink()
+    cut_off = toy.calls(settings)[-1]
+    sweep(settings, "toy", space, **toy.parts)
+    assert statuses(settings) == {"FINISHED"}
+    started = toy.calls(settings)
+    assert len(set(started)) == 4  # the points that were asked for
+    assert len(started) == 5
+    assert started.count(cut_off) == 2
+    assert len(runs(settings)) == 5  # one a trial, and the sweep's
+
+
+def wait_for(condition, driver: subprocess.Popen) -> None:
+    for _ in range(1200):
+        if condition():
+            return
+        assert driver.poll() is None, "the sweep ended by itself"
+        time.sleep(0.1)
+    pytest.fail("nothing happened for two minutes")
+
+
+def test_asha_stops_trials_that_are_behind_and_their_runs_are_ended(
+    settings: Settings, toy, ray_cluster: None
+):
+    def train(settings: Settings) -> dict[str, object]:
+        import time
+
+        from ray import tune
+
+        from acebert.tracking import start_run
+
+        value = 1 / settings.loss.gamma
+        with start_run(settings, "finetune", str(settings.loss.gamma)) as run:
+            for step in range(1, 5):
+                tune.report({"recall_100": value, "step": step})
+                time.sleep(0.2)
+            return {"recall_100": value, "step": 4, "mlflow_run": run.run_id}
+
+    space = Space(vary={"loss.gamma": [1, 2, 3]}, asha={"first_rung": 2, "reduction": 2})
+    directory = sweep(settings, "toy", space, prepare=toy.prepare, train=train)
+    table = pq.read_table(directory / "trials.parquet").to_pylist()
+    assert [(r["loss.gamma"], r["status"], r["step"]) for r in table] == [
+        (1, "finished", 4),
+        (2, "stopped", 2),
+        (3, "stopped", 2),
+    ]
+    of = {run.info.run_name: run.info.status for run in runs(settings)}
+    assert of["gamma=1 seed=0"] == "FINISHED"
+    assert "RUNNING" not in of.values()
+
+
+def test_trials_carry_one_tag_one_parent_and_the_numbers_to_compare(
+    settings: Settings, toy, ray_cluster: None
+):
+    space = Space(vary={"loss.gamma": [10, 20]}, seeds=(0, 1))
+    sweep(settings, "toy", space, **toy.parts)
+    by_name = {run.info.run_name: run for run in runs(settings)}
+    parent = by_name.pop("sweep toy")
+    assert set(by_name) == {f"gamma={g} seed={s}" for g in (10, 20) for s in (0, 1)}
+    for run in by_name.values():
+        assert run.data.tags["table"] == "toy"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert {"best/gauc", "best/recall_100"} <= set(run.data.metrics)
+        assert run.data.params["loss.gamma"] in {"10.0", "20.0"}
+    assert "table" not in parent.data.tags  # the table is of trials alone
+    assert parent.data.metrics["best/recall_100"] == pytest.approx(0.5005)  # mean of both seeds
+
+
+def test_a_model_that_another_sweep_trained_is_a_row_of_this_one_too(
+    settings: Settings, toy, ray_cluster: None
+):
+    from acebert.tracking import start_run
+
+    with start_run(settings, "finetune", "elsewhere") as other:
+        pass
+    elsewhere = other.run_id
+
+    def train(settings: Settings) -> dict[str, object]:
+        return {"recall_100": 0.4, "mlflow_run": elsewhere, "reused": True}
+
+    space = Space(vary={"loss.gamma": [10]})
+    sweep(settings, "toy", space, prepare=toy.prepare, train=train)
+    row = next(run for run in runs(settings) if run.info.run_name == "gamma=10 seed=0")
+    assert row.data.tags["acebert.trained_by"] == elsewhere
+    assert row.data.tags["table"] == "toy"
+    assert row.data.metrics["best/recall_100"] == pytest.approx(0.4)
+    assert "table" not in client(settings).get_run(elsewhere).data.tags
+
+
+def test_more_trials_at_once_than_the_cluster_holds_are_refused(
+    settings: Settings, toy, ray_cluster: None
+):
+    space = Space(vary={"loss.gamma": [10]}, trials_at_once=3)
+    with pytest.raises(UserError, match="trials_at_once 3: the cluster has room for 2 at once"):
+        sweep(settings, "toy", space, **toy.parts)
+    assert not (settings.workdir / "sweep").exists()
+
+
+def test_trials_at_once_share_the_cores_and_are_the_same_stage(
+    settings: Settings, ray_cluster: None
+):
+    from acebert.sweep.placement import place
+
+    assert place(settings, Space(vary={"loss.gamma": [1]})) == (1, settings)
+    at_once, own = place(settings, Space(vary={"loss.gamma": [1]}, trials_at_once=2))
+    assert at_once == 2
+    assert (own.train.cpus_per_worker, own.train.threads_per_worker) == (0.9, 1)
