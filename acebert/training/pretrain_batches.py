@@ -6,16 +6,10 @@ Decisions:
 * A batch is a function of (seed, epoch, step): the order of the texts, the masks and the
   mismatched photos. A rank takes its share of the texts, so a run that is resumed, or has another
   number of workers, sees the same rows.
-* Mismatched photos are those of the next titles of the batch, which are in random order. Every
-  photo so comes once matched and r times mismatched, every title too: neither alone tells which it
-  is, and no photo is read twice.
-* All rows are masked alike: a [MASK], or a patch of zeros, must not tell which it is either.
-* The same picture is told by what the model reads of it. Photos that are equal byte for byte have
-  equal pixels and patch features.
+* All rows are masked alike: a [MASK], or a patch of zeros, must not tell whether the photo matches.
 * Products of one title are held out together, so no title is on both sides.
 """
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,17 +25,14 @@ from numpy.typing import NDArray
 from acebert.config import Settings
 from acebert.data.batches import TextArrays, TextStore
 from acebert.data.feature_cache import open_features
-from acebert.data.features import FeatureStore
 from acebert.data.masking import Vocabulary, mask_patches, mask_words
 from acebert.data.tokens import load_tokenizer
 from acebert.errors import UserError
-from acebert.models.encoder import NUM_PATCHES, ImageInputs, TextInputs
+from acebert.models.encoder import NUM_PATCHES, TextInputs
 from acebert.models.pretraining import PretrainInputs
 from acebert.training.pairs import StagePaths
 from acebert.training.prefetch import prefetched
-
-SPARE = 4  # titles further on that may lend a photo where one is the same picture
-NO_PHOTO = -1
+from acebert.training.pretrain_pairs import NO_PHOTO, Neighbours, Photos, lend, lenders_ahead
 
 
 @dataclass(frozen=True)
@@ -117,33 +108,28 @@ class Texts:
         return TextArrays(made.input_ids[back], made.attention_mask[back], made.segment_ids[back])
 
 
-class Photos:
-    """The photos of some products, each read once.
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch (B of them): a text with a photo.
 
     Attributes:
-        image: what the model reads of them
-        picture: a number a photo, equal for the same picture [n]
+        text: which of the batch's texts [B]
+        copy: 0 with its own photo, 1 … r with another [B]
+        product: whose photo, or NO_PHOTO [B]
+        paired: whether 'does it match?' is a question [B]
     """
 
-    def __init__(
-        self, features: FeatureStore, products: NDArray[np.int64], patches: bool, pixels: bool
-    ) -> None:
-        self._products = np.unique(products)
-        seen = [
-            read(self._products)
-            for read, wanted in ((features.patches, patches), (features.pixels, pixels))
-            if wanted
-        ]
-        self.picture = np.array([zlib.crc32(content) for content in seen[-1]], np.uint64)
-        self.image = ImageInputs(
-            torch.from_numpy(features.has_image(self._products)),
-            torch.from_numpy(seen[0]) if patches else None,
-            torch.from_numpy(seen[-1]) if pixels else None,
-        )
+    text: NDArray[np.int64]
+    copy: NDArray[np.int64]
+    product: NDArray[np.int64]
+    paired: NDArray[np.bool_]
 
-    def row(self, products: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the photos of these products [B] are in `image`."""
-        return np.searchsorted(self._products, products)
+    def take(self, rows: NDArray[np.int64]) -> "Rows":
+        return Rows(*(column[rows] for column in vars(self).values()))
+
+    def and_those(self, others: "Rows") -> "Rows":
+        columns = zip(vars(self).values(), vars(others).values(), strict=True)
+        return Rows(*(np.concatenate(pair) for pair in columns))
 
 
 @dataclass(frozen=True)
@@ -221,50 +207,47 @@ class PretrainBatches:
         rng = np.random.default_rng((self.settings.seed, epoch, i))
         arrays = self.texts.arrays(texts)
         draws = Draws.of(rng, (1 + r, W), self.max_length)
-        pictured = np.flatnonzero(self.pictured(texts))
-
-        own = np.arange(W)[self.rows]
-        pairs = np.flatnonzero((pictured >= self.rows.start) & (pictured < self.rows.stop))
-        text, copy = own, np.zeros(len(own), np.int64)
-        product = np.where(self.pictured(texts[own]), texts[own], NO_PHOTO)
-        lent = np.zeros((0, r), np.int64), np.zeros((0, r), bool)
-        photos = None
-        if self.features is not None:
-            likely = self._lenders(texts[pictured], pairs)
-            alike = self.neighbours.draw(rng.random((len(pictured), r)), texts[pictured])[pairs]
-            alike_wanted = rng.random((len(pictured), r))[pairs]
-            close = np.where(alike_wanted < self.settings.same_category_negatives, alike, NO_PHOTO)
-            photos = self.photos(np.concatenate([product, likely.ravel(), close.ravel()]))
-            lent = _lend(texts[pictured[pairs]], likely, close, photos)
-            text = np.concatenate([own, np.repeat(pictured[pairs], r)])
-            copy = np.concatenate([copy, np.tile(np.arange(1, r + 1), len(pairs))])
-            product = np.concatenate([product, lent[0].ravel()])
-        paired = np.concatenate([product[: len(own)] != NO_PHOTO, lent[1].ravel()])
-        order = np.argsort(arrays.attention_mask.sum(axis=1)[text], kind="stable")
-        text, copy, product, paired = text[order], copy[order], product[order], paired[order]
-
+        rows, photos = self._rows(texts, rng)
+        lengths = arrays.attention_mask.sum(axis=1)
+        rows = rows.take(np.argsort(lengths[rows.text], kind="stable"))
+        matched = rows.copy == 0
         inputs, words = self.inputs(
-            rows_of(arrays, text), product, photos, draws[copy, text], predicted=copy == 0
+            rows_of(arrays, rows.text), rows.product, photos, draws[rows.copy, rows.text], matched
         )
-        L = arrays.input_ids.shape[1]
-        first = draws[0]
-        _, all_words = mask_words(
-            arrays.input_ids,
-            arrays.attention_mask,
-            self.vocabulary,
-            first.u[:, :L],
-            first.v[:, :L],
-        )
-        all_patches = mask_patches(self.pictured(texts), first.patches)
+        # What all ranks together have to predict: the masks of all matched rows.
+        _, all_words = self._masked(arrays, draws[0])
+        all_patches = mask_patches(self.pictured(texts), draws[0].patches)
         return PretrainBatch(
             inputs,
             words,
-            torch.from_numpy((copy == 0).astype(np.float32)),
-            torch.from_numpy(paired.astype(np.float32)),
+            torch.from_numpy(matched.astype(np.float32)),
+            torch.from_numpy(rows.paired.astype(np.float32)),
             int(all_words.sum()),
             int(all_patches.sum()),
-            len(pictured) * (1 + r),
+            int(self.pictured(texts).sum()) * (1 + r),
         )
+
+    def _rows(
+        self, texts: NDArray[np.int64], rng: np.random.Generator
+    ) -> tuple[Rows, Photos | None]:
+        """This rank's rows of the batch's texts [W], and the photos that they take."""
+        own = np.arange(len(texts))[self.rows]
+        product = np.where(self.pictured(texts[own]), texts[own], NO_PHOTO)
+        matched = Rows(own, np.zeros(len(own), np.int64), product, product != NO_PHOTO)
+        if self.features is None:
+            return matched, None
+        r = self.settings.negatives
+        pictured = np.flatnonzero(self.pictured(texts))  # of all ranks
+        mine = np.flatnonzero((pictured >= self.rows.start) & (pictured < self.rows.stop))
+        next_ones = lenders_ahead(texts[pictured], mine, r)
+        alike = self.neighbours.draw(rng.random((len(pictured), r)), texts[pictured])
+        wanted = rng.random((len(pictured), r)) < self.settings.same_category_negatives
+        alike = np.where(wanted, alike, NO_PHOTO)[mine]
+        photos = self.photos(np.concatenate([product, next_ones.ravel(), alike.ravel()]))
+        lent, differs = lend(texts[pictured[mine]], next_ones, alike, photos)
+        copies = np.tile(np.arange(1, r + 1), len(mine))
+        mismatched = Rows(np.repeat(pictured[mine], r), copies, lent.ravel(), differs.ravel())
+        return matched.and_those(mismatched), photos
 
     def photos(self, products: NDArray[np.int64]) -> Photos:
         """The photos of these products, NO_PHOTO passed over; never none, so that every parameter
@@ -292,14 +275,7 @@ class PretrainBatches:
             draws: for the masks
             predicted: rows whose words and patches are predicted [B]; the others are masked alike
         """
-        L = arrays.input_ids.shape[1]
-        masked, chosen = mask_words(
-            arrays.input_ids,
-            arrays.attention_mask,
-            self.vocabulary,
-            draws.u[:, :L],
-            draws.v[:, :L],
-        )
+        masked, chosen = self._masked(arrays, draws)
         has_photo = product != NO_PHOTO
         patches = mask_patches(has_photo, draws.patches)
         words = np.nonzero(chosen & predicted[:, None])
@@ -323,67 +299,23 @@ class PretrainBatches:
         """Which patches of rows with a photo these draws mask, bool [B, N]."""
         return mask_patches(np.ones(len(draws.patches), bool), draws.patches)
 
+    def _masked(
+        self, arrays: TextArrays, draws: Draws
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        L = arrays.input_ids.shape[1]
+        return mask_words(
+            arrays.input_ids,
+            arrays.attention_mask,
+            self.vocabulary,
+            draws.u[:, :L],
+            draws.v[:, :L],
+        )
+
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         if self._order[0] != epoch:
             rng = np.random.default_rng((self.settings.seed, epoch))
             self._order = epoch, rng.permutation(self.texts.train)
         return self._order[1]
-
-    def _lenders(self, pictured: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Products that may lend the `pairs`-th of the batch's photos theirs [pairs, r + SPARE]."""
-        ahead = np.arange(1, self.settings.negatives + SPARE + 1)
-        return pictured[(pairs[:, None] + ahead) % len(pictured)]
-
-
-class Neighbours:
-    """Products with a photo by category, to draw one of a product's own category."""
-
-    def __init__(self, category: NDArray[np.int32], products: NDArray[np.int64]) -> None:
-        self._category = category
-        self._members = products[np.argsort(category[products], kind="stable")]
-        count = np.bincount(category[products], minlength=int(category.max(initial=0)) + 1)
-        self._start = np.concatenate([[0], np.cumsum(count)])
-
-    def draw(self, u: NDArray[np.floating], products: NDArray[np.int64]) -> NDArray[np.int64]:
-        """For products [B] and uniform numbers [B, r]: a product of the same category each, which
-        may be the product itself; NO_PHOTO where the category has none."""
-        start = self._start[self._category[products]][:, None]
-        count = self._start[self._category[products] + 1][:, None] - start
-        if not len(self._members):
-            return np.full(u.shape, NO_PHOTO)
-        place = np.minimum(start + (u * count).astype(np.int64), len(self._members) - 1)
-        return np.where(count > 0, self._members[place], NO_PHOTO)
-
-
-def _lend(
-    products: NDArray[np.int64],
-    likely: NDArray[np.int64],
-    close: NDArray[np.int64],
-    photos: Photos,
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Another picture for each pair of a product.
-
-    Args:
-        products: whose titles they are [p]
-        likely: products that may lend their photo, the first ones first [p, r + SPARE]
-        close: a product of the same category that is to lend it instead, or NO_PHOTO [p, r]
-        photos: holds all of them
-
-    Returns:
-        The lenders [p, r], and whether it is another picture at all [p, r]: a batch of one picture
-        has no other.
-    """
-    own = photos.picture[photos.row(products)][:, None]
-
-    def differs(lenders: NDArray[np.int64]) -> NDArray[np.bool_]:
-        found = np.where(lenders == NO_PHOTO, products[:, None], lenders)
-        return photos.picture[photos.row(found)] != own
-
-    valid = differs(likely)
-    first = np.argsort(~valid, axis=1, kind="stable")[:, : close.shape[1]]
-    lenders, good = np.take_along_axis(likely, first, 1), np.take_along_axis(valid, first, 1)
-    takes = differs(close)
-    return np.where(takes, close, lenders), good | takes
 
 
 def rows_of(arrays: TextArrays, rows: NDArray[np.int64]) -> TextArrays:

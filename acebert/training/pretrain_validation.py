@@ -18,12 +18,8 @@ from acebert.errors import UserError
 from acebert.evaluation.gauc import gauc
 from acebert.models.encoder import NUM_PATCHES
 from acebert.models.pretraining import mlm_loss, mpm_loss, tip_loss
-from acebert.training.pretrain_batches import (
-    NO_PHOTO,
-    SPARE,
-    Draws,
-    PretrainBatches,
-)
+from acebert.training.pretrain_batches import Draws, PretrainBatches
+from acebert.training.pretrain_pairs import NO_PHOTO, SPARE
 from acebert.training.pretrainer import Pretrainer
 
 log = logging.getLogger(__name__)
