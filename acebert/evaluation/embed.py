@@ -1,17 +1,25 @@
 """Vectors of the whole catalogue and of any queries, by actors on Ray Data.
 
-Rows go to the actors by length, so that a batch is padded little, and come back by row number.
-The product side is put together as the model's own settings say (hot queries, patches, pixels).
+Ray Data hands the actors addresses, runs of rows; what a row holds they read themselves. An actor
+takes the rows of its run by length, so that a batch is padded little. The product side is put
+together as the model's own settings say (hot queries, patches, pixels).
+
+Memory: of an actor the model and a batch, of the driver a few runs. Vectors are gathered in a
+mapped file, from which the Parquet file is written.
 """
 
 import logging
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -19,6 +27,7 @@ from numpy.typing import NDArray
 
 from acebert.config import Settings
 from acebert.data.batches import TextStore
+from acebert.data.lookups import Lookups
 from acebert.data.schema import normalize_query
 from acebert.data.tokens import encode, load_tokenizer
 from acebert.errors import UserError
@@ -29,7 +38,9 @@ from acebert.workdir import Stage, run_stage
 log = logging.getLogger(__name__)
 
 VERSION = 1
-ROWS_A_TASK = 4096
+RUN_ROWS = 16_384  # 8 MiB of vectors
+RUNS_AN_ACTOR = 4  # at least, so that actors end together
+SAY_EVERY = 10.0
 
 
 def embed(
@@ -62,60 +73,81 @@ def embed(
     return run_stage(settings.workdir, "embed", key, build)
 
 
+class Inputs(Protocol):
+    """What an actor embeds: n rows, put together as they are asked for."""
+
+    def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """About how long the texts of `rows` [B] are; rows of one length share a batch."""
+        ...
+
+    def embed(self, encoder: DualEncoder, rows: NDArray[np.int64]) -> torch.Tensor:
+        """Vectors of `rows` [B] → [B, d]."""
+        ...
+
+
+class _Products:
+    def __init__(self, settings: Settings, paths: StagePaths) -> None:
+        self._inputs = InputStore(settings, paths)
+        self._hot = settings.model.hot_queries != "off"
+        self._lists = Lookups.open(paths.ingest).product_hot_lists
+
+    def _hot_lists(self, rows: NDArray[np.int64]) -> NDArray[np.int32] | None:
+        return self._lists[rows, 1] if self._hot else None
+
+    def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        text, hot_lists = self._inputs.text, self._hot_lists(rows)
+        lengths = text.titles.lengths(rows)
+        if hot_lists is not None:
+            queries, per_row = text.hot_lists.take(hot_lists)
+            of_row = np.repeat(np.arange(len(rows)), per_row)
+            more = np.bincount(of_row, text.queries.lengths(queries) + 1, minlength=len(rows))
+            lengths = lengths + more.astype(np.int64)
+        return lengths
+
+    def embed(self, encoder: DualEncoder, rows: NDArray[np.int64]) -> torch.Tensor:
+        tokens, image = self._inputs.products(rows, self._hot_lists(rows))
+        device = encoder.device
+        return encoder.encode_products(
+            tokens.to(device), None if image is None else image.to(device)
+        )
+
+
+class _Queries:
+    def __init__(self, settings: Settings, model: Path, texts: "ray.ObjectRef") -> None:
+        self._texts: pa.Array = ray.get(texts)
+        self._tokenizer = load_tokenizer(model / "tokenizer")
+        self._max_tokens = settings.text.query_tokens
+
+    def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return pc.utf8_length(self._texts.take(rows)).to_numpy()
+
+    def embed(self, encoder: DualEncoder, rows: NDArray[np.int64]) -> torch.Tensor:
+        texts = self._texts.take(rows).to_pylist()
+        pieces = encode(self._tokenizer, texts, self._max_tokens)
+        return encoder.encode_queries(query_inputs(self._tokenizer, pieces).to(encoder.device))
+
+
 def embed_products(settings: Settings, model: Path, paths: StagePaths, out: Path) -> None:
     """Write `out`/products.parquet: product_id, embedding (float32 [d], length 1)."""
-    text = TextStore.open(paths.tokens, paths.ingest)
-    lists = pq.read_table(paths.ingest / "product_hot_lists.parquet", columns=["test"])
-    hot_lists = lists["test"].to_numpy() if settings.model.hot_queries != "off" else None
-    rows = np.arange(len(text.titles))
-    lengths = text.titles.lengths(rows)
-    if hot_lists is not None:
-        hot, per_row = text.hot_lists.take(hot_lists)
-        total = np.concatenate([[0], np.cumsum(text.queries.lengths(hot) + 1)])
-        ends = np.cumsum(per_row)
-        lengths = lengths + total[ends] - total[ends - per_row]
-
-    def of(settings: Settings, paths: StagePaths) -> Callable[[DualEncoder, Any], torch.Tensor]:
-        inputs = InputStore(settings, paths)
-
-        def call(encoder: DualEncoder, batch: dict[str, NDArray[Any]]) -> torch.Tensor:
-            products = batch["row"]
-            lists = None if hot_lists is None else hot_lists[products]
-            tokens, image = inputs.products(products, lists)
-            device = encoder.device
-            return encoder.encode_products(
-                tokens.to(device), None if image is None else image.to(device)
-            )
-
-        return call
-
-    vectors = _run(
-        settings, model, "products", np.argsort(lengths), {}, lambda: of(settings, paths)
-    )
     parts = sorted((paths.ingest / "products").glob("part-*.parquet"))
-    ids = ds.dataset(parts).to_table(columns=["product", "product_id"]).sort_by("product")
-    _write(out / "products.parquet", "product_id", ids["product_id"], vectors)
+    n = sum(pq.read_metadata(part).num_rows for part in parts)
+    with _vectors(
+        settings, model, "products", n, partial(_Products, settings, paths), out
+    ) as found:
+        tables = (pq.read_table(part, columns=["product_id"]) for part in parts)  # in row order
+        ids = (table["product_id"].combine_chunks() for table in tables)
+        _write(out / "products.parquet", "product_id", ids, found)
 
 
 def embed_queries(settings: Settings, model: Path, queries: list[str], out: Path) -> None:
     """Write `out`/queries.parquet: query (as given), embedding (float32 [d], length 1)."""
-    texts = np.array([normalize_query(query) for query in queries], dtype=object)
+    texts = [normalize_query(query) for query in queries]
     empty = [query for query, text in zip(queries, texts, strict=True) if not text]
     if empty:
         raise UserError(f"{len(empty)} queries are empty after normalisation, e.g. {empty[0]!r}")
-    order = np.argsort([len(text) for text in texts], kind="stable")
-
-    def of() -> Callable[[DualEncoder, Any], torch.Tensor]:
-        tokenizer = load_tokenizer(model / "tokenizer")
-
-        def call(encoder: DualEncoder, batch: dict[str, NDArray[Any]]) -> torch.Tensor:
-            pieces = encode(tokenizer, list(batch["text"]), settings.text.query_tokens)
-            return encoder.encode_queries(query_inputs(tokenizer, pieces).to(encoder.device))
-
-        return call
-
-    vectors = _run(settings, model, "queries", order, {"text": texts}, of)
-    _write(out / "queries.parquet", "query", pa.array(queries), vectors)
+    make = partial(_Queries, settings, model, ray.put(pa.array(texts, pa.string())))
+    with _vectors(settings, model, "queries", len(queries), make, out) as found:
+        _write(out / "queries.parquet", "query", iter([pa.array(queries, pa.string())]), found)
 
 
 def query_inputs(tokenizer: Any, pieces: Any) -> Any:
@@ -135,58 +167,78 @@ def query_inputs(tokenizer: Any, pieces: Any) -> Any:
 class _Embedder:
     """One actor: the model and a way to put its inputs together."""
 
-    def __init__(self, settings: Settings, model: Path, make: Callable[[], Any]) -> None:
+    def __init__(self, settings: Settings, model: Path, make: Callable[[], Inputs]) -> None:
         use_gpu = torch.cuda.is_available()
         if not use_gpu:
-            cores = int(ray.cluster_resources()["CPU"])
+            cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // settings.eval.num_actors))
         self.encoder = DualEncoder.load(model).to("cuda" if use_gpu else "cpu").eval()
         self.bf16 = settings.train.precision == "bf16"
-        self.call = make()
+        self.batch_size = settings.eval.batch_size
+        self.inputs = make()
 
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def __call__(self, run: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
+        rows = np.arange(run["start"][0], run["stop"][0])
+        rows = rows[np.argsort(self.inputs.lengths(rows), kind="stable")]
         device = self.encoder.device.type
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            vectors = self.call(self.encoder, batch)
-        return {"row": batch["row"], "embedding": vectors.float().cpu().numpy()}
+            vectors = [
+                self.inputs.embed(self.encoder, rows[low : low + self.batch_size]).float().cpu()
+                for low in range(0, len(rows), self.batch_size)
+            ]
+        return {"row": rows, "embedding": torch.cat(vectors).numpy()}
 
 
-def _run(
-    settings: Settings,
-    model: Path,
-    what: str,
-    order: NDArray[np.int64],
-    columns: dict[str, NDArray[Any]],
-    make: Callable[[], Any],
-) -> NDArray[np.float32]:
-    """Embed rows in `order`; float32 [n, d] by row number."""
-    blocks = [
-        pa.table(
-            {"row": rows, **{name: pa.array(values[rows]) for name, values in columns.items()}}
-        )
-        for rows in np.array_split(order, max(1, len(order) // ROWS_A_TASK))
-    ]
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    cpus = 0.5 * ray.cluster_resources()["CPU"] / settings.eval.num_actors
-    embedded = ray.data.from_arrow(blocks).map_batches(
+@contextmanager
+def _vectors(
+    settings: Settings, model: Path, what: str, n: int, make: Callable[[], Inputs], out: Path
+) -> Iterator[NDArray[np.float32]]:
+    """Vectors of rows 0 … n − 1 as float32 [n, d], in a file under `out` for as long as the block
+    lasts: they come in any order, and 100 million of them are 51 GB."""
+    if not n:
+        raise UserError(f"embed: there are no {what} to embed")
+    log.info("embed: %d %s", n, what)
+    resources = ray.cluster_resources()
+    gpus = 1 if resources.get("GPU", 0) else 0
+    actors = settings.eval.num_actors
+    run = min(RUN_ROWS, -(-n // (RUNS_AN_ACTOR * actors)))
+    starts = range(0, n, run)
+    items = [{"start": start, "stop": min(start + run, n)} for start in starts]
+    embedded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _Embedder,
         fn_constructor_args=(settings, model, make),
-        batch_size=settings.eval.batch_size,
-        compute=ray.data.ActorPoolStrategy(size=settings.eval.num_actors),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
         num_gpus=gpus,
-        num_cpus=None if gpus else cpus,
+        num_cpus=None if gpus else 0.5 * resources.get("CPU", 1) / actors,
     )
-    log.info("embed: %d %s", len(order), what)
-    vectors: NDArray[np.float32] | None = None
-    for batch in embedded.iter_batches(batch_size=ROWS_A_TASK):
-        if vectors is None:
-            vectors = np.empty((len(order), batch["embedding"].shape[1]), np.float32)
-        vectors[batch["row"]] = batch["embedding"]
-    if vectors is None:
-        raise UserError(f"embed: there are no {what} to embed")
-    return vectors
+    path = out / f".{what}.f4"
+    found: NDArray[np.float32] | None = None
+    done, said = 0, time.monotonic()
+    try:
+        for batch in embedded.iter_batches(batch_size=None):
+            vectors = batch["embedding"]
+            if found is None:
+                found = np.memmap(path, np.float32, "w+", shape=(n, vectors.shape[1]))
+            found[batch["row"]] = vectors
+            done += len(vectors)
+            if time.monotonic() - said > SAY_EVERY:
+                said = time.monotonic()
+                log.info("embed: %d of %d %s", done, n, what)
+        assert found is not None
+        yield found
+    finally:
+        path.unlink(missing_ok=True)
 
 
-def _write(path: Path, name: str, ids: Any, vectors: NDArray[np.float32]) -> None:
-    flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-    pq.write_table(pa.table({name: ids, "embedding": flat}), path)
+def _write(path: Path, name: str, ids: Iterator[pa.Array], vectors: NDArray[np.float32]) -> None:
+    """Ids in the order of rows, beside their vectors; a row group for each array of ids."""
+    d = vectors.shape[1]
+    schema = pa.schema([(name, pa.string()), ("embedding", pa.list_(pa.float32(), d))])
+    first = 0
+    with pq.ParquetWriter(path, schema) as writer:
+        for some in ids:
+            flat = pa.array(vectors[first : first + len(some)].reshape(-1))
+            columns = [some, pa.FixedSizeListArray.from_arrays(flat, d)]
+            writer.write_table(pa.table(columns, schema=schema))
+            first += len(some)

@@ -64,6 +64,7 @@ BASELINES = ("bm25_titles", "bm25_titles_hot", "click_lookup", "popularity", "po
 LEXICAL = "bm25_titles_hot"  # the lexical engine that a model is set beside: the stronger one
 RUN_DEPTH = 100  # products a query in run.trec; more where eval.ks asks for more
 ANN_QUERIES = 1000
+READ_ROWS = 65_536
 
 
 def evaluate_embeddings(
@@ -162,25 +163,31 @@ def read_vectors(path: Path, column: str, wanted: list[str]) -> NDArray[np.float
     """
     what = {"product_id": "product", "query": "query"}[column]
     try:
-        table = pq.read_table(path, columns=[column, "embedding"])
-    except (OSError, pa.ArrowException) as error:
+        ids = pq.read_table(path, columns=[column])[column].cast(pa.string())
+        file = pq.ParquetFile(path)
+        file.schema_arrow.field("embedding")
+    except (OSError, KeyError, pa.ArrowException) as error:
         raise UserError(
             f"{path}: must be a Parquet file with columns {column} and embedding: {error}"
         ) from error
-    found = pc.index_in(pa.array(wanted, pa.string()), table[column].cast(pa.string()))
+    found = pc.index_in(pa.array(wanted, pa.string()), ids)
     if found.null_count:
         first = wanted[found.is_null().to_pylist().index(True)]
         raise UserError(
             f"{path}: no embedding of {what} {first!r} ({found.null_count} of {len(wanted)} are "
             "missing); embed every product of the catalogue and every query of the test day"
         )
-    vectors = table["embedding"].combine_chunks().take(found)
-    lengths = pc.list_value_length(vectors)
-    d = lengths[0].as_py()
-    if not d or pc.any(pc.fill_null(pc.not_equal(lengths, d), True)).as_py():
-        raise UserError(f"{path}: embeddings must all be lists of one length, the first has {d}")
-    flat = vectors.flatten().cast(pa.float32())
-    out = flat.to_numpy(zero_copy_only=False).reshape(-1, d)
+    place = np.full(len(ids), -1, np.int64)
+    place[found.to_numpy()] = np.arange(len(wanted))
+    out = np.empty((0, 0), np.float32)
+    at = 0
+    for batch in file.iter_batches(READ_ROWS, columns=["embedding"]):
+        vectors = _matrix(path, batch.column(0), out.shape[1])
+        if not out.size:
+            out = np.empty((len(wanted), vectors.shape[1]), np.float32)
+        rows = place[at : at + len(vectors)]
+        out[rows[rows >= 0]] = vectors[rows >= 0]
+        at += len(vectors)
     norms = np.linalg.norm(out, axis=1)
     for bad, says in (
         (~np.isfinite(norms), "is not finite"),
@@ -191,7 +198,16 @@ def read_vectors(path: Path, column: str, wanted: list[str]) -> NDArray[np.float
                 f"{path}: the embedding of {what} {wanted[int(bad.argmax())]!r} {says} "
                 f"({int(bad.sum())} of {len(wanted)} are not)"
             )
-    return out.copy()  # Arrow memory is read-only; torch warns of that
+    return out
+
+
+def _matrix(path: Path, lists: pa.Array, d: int) -> NDArray[np.float32]:
+    """Lists as float32 [n, d]; `d` is 0 as long as nobody knows it."""
+    lengths = pc.list_value_length(lists)
+    d = d or lengths[0].as_py()
+    if not d or pc.any(pc.fill_null(pc.not_equal(lengths, d), True)).as_py():
+        raise UserError(f"{path}: embeddings must all be lists of one length, the first has {d}")
+    return lists.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False).reshape(-1, d)
 
 
 @dataclass(frozen=True)
@@ -229,6 +245,7 @@ class _Row:
             self.depth,
             test.shown_query,
             test.shown_product,
+            self.settings.eval.search_mb << 20,
         )
         return found, self._split(found.greater, found.equal)
 
@@ -491,7 +508,7 @@ def _read_ranks(directory: Path) -> _Ranks:
 
 
 def _key(settings: Settings, ingested: Stage) -> dict[str, Any]:
-    own = settings.eval.model_dump(exclude={"batch_size", "num_actors", "qrels"})
+    own = settings.eval.model_dump(exclude={"batch_size", "num_actors", "search_mb", "qrels"})
     qrels = settings.eval.qrels
     return {
         "version": VERSION,

@@ -88,7 +88,9 @@ class DotProduct:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.products = len(products)
         self._queries = torch.from_numpy(queries).to(self.device)
-        self._products = torch.from_numpy(products).to(self.device)
+        self._products = torch.from_numpy(products)
+        if self.device == "cuda" and products.nbytes < torch.cuda.mem_get_info()[0] / 2:
+            self._products = self._products.to(self.device)  # else tile by tile
 
     def score(self, queries: NDArray[np.int64], out: "torch.Tensor") -> None:
         self.score_tile(queries, 0, out)
@@ -97,7 +99,7 @@ class DotProduct:
         """Fill `out` [b, m] with the scores of products first … first + m − 1."""
         import torch
 
-        tile = self._products[first : first + out.shape[1]]
+        tile = self._products[first : first + out.shape[1]].to(self.device)
         torch.mm(self._queries[queries], tile.T, out=out)
 
 

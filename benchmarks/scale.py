@@ -1,0 +1,227 @@
+"""Seconds and memory of the stages that see the whole data, against its size, with a line through.
+
+    python benchmarks/scale.py                       # all four, minutes on two idle cores
+    python benchmarks/scale.py --parts plan --pairs 1000000 5000000 25000000
+
+plan        one epoch, W = 384, 65 batches a partition (benchmarks/plan.py's pairs)
+preprocess  the demo's photos, resnet18 at 128 px, pixels at 112 px
+embed       the demo's products without photos, `twinbert_tiny` at random weights
+recall      exact search of unit vectors of 128 dimensions, mapped, for 2,000 queries, depth 100
+
+A line a + b·size is fitted to each, and read off at the paper's size (25 million pairs, 3.4 million
+products, 100,000 queries) and at 100 million products. It is this machine's line: docs/scale.md
+says what a cluster makes of it. `cpu` is the CPU time of all processes that this one started: the
+number to trust where the machine is shared. `anonymous` is the peak of their memory that no file
+backs, above what an idle Ray has. `written` is the size of the result. Linux only.
+"""
+
+import argparse
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from plan import W, descendants, measure, memory, write_pairs
+from worker_memory import demo_files
+
+from acebert.cluster import ray  # after acebert, which keeps it on 127.0.0.1
+from acebert.config import load_settings
+from acebert.data.partitions import write_plan
+from acebert.data.plan_arithmetic import layout_of
+
+QUERIES = 2_000
+OBJECT_STORE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Row:
+    size: int
+    seconds: float
+    cpu: float
+    """seconds"""
+    anonymous: float
+    """MiB above idle, peak"""
+    written: float
+    """MB"""
+
+
+Measured = tuple[int, Callable[[], None], Path]
+"""size, the work, where its result lies"""
+
+
+def plans(sizes: list[int], scratch: Path) -> Iterator[Measured]:
+    for n in sizes:
+        pairs, out = scratch / f"{n}.parquet", scratch / f"plan-{n}"
+        write_pairs(pairs, n)
+        out.mkdir()
+        layout = layout_of(n, W, None, seed=0)
+        yield n, lambda: write_plan(out, pairs, layout, 1), out  # noqa: B023
+
+
+def features(sizes: list[int], scratch: Path) -> Iterator[Measured]:
+    from acebert.data.demo import build_demo
+    from acebert.data.ingest import ingest
+    from acebert.data.preprocess import preprocess
+
+    for n in sizes:
+        argv = ["--recipe", "acebert_tiny", "--workdir", str(scratch / f"features-{n}")]
+        settings = load_settings([*argv, "--demo.products", str(n)])
+        demo = build_demo(settings)
+        files = str(demo.path / "products.parquet"), str(demo.path / "impressions")
+        ingested = ingest(settings, *files)
+        yield n, lambda: _done(preprocess(settings, ingested)), settings.workdir / "features"  # noqa: B023
+
+
+def vectors(sizes: list[int], scratch: Path) -> Iterator[Measured]:
+    import pyarrow.parquet as pq
+
+    from acebert.data.ingest import ingest
+    from acebert.data.tokens import tokenize
+    from acebert.evaluation.embed import embed
+    from acebert.training.finetune import new_model
+    from acebert.training.pairs import StagePaths
+
+    for n in sizes:
+        work = scratch / f"embed-{n}"
+        work.mkdir()
+        demo_files(work, n, searches=2_000)
+        settings = load_settings(["--recipe", "twinbert_tiny", "--workdir", str(work / "work")])
+        ingested = ingest(settings, str(work / "products.parquet"), str(work / "impressions"))
+        tokens = tokenize(settings, ingested)
+        model = work / "model"
+        new_model(settings, StagePaths(ingested.path, tokens.path, None)).save(model)
+        (model / "tokenizer").symlink_to(tokens.path / "tokenizer")
+        texts = pq.read_table(ingested.path / "queries.parquet")["text"][:100].to_pylist()
+        yield (
+            n,
+            lambda: _done(embed(settings, model, ingested, tokens, None, texts)),  # noqa: B023
+            settings.workdir / "embed",
+        )
+
+
+def searches(sizes: list[int], scratch: Path) -> Iterator[Measured]:
+    from acebert.evaluation.recall import DotProduct, search_catalogue
+
+    rng = np.random.default_rng(0)
+    queries = _unit(rng, QUERIES)
+    for n in sizes:
+        path = scratch / f"vectors-{n}.npy"
+        mapped = np.lib.format.open_memmap(path, "w+", np.float32, (n, 128))
+        for start in range(0, n, 65_536):
+            mapped[start : start + 65_536] = _unit(rng, min(65_536, n - start))
+        query = np.repeat(np.arange(QUERIES), 2)
+        product = rng.integers(0, n, len(query))
+        products = np.load(path, mmap_mode="c")
+        yield (
+            n,
+            lambda: _done(
+                search_catalogue(DotProduct(queries, products), QUERIES, query, product, 100)  # noqa: B023
+            ),
+            path,
+        )
+
+
+def _done(_: object) -> None:
+    return
+
+
+def _unit(rng: np.random.Generator, n: int) -> np.ndarray:
+    drawn = rng.standard_normal((n, 128), np.float32)
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+def size_of(path: Path) -> float:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+def cpu_seconds() -> float:
+    """CPU time so far of the processes below this one, those that have ended included."""
+    ticks = 0
+    for pid in descendants():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        ticks += sum(int(field) for field in fields[11:15])  # own and of children that ended
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def line(rows: list[Row], name: str) -> tuple[float, float]:
+    """a and b of the least squares line a + b·size."""
+    b, a = np.polyfit([row.size for row in rows], [getattr(row, name) for row in rows], 1)
+    return float(a), float(b)
+
+
+def report(title: str, unit: str, rows: list[Row], targets: dict[str, int], factor: float) -> None:
+    """The table, the lines, and what they say of larger sizes; `factor` more queries than here."""
+    heads = unit, "seconds", "cpu", "anonymous", "written"
+    print("\n" + title + "\n" + "".join(f"{head:>14}" for head in heads))
+    for row in rows:
+        print(
+            f"{row.size:>14,}{row.seconds:>12.1f} s{row.cpu:>12.1f} s{row.anonymous:>10.0f} MiB"
+            f"{row.written:>11.1f} MB"
+        )
+    if len(rows) < 2:
+        return
+    for name in ("seconds", "cpu", "anonymous"):
+        a, b = line(rows, name)
+        print(f"{name} = {a:.1f} + {1e6 * b:.2f} a million {unit}")
+    a, b = line(rows, "cpu")
+    _, written = line(rows, "written")
+    for where, size in targets.items():
+        hours = (a + b * size * factor) / 3600
+        print(f"{where}: {size:,} {unit}: {hours:,.2f} core hours, {written * size / 1e3:,.1f} GB")
+
+
+def start_ray() -> None:
+    ray.init(
+        address="local",
+        object_store_memory=OBJECT_STORE,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    ray.data.range(4, override_num_blocks=4).map_batches(lambda x: x).count()  # start the workers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    names = ["plan", "preprocess", "embed", "recall"]
+    parser.add_argument("--parts", nargs="*", choices=names, default=names)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1_000_000, 4_000_000, 10_000_000])
+    parser.add_argument("--photos", type=int, nargs="+", default=[500, 1_000, 2_000])
+    parser.add_argument("--texts", type=int, nargs="+", default=[20_000, 40_000, 80_000])
+    parser.add_argument("--vectors", type=int, nargs="+", default=[250_000, 500_000, 1_000_000])
+    args = parser.parse_args()
+    if set(args.parts) - {"recall"}:
+        start_ray()
+    idle = float(memory()[1])
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; idle: {idle:.0f} MiB anonymous")
+    paper, large = {"paper": 3_400_000}, {"large": 100_000_000}
+    plain = {
+        "plan": (plans, args.pairs, "pairs", {"paper": 25_000_000, "large": 1_000_000_000}, 1.0),
+        "preprocess": (features, args.photos, "photos", paper | large, 1.0),
+        "embed": (vectors, args.texts, "products", paper | large, 1.0),
+        "recall": (searches, args.vectors, "products", paper | large, 100_000 / QUERIES),
+    }
+    for part in args.parts:
+        make, sizes, unit, targets, factor = plain[part]
+        rows = []
+        with tempfile.TemporaryDirectory() as scratch:
+            for size, work, result in make(sizes, Path(scratch)):
+                before = cpu_seconds()
+                seconds, peak = measure(work)
+                used = cpu_seconds() - before
+                rows.append(Row(size, seconds, used, float(peak[1]) - idle, size_of(result)))
+        load = f"load {os.getloadavg()[0]:.1f}"
+        asked = f", {QUERIES:,} queries here and 100,000 there" if factor > 1 else ""
+        report(f"{part} ({load}{asked})", unit, rows, targets, factor)
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What an actor makes of its runs, against the encoder on one row at a time; no cluster."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from acebert.config import Settings, load_settings
+from acebert.data.demo import build_demo
+from acebert.data.ingest import ingest
+from acebert.data.tokens import tokenize
+from acebert.evaluation import embed
+from acebert.models.dual import DualEncoder
+from acebert.training.finetune import new_model
+from acebert.training.pairs import InputStore, StagePaths
+
+SMALL = [
+    *["--demo.products", "60", "--demo.searches_per_day", "200", "--demo.days", "4"],
+    *[
+        "--demo.image_side",
+        "32",
+        "--model.width",
+        "32",
+        "--model.heads",
+        "2",
+        "--model.layers",
+        "1",
+    ],
+    *["--text.vocab_size", "300", "--train.precision", "fp32", "--eval.batch_size", "7"],
+    *["--model.hot_queries", "other_days"],
+]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    work = str(tmp_path_factory.mktemp("work"))
+    return load_settings(["--recipe", "twinbert_tiny", "--workdir", work, *SMALL])
+
+
+@pytest.fixture(scope="module")
+def paths(settings: Settings) -> StagePaths:
+    demo = build_demo(settings, processes=1)
+    ingested = ingest(settings, str(demo.path / "products.parquet"), str(demo.path / "impressions"))
+    return StagePaths(ingested.path, tokenize(settings, ingested).path, None)
+
+
+@pytest.fixture(scope="module")
+def model(settings: Settings, paths: StagePaths) -> Path:
+    directory = settings.workdir / "model"
+    new_model(settings, paths).save(directory)
+    return directory
+
+
+def test_rows_of_a_run_have_the_vectors_of_one_row_at_a_time(
+    settings: Settings, paths: StagePaths, model: Path
+) -> None:
+    actor = embed._Embedder(settings, model, partial(embed._Products, settings, paths))
+    found = actor({"start": np.array([10]), "stop": np.array([40])})
+    assert sorted(found["row"].tolist()) == list(range(10, 40))
+    inputs, encoder = InputStore(settings, paths), DualEncoder.load(model).eval()
+    lists = pq.read_table(paths.ingest / "product_hot_lists.parquet")["test"].to_numpy()
+    for row, vector in zip(found["row"], found["embedding"], strict=True):
+        text, _ = inputs.products(np.array([row]), lists[[row]])
+        with torch.inference_mode():
+            np.testing.assert_allclose(vector, encoder.encode_products(text, None)[0], atol=1e-5)
+
+
+def test_lengths_are_those_of_the_tokens_that_the_encoder_reads(
+    settings: Settings, paths: StagePaths
+) -> None:
+    products = embed._Products(settings, paths)
+    rows = np.arange(60)
+    lists = pq.read_table(paths.ingest / "product_hot_lists.parquet")["test"].to_numpy()
+    tokens = products._inputs.text.product_batch(rows, lists).attention_mask.sum(axis=1)
+    np.testing.assert_array_equal(products.lengths(rows) + 2, tokens)  # [CLS] and [SEP]
+
+
+def test_ids_and_vectors_are_written_side_by_side_in_row_groups(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    ids = [pa.array(["a", "b", "c", "d"]), pa.array(["e", "f", "g"])]
+    embed._write(tmp_path / "v.parquet", "product_id", iter(ids), vectors)
+    table = pq.read_table(tmp_path / "v.parquet")
+    assert table["product_id"].to_pylist() == list("abcdefg")
+    np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float32), vectors)
+    assert pq.read_metadata(tmp_path / "v.parquet").num_row_groups == 2
