@@ -41,7 +41,7 @@ def test_ray_up_refuses_a_cluster_yaml_with_a_misspelt_key(config: dict[str, Any
         validate_config(config | {"idle_timeout_minuets": 5})
 
 
-def test_gpu_and_cpu_workers_are_spot_and_scale_from_none(config: dict[str, Any]) -> None:
+def test_gpu_and_cpu_workers_are_spot_and_gpus_scale_from_none(config: dict[str, Any]) -> None:
     types = dict(config["available_node_types"])
     head = types.pop(config["head_node_type"])
     assert "InstanceMarketOptions" not in head["node_config"]
@@ -49,7 +49,8 @@ def test_gpu_and_cpu_workers_are_spot_and_scale_from_none(config: dict[str, Any]
     assert {bool(t["resources"].get("GPU")) for t in types.values()} == {True, False}
     for worker in types.values():
         assert worker["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
-        assert worker["min_workers"] == 0 < worker["max_workers"]
+        assert worker["min_workers"] == (0 if worker["resources"].get("GPU") else 1)
+        assert worker["min_workers"] < worker["max_workers"]
     assert sum(worker["max_workers"] for worker in types.values()) <= config["max_workers"]
 
 
