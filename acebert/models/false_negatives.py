@@ -6,7 +6,7 @@ They are kept as coordinates of the score matrix, a few for a row. As a mask the
 Letters: W pairs in the global batch, b of them on this rank.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Self
 
 import numpy as np
@@ -35,16 +35,6 @@ class FalseNegatives:
         """Of the cells (row, column), both [n] and sorted by row, of a matrix with b rows."""
         starts = np.searchsorted(rows, np.arange(b + 1))
         return cls(torch.from_numpy(rows), torch.from_numpy(columns), starts)
-
-    def to(self, device: torch.device) -> "FalseNegatives":
-        return replace(
-            self,
-            rows=self.rows.to(device, non_blocking=True),
-            columns=self.columns.to(device, non_blocking=True),
-        )
-
-    def pin_memory(self) -> "FalseNegatives":
-        return replace(self, rows=self.rows.pin_memory(), columns=self.columns.pin_memory())
 
     def fill_(self, scores: Tensor, first: int) -> Tensor:
         """-inf in place where `scores` [r, W], rows first … first + r − 1, have such a cell."""

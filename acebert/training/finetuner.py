@@ -7,6 +7,7 @@ The domain classifier's step takes the embeddings of the last encoder step, deta
 forward of the encoder.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,12 +48,14 @@ class Finetuner:
             self.encoders = torch.compile(self.model)  # type: ignore[assignment]
         self.parallel = self.encoders
         if world > 1:
-            self.parallel = DistributedDataParallel(
-                self.encoders,
-                device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # they are constants
-                gradient_as_bucket_view=True,
-            )
+            with warnings.catch_warnings():  # the name that replaces it is newer than torch 2.13
+                warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+                self.parallel = DistributedDataParallel(
+                    self.encoders,
+                    device_ids=[device] if device.type == "cuda" else None,
+                    broadcast_buffers=False,  # they are constants
+                    gradient_as_bucket_view=True,
+                )
         train = settings.train
         self.optimizer = torch.optim.AdamW(
             model.parameter_groups(train.lr, train.new_layer_lr_factor, train.weight_decay),

@@ -17,7 +17,7 @@ from acebert.models.dual import DualEncoder
 from acebert.models.encoder import NUM_PATCHES, NUM_PIXEL_PATCHES, CEBertConfig
 from acebert.training.pairs import TrainBatch
 
-PEAK_SECONDS = 0.2  # for which the peak is measured
+PEAK_SECONDS, MIN_ROUNDS = 0.2, 5  # for which the peak is measured at least
 
 
 def step_flops(model: DualEncoder, batch: TrainBatch, world: int) -> float:
@@ -42,10 +42,12 @@ def tower_flops(
 
         a layer          8·T·D² + 4·T²·D + 4·T·D·I     projections, attention, feed-forward
         the last layer   4·T·D² + 4·n·D² + 4·n·T·D + 4·n·D·I
+        the head         2·D·d
         the image        2·16·D1·D + 2·49·pixel_dim·D
-        the head         2·D·d, and 2·n·D for a mean over tokens
+        the mean         2·n·D, where tokens are averaged
 
-    The backward takes twice as much, but for the image's once: features need no gradient.
+    The backward takes twice as much, of the last two once: features and the weights of the mean
+    need no gradient.
 
     Args:
         tokens: of each row's text [B]
@@ -59,9 +61,9 @@ def tower_flops(
     n = text if config.pooling == "mean" else np.ones_like(text)
     layer = 8 * T * D**2 + 4 * T**2 * D + 4 * T * D * inner
     last = 4 * T * D**2 + 4 * n * D**2 + 4 * n * T * D + 4 * n * D * inner
-    head = 2 * D * d + 2 * n * D * (config.pooling == "mean")
     image = 2 * (patches + pixels) * D * has_image
-    return float((3 * ((layers - 1) * layer + last + head) + 2 * image).sum())
+    mean = 2 * n * D * (config.pooling == "mean")
+    return float((3 * ((layers - 1) * layer + last + 2 * D * d) + 2 * (image + mean)).sum())
 
 
 @torch.no_grad()
@@ -85,10 +87,11 @@ def matrix_peak(
 
     timed = _cuda_seconds if device.type == "cuda" else _cpu_seconds
     once()
-    best, end = float("inf"), time.perf_counter() + PEAK_SECONDS
-    while time.perf_counter() < end or best == float("inf"):
-        best = min(best, timed(once))
-    return 2 * tokens * (D * D + 2 * D * inner) / best
+    end = time.perf_counter() + PEAK_SECONDS
+    rounds: list[float] = []
+    while len(rounds) < MIN_ROUNDS or time.perf_counter() < end:
+        rounds.append(timed(once))
+    return 2 * tokens * (D * D + 2 * D * inner) / min(rounds)
 
 
 def _cpu_seconds(work: Callable[[], None]) -> float:

@@ -169,12 +169,15 @@ def _say(
     rows = pending[-50:]
     seconds = sum(float(row["seconds"]) for row in rows)
     log.info(
-        "finetune: step %d of %d, loss %.3f, in-batch accuracy %.3f, %.0f pairs/s, %.0f s left",
+        "finetune: step %d of %d, loss %.3f, in-batch accuracy %.3f, %.0f pairs/s (%.0f %% of the "
+        "matrix peak, %.1f %% waiting for data), %.0f s left",
         state.step,
         total,
         np.mean([float(row["loss"]) for row in rows]),
         np.mean([float(row["accuracy"]) for row in rows]),
         len(rows) * batch_size / seconds,
+        100 * np.nanmean([float(row["peak_share"]) for row in rows]),
+        100 * sum(float(row["seconds_data"]) for row in rows) / seconds,
         state.seconds * (1 - share) / share if share else float("nan"),
     )
 

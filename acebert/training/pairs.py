@@ -10,11 +10,10 @@
 
 import math
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +27,10 @@ from acebert.data.partitions import Plan
 from acebert.models.encoder import ImageInputs, TextInputs
 from acebert.models.false_negatives import FalseNegatives, false_negatives
 from acebert.training.device_features import DeviceFeatures
+from acebert.training.prefetch import prefetched
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 EMPTY_LIST = 0  # row of ingest's hot_lists.parquet that holds no query
 
@@ -77,14 +80,6 @@ class Side:
         image = None if self.image is None else self.image.span(start, stop)
         return self.text.span(start, stop, L), image
 
-    def to(self, device: torch.device) -> "Side":
-        return replace(
-            self,
-            text=self.text.to(device, non_blocking=True),
-            image=None if self.image is None else self.image.to(device, non_blocking=True),
-            pair_row=self.pair_row.to(device, non_blocking=True),
-        )
-
 
 @dataclass
 class TrainBatch:
@@ -120,15 +115,23 @@ class TrainBatch:
         return [Part(cut(self.query, i)[0], *cut(self.product, i)) for i in range(n)]
 
     def to(self, device: torch.device) -> "TrainBatch":
-        share = self.product_log_share
-        return replace(
-            self,
-            query=self.query.to(device),
-            product=self.product.to(device),
-            query_mask=None if self.query_mask is None else self.query_mask.to(device),
-            product_mask=None if self.product_mask is None else self.product_mask.to(device),
-            product_log_share=None if share is None else share.to(device, non_blocking=True),
-        )
+        return _each(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+Inputs = TypeVar("Inputs", bound="DataclassInstance")
+
+
+def _each(inputs: Inputs, f: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+    """A dataclass of tensors, or of such dataclasses, with f(tensor) for each tensor in it."""
+
+    def of(value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            return f(value)
+        return _each(value, f) if is_dataclass(value) else value  # type: ignore[type-var]
+
+    return replace(
+        inputs, **{field.name: of(getattr(inputs, field.name)) for field in fields(inputs)}
+    )
 
 
 class InputStore:
@@ -198,9 +201,10 @@ class PairBatches:
         world_size: int,
         device: torch.device | None = None,
     ) -> None:
-        """`device` as in `InputStore`."""
+        """`device`: that of the training (none: the CPU)."""
         assert paths.plan is not None
         self.settings = settings
+        self._device = device
         self.plan = Plan(paths.plan)
         self.inputs = InputStore(settings, paths, device)
         W = settings.train.batch_size
@@ -264,16 +268,20 @@ class PairBatches:
         return np.where(draw < model.hot_query_dropout, EMPTY_LIST, lists)
 
     def stream(self, start: int, stop: int) -> Iterator[TrainBatch]:
-        """Batches of steps start … stop − 1, each made in a thread while the last one trains."""
-        with ThreadPoolExecutor(1) as maker:
-            ahead = maker.submit(self.batch, start) if start < stop else None
-            for step in range(start, stop):
-                assert ahead is not None
-                asked = time.perf_counter()
-                ready = ahead.result()
-                ready.waited = time.perf_counter() - asked
-                ahead = maker.submit(self.batch, step + 1) if step + 1 < stop else None
-                yield ready
+        """Batches of steps start … stop − 1, each made in a thread while the last one trains. For
+        a GPU they come in pinned memory, from which `to` copies behind the GPU's back."""
+
+        def make(step: int) -> TrainBatch:
+            batch = self.batch(step)
+            if self._device is None or self._device.type != "cuda":
+                return batch
+            return _each(batch, lambda x: x if x.is_cuda else x.pin_memory())
+
+        asked = time.perf_counter()
+        for batch in prefetched(make, start, stop):
+            batch.waited = time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
 
 
 def _by_length(

@@ -1,0 +1,237 @@
+"""Cached gradients against those of one graph over the whole batch, alone and on two ranks.
+
+Run as a script, this file is one rank of the two (see `two_ranks`).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import acebert
+from acebert.config import Settings
+from acebert.models.domain import DomainClassifier, encoder_term
+from acebert.models.dual import DualEncoder
+from acebert.models.encoder import ImageInputs, TextInputs
+from acebert.models.false_negatives import FalseNegatives
+from acebert.models.losses import semantic_matching_loss
+from acebert.training.finetuner import Finetuner
+from acebert.training.pairs import Side, TrainBatch
+
+W, GAMMA = 12, 8.0
+
+
+def recipe(**values: Any) -> Settings:
+    """`train`, `model` and `adversary` leaves by their names."""
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"backbone": None, "layers": 2, "width": 16, "heads": 2, "embedding_dim": 8,
+                  "dropout": 0.0},
+        "loss": {"gamma": GAMMA, "gamma_learned": True},
+        "adversary": {"form": "confusion", "weight": 0.7, "hidden": 6},
+        "train": {"batch_size": W, "precision": "fp32", "max_grad_norm": 1e9, "warmup_steps": 0},
+    }  # fmt: skip
+    for name, value in values.items():
+        (section,) = [s for s in tree if name in type(getattr(Settings(), s)).model_fields]
+        tree[section][name] = value
+    return Settings(**tree)
+
+
+def new_model(settings: Settings) -> DualEncoder:
+    model = DualEncoder.new(
+        settings.model, vocab_size=60, sep_token_id=3, patch_dim=8, pixel_side=14, gamma=GAMMA,
+        gamma_learned=True,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.train()
+
+
+def pairs(rows: slice) -> TrainBatch:
+    """Pairs `rows` of twelve: six queries, nine products (each with its list), one cell masked."""
+    rng = np.random.default_rng(0)
+    words = torch.from_numpy(rng.integers(4, 60, (9, 9)))
+    query = np.array([0, 1, 2, 3, 4, 5, 0, 1, 5, 3, 2, 4])[rows]
+    product = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 8])[rows]
+    patches = torch.from_numpy(rng.normal(size=(9, 16, 8))).float()
+    pixels = torch.from_numpy(rng.integers(0, 256, (9, 14, 14, 3))).to(torch.uint8)
+
+    def side(ids: np.ndarray, lengths: np.ndarray, with_image: bool) -> Side:
+        distinct, pair_row = np.unique(ids, return_inverse=True)
+        tokens = lengths[distinct]  # ascending, as `PairBatches` has them
+        mask = torch.from_numpy(np.arange(tokens.max()) < tokens[:, None])
+        text = TextInputs(words[distinct][:, : tokens.max()] * mask, mask, mask.long())
+        has_image = distinct % 3 > 0 if with_image else np.zeros(len(distinct), bool)
+        image = ImageInputs(torch.from_numpy(has_image), patches[distinct], pixels[distinct])
+        rows = torch.from_numpy(pair_row)
+        return Side(text, image if with_image else None, tokens, has_image, rows)
+
+    own = np.arange(W)[rows]
+    cells = [(int(np.flatnonzero(own == 3)[0]), 9)] if 3 in own else []
+    at = np.array(cells, np.int64).reshape(-1, 2)
+    mask = FalseNegatives.at(at[:, 0], at[:, 1], len(own))
+    lengths = np.array([2, 3, 3, 4, 5, 6, 6, 7, 9])
+    return TrainBatch(side(query, lengths, False), side(product, lengths, True), mask, mask, None)
+
+
+def gradients(
+    settings: Settings, batch: TrainBatch, rank: int = 0, world: int = 1
+) -> dict[str, Tensor]:
+    """Of an encoder step, by parameter; the step's loss; and the bytes that DDP sent."""
+    tuner = Finetuner(settings, new_model(settings), torch.device("cpu"), rank, world)
+    seen: dict[str, Tensor] = {}
+    sent = 0
+
+    def count(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        nonlocal sent
+        sent += bucket.buffer().nbytes
+        return allreduce_hook(group, bucket)
+
+    if isinstance(tuner.parallel, DistributedDataParallel):
+        tuner.parallel.register_comm_hook(None, count)
+
+    def keep(*_: object) -> None:
+        for name, parameter in tuner.model.named_parameters():
+            assert parameter.grad is not None, name
+            seen[name] = parameter.grad.clone()
+
+    tuner.optimizer.register_step_pre_hook(keep)
+    metrics, _, _ = tuner.encoder_step(batch, step=4, share=0.0)
+    return {"loss": metrics["loss"].clone(), "sent": torch.tensor(sent), **seen}
+
+
+def plain_twin(settings: Settings, batch: TrainBatch) -> dict[str, Tensor]:
+    """One graph over all parts, each with its own random numbers, and one backward."""
+    model = new_model(settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        domain = DomainClassifier(settings.model.embedding_dim, settings.adversary.hidden)
+    embeddings = []
+    for i, part in enumerate(batch.parts(settings.train.micro_batch)):
+        torch.manual_seed(hash((settings.seed, 4, 0, i)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.train.precision == "bf16"):
+            embeddings.append(model(*part))
+    v_q, v_p = (torch.cat(side) for side in zip(*embeddings, strict=True))
+    v_q, v_p = v_q[batch.query.pair_row], v_p[batch.product.pair_row]
+    loss, metrics = semantic_matching_loss(
+        v_q, v_p, model.gamma, query_mask=batch.query_mask, product_mask=batch.product_mask
+    )
+    term = encoder_term("confusion", domain, v_q, v_p)
+    (loss + settings.adversary.weight * term).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": metrics["loss"], **grads}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"micro_batch": 2},
+        {"micro_batch": 4, "dropout": 0.3},
+        {"micro_batch": 1, "shared_towers": False},
+        {"micro_batch": None, "dropout": 0.3},
+        {"micro_batch": 4, "precision": "bf16", "dropout": 0.3},
+    ],
+    ids=str,
+)
+def test_cached_gradients_are_those_of_one_graph(values: dict[str, Any]) -> None:
+    """With the adversary, a learned γ, masks, rows shared by pairs and sides of unequal size."""
+    settings = recipe(**values)
+    got, expected = (f(settings, pairs(slice(0, W))) for f in (gradients, plain_twin))
+    assert got.keys() - {"sent"} == expected.keys()
+    # bf16: the parts' gradients are summed in fp32 here, in bf16 by the one graph.
+    bf16 = settings.train.precision == "bf16"
+    atol, rtol = (2e-2, 5e-2) if bf16 else (1e-5, 1e-3)
+    for name, gradient in expected.items():
+        assert gradient.any(), f"{name} says nothing"
+        torch.testing.assert_close(got[name], gradient, atol=atol, rtol=rtol, msg=name)
+
+
+def test_parts_without_dropout_give_the_whole_batchs_gradients() -> None:
+    whole, cached = (gradients(recipe(micro_batch=m), pairs(slice(0, W))) for m in (None, 2))
+    torch.testing.assert_close(cached, whole, atol=1e-5, rtol=1e-3)
+
+
+def test_a_row_that_pairs_share_has_the_sum_of_their_gradients() -> None:
+    """Against a batch with a row for each pair."""
+    batch = pairs(slice(0, W))
+
+    def repeated(side: Side) -> Side:
+        at = side.pair_row
+        image = None if side.image is None else side.image.rows(at)
+        return Side(side.text.rows(at), image, side.tokens[at], side.has_image[at], torch.arange(W))
+
+    plain = TrainBatch(
+        repeated(batch.query), repeated(batch.product), batch.query_mask, batch.product_mask, None
+    )
+    assert len(batch.query) < len(plain.query) == W
+    torch.testing.assert_close(
+        gradients(recipe(), batch), gradients(recipe(), plain), atol=1e-5, rtol=1e-3
+    )
+
+
+# ---- two ranks
+
+CASES: list[dict[str, Any]] = [{"micro_batch": 2}, {"micro_batch": 2, "shared_towers": False}]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Tensor]]]:
+    """What each of two gloo ranks saw in each case."""
+    directory = tmp_path_factory.mktemp("ranks")
+    root = str(Path(acebert.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(directory)], env=environment)
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [
+        [load_file(directory / f"{rank}.{case}.safetensors") for rank in range(2)]
+        for case in range(len(CASES))
+    ]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=str)
+def test_two_ranks_that_cache_have_the_whole_batchs_gradients_by_one_all_reduce(
+    case: int, two_ranks: list[list[dict[str, Tensor]]]
+) -> None:
+    expected = gradients(recipe(**{**CASES[case], "micro_batch": None}), pairs(slice(0, W)))
+    first, second = two_ranks[case]
+    for name, gradient in expected.items():
+        if name == "sent":
+            continue
+        if name == "loss":
+            torch.testing.assert_close((first[name] + second[name]) / 2, gradient)
+            continue
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+    size = sum(expected[name].nbytes for name in expected if name not in ("loss", "sent"))
+    assert first["sent"] == second["sent"] == size
+
+
+def main(rank: int, directory: Path) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
+    )
+    for number, case in enumerate(CASES):
+        seen = gradients(recipe(**case), pairs(slice(6 * rank, 6 * rank + 6)), rank, world=2)
+        save_file(seen, directory / f"{rank}.{number}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
