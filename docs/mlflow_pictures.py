@@ -1,7 +1,6 @@
 """Pictures of a sweep in the MLflow UI, taken in Chromium from a real server.
 
-    python docs/mlflow_pictures.py --uri sqlite:///W/mlflow.db --table fig5_partitions \
-        --metric best/recall_100 --param plan.batches_per_partition --out docs/images
+    python docs/mlflow_pictures.py --uri sqlite:///W/mlflow.db --table fig5_partitions
 
 `mlflow_runs.png`: the runs that carry the tag `table`. `mlflow_compare.png`: these runs after
 Compare, as parallel coordinates above the table of their params and metrics. Chromium is the
@@ -9,7 +8,9 @@ system's (`apt-get install chromium`), else the one that `playwright install chr
 """
 
 import argparse
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from playwright.sync_api import Page, sync_playwright
 
 SIZE = {"width": 1500, "height": 900}
@@ -36,8 +38,10 @@ def mlflow_ui(uri: str) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     server = subprocess.Popen(
         [*command, "--port", str(port), "--workers", "1"],
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # no job queues
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     address = f"http://127.0.0.1:{port}"
     try:
@@ -53,11 +57,11 @@ def mlflow_ui(uri: str) -> Iterator[str]:
             sys.exit(f"mlflow ui does not answer after {START_SECONDS} s")
         yield address
     finally:
-        server.terminate()
-        server.wait(30)
+        os.killpg(server.pid, signal.SIGKILL)  # with its workers; it only ever read
+        server.wait()
 
 
-def take_pictures(uri: str, table: str, metric: str, param: str, out: Path) -> list[Path]:
+def take_pictures(uri: str, table: str, out: Path) -> list[Path]:
     """Write both pictures into `out`; their paths.
 
     Raises:
@@ -68,39 +72,53 @@ def take_pictures(uri: str, table: str, metric: str, param: str, out: Path) -> l
     runs = client.search_runs(experiments, f"tags.table = '{table}'")
     if len(runs) < 2:
         raise ValueError(f"--table {table}: {len(runs)} runs in {uri} carry this tag, 2 are needed")
-    experiment = runs[0].info.experiment_id
+    nested = MLFLOW_PARENT_RUN_ID in runs[0].data.tags
     out.mkdir(parents=True, exist_ok=True)
     with mlflow_ui(uri) as address, sync_playwright() as playwright:
         chromium = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium)
         page = browser.new_page(viewport=SIZE)  # type: ignore[arg-type]
         page.set_default_timeout(1000 * START_SECONDS)
-        pictures = [out / "mlflow_runs.png", out / "mlflow_compare.png"]
         wanted = quote(f"tags.table = '{table}'")
-        page.goto(f"{address}/#/experiments/{experiment}/runs?searchFilter={wanted}")
-        page.get_by_text(runs[0].info.run_name).first.wait_for()
-        _settle(page)
-        page.screenshot(path=pictures[0])
-        page.get_by_role("checkbox", name="Press Space to toggle all rows selection").check()
-        page.get_by_role("button", name="Compare").click()
-        page.get_by_text("Parallel Coordinates Plot").wait_for()
-        _settle(page)
-        page.screenshot(path=pictures[1])
+        page.goto(
+            f"{address}/#/experiments/{runs[0].info.experiment_id}/runs?searchFilter={wanted}"
+        )
+        taken = _photograph(page, str(runs[0].info.run_name), nested, out)
         browser.close()
+    return taken
+
+
+def _photograph(page: Page, name: str, nested: bool, out: Path) -> list[Path]:
+    """The list of runs, one of which is called `name`, and what Compare shows of them."""
+    pictures = [out / "mlflow_runs.png", out / "mlflow_compare.png"]
+    run_names = page.locator("[role='gridcell'][col-id*='Run Name']")
+    run_names.first.wait_for()
+    close = page.locator("[data-component-id='mlflow.assistant.chat_panel.close']")
+    if close.count():
+        close.click()
+    if nested:
+        run_names.first.get_by_role("button").first.click()  # the sweep's row opens
+    page.get_by_text(name).first.wait_for()
+    boxes = page.get_by_role("checkbox", name="Press Space to toggle row").all()
+    for box in boxes[1:] if nested else boxes:  # the trials, not the sweep
+        box.check()
+    _settle(page)
+    page.screenshot(path=pictures[0])
+    page.get_by_role("button", name="Compare").click()
+    page.get_by_text("Parallel Coordinates Plot").wait_for()
+    _settle(page)
+    page.screenshot(path=pictures[1])
     return pictures
 
 
 def _settle(page: Page) -> None:
-    page.wait_for_load_state("networkidle")
-    page.wait_for_timeout(1500)  # the plot's drawing
+    page.wait_for_timeout(4000)  # the page polls its server, so it is never idle
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--uri", required=True, help="MLflow's backend store")
     parser.add_argument("--table", required=True, help="value of the tag `table`")
-    parser.add_argument("--metric", default="best/recall_100")
-    parser.add_argument("--param", required=True, help="the varied setting")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     arguments = parser.parse_args()
     for path in take_pictures(**vars(arguments)):

@@ -25,6 +25,7 @@ from acebert.sweep.trials import Outcome, points_tried
 
 PARTITION_LEAVES = ("plan.partitions", "plan.batches_per_partition")
 VALID, TEST, HARD = "#1f5fa8", "#d1495b", "#59a14f"
+FEW = 8  # values that are each marked on the axis
 LOG_FROM = 8  # values that span more than this factor are drawn on a logarithmic axis
 
 
@@ -53,8 +54,9 @@ def sweep_figure(name: str, space: Space, outcomes: Sequence[Outcome], path: Pat
         winner = best(space, outcomes)
         if winner is not None:
             x = _x(leaf, winner[0])
+            label = f"best by {METRICS[space.metric]}"
             for axes in grid[:, column]:
-                axes.axvline(x, color="0.6", linewidth=1, linestyle="--", zorder=0)
+                axes.axvline(x, color="0.6", linewidth=1, linestyle="--", zorder=0, label=label)
     grid[0, 0].legend(frameon=False, fontsize=8)
     seeds = len(space.seeds)
     figure.suptitle(f"{name}: {len(finished)} trials, {seeds} seed{'s' if seeds > 1 else ''}")
@@ -135,8 +137,10 @@ def _label_x(column: Sequence[Axes], leaf: str, finished: Sequence[Outcome]) -> 
         and max(numbers) > LOG_FROM * min(numbers)
     ):
         bottom.set_xscale("log")
-        bottom.set_xticks(sorted(set(numbers)), [f"{x:g}" for x in sorted(set(numbers))])
-        bottom.minorticks_off()
+        if len(set(numbers)) <= FEW:
+            bottom.set_xticks(sorted(set(numbers)))
+            bottom.minorticks_off()
+        bottom.xaxis.set_major_formatter("{x:,g}")
     if leaf not in PARTITION_LEAVES or "partitions" not in finished[0].result:
         bottom.set_xlabel(leaf)
         return
@@ -148,6 +152,7 @@ def _label_x(column: Sequence[Axes], leaf: str, finished: Sequence[Outcome]) -> 
         return batches / np.maximum(x, 1e-9)  # its own inverse; the axis asks for 0 too
 
     second = top.secondary_xaxis("top", functions=(other, other))
+    second.xaxis.set_major_formatter("{x:,g}")
     second.set_xlabel("n/(P·W), batches in a partition")
     paper = batches / PAPER_BATCHES_PER_PARTITION
     for axes in column:

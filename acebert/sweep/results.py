@@ -114,7 +114,8 @@ def _plan_cells(result: dict[str, Any] | None) -> list[str]:
     if result is None:
         return ["-"] * 3
     per_partition, hard = result["batches_per_partition"], result["hard_share"]
-    return [f"{result['partitions']:,}", f"{per_partition:.3g}", f"{hard:.2f}"]
+    digits = ",.0f" if per_partition >= 100 else ".3g"
+    return [f"{result['partitions']:,}", f"{per_partition:{digits}}", f"{hard:.2f}"]
 
 
 def mean_text(of: Sequence[float]) -> str:
