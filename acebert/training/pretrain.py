@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from transformers.utils import logging as transformers_logging
 
 from acebert.config import Settings
 from acebert.data.feature_cache import open_features
@@ -113,6 +114,7 @@ def _export(
         segments = model.ce_bert.embeddings.token_type_embeddings.weight
         with torch.no_grad():
             segments[HOT_QUERY] = segments[TITLE]
+    transformers_logging.disable_progress_bar()  # one file
     model.save_pretrained(out)
     shutil.copytree(paths.tokens / "tokenizer", out, dirs_exist_ok=True)
     pq.write_table(progress.history, out / "history.parquet")
