@@ -11,7 +11,7 @@ from acebert.data.cnn_labels import PhotoLabels
 from acebert.training.cnn_validation import HeldOutPhotos, Predictions
 
 ROWS, COLUMNS = 4, 6
-WORDS = 6
+WORDS = 5
 
 
 def draw_held_out(
@@ -34,7 +34,7 @@ def draw_held_out(
                 lines[0] += "" if own == guess else f" (is {labels.categories[own]})"
         words = _words(labels.tags, said.tags[i], held_out.named[i])
         axis.text(0.5, -0.03, "\n".join(lines), color=colour, **_below(axis))
-        axis.text(0.5, -0.12 if lines else -0.03, textwrap.fill(words, 30), **_below(axis))
+        axis.text(0.5, -0.12 if lines else -0.03, textwrap.fill(words, 34), **_below(axis))
     for axis in axes:
         axis.set_axis_off()
     figure.suptitle(
