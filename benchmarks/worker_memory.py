@@ -29,6 +29,7 @@ from acebert.config import Settings, load_settings, settings_from
 from acebert.data import demo_log
 from acebert.data.demo_catalogue import KINDS, catalogue, day, product_id, titles
 from acebert.data.features import Shard, write_shard, write_shard_list
+from acebert.data.partitions import SCHEMA, STEPS_SCHEMA, epoch_dir, part_file
 
 PATCH_DIM = 64
 SHARD = 5_000
@@ -94,10 +95,27 @@ def draw_features(out: Path, products: int) -> None:
     write_shard_list(out, entries, PATCH_DIM, 0)
 
 
+def draw_plan(out: Path, pairs_file: Path, batch_size: int) -> None:
+    """One epoch of batches drawn at random, in the plan's files: no Ray is needed for that."""
+    pairs = pq.read_table(pairs_file, columns=["pair", "query", "product"])
+    order = np.random.default_rng(0).permutation(len(pairs))
+    steps, remainder = divmod(len(pairs), batch_size)
+    epoch = epoch_dir(out, 0)
+    epoch.mkdir(parents=True)
+    with pa.ipc.new_file(str(part_file(out, 0, 0)), SCHEMA) as file:
+        file.write_table(pairs.take(order).combine_chunks().cast(SCHEMA), batch_size)
+    rows = steps + (remainder > 0)
+    columns = [np.zeros(rows, np.int32), np.arange(rows, dtype=np.int32)]
+    with pa.ipc.new_file(str(epoch / "steps.arrow"), STEPS_SCHEMA) as file:
+        file.write_table(pa.table(columns, schema=STEPS_SCHEMA))
+    counts = {"pairs": len(pairs), "batch_size": batch_size, "partitions": 1, "epochs": 1}
+    report: dict[str, object] = {**counts, "remainder": remainder, "hard_share_by_epoch": []}
+    (out / "report.json").write_text(json.dumps(report))
+
+
 def prepare(settings: Settings, scratch: Path) -> dict[str, str]:
     """The stages that a worker reads; their paths as StagePaths has them."""
     from acebert.data.ingest import ingest
-    from acebert.data.partitions import plan
     from acebert.data.tokens import tokenize
 
     files = str(scratch / "products.parquet"), str(scratch / "impressions")
@@ -106,9 +124,13 @@ def prepare(settings: Settings, scratch: Path) -> dict[str, str]:
     features.mkdir()
     lists = ingested.path / "product_hot_lists.parquet"
     draw_features(features, pq.read_metadata(lists).num_rows)
-    stages = {"ingest": ingested, "tokens": tokenize(settings, ingested)}
-    stages["plan"] = plan(settings, ingested)
-    return {name: str(stage.path) for name, stage in stages.items()} | {"features": str(features)}
+    draw_plan(scratch / "plan", ingested.path / "pairs.parquet", settings.train.batch_size)
+    return {
+        "ingest": str(ingested.path),
+        "tokens": str(tokenize(settings, ingested).path),
+        "features": str(features),
+        "plan": str(scratch / "plan"),
+    }
 
 
 def anonymous() -> float:
