@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -30,13 +31,17 @@ from acebert.sweep.space import Space, Trial, check_space
 from acebert.sweep.training import Prepared
 from acebert.sweep.trials import Objective, Outcome, points_tried, run_trials
 from acebert.tracking import Run, log_model, start_run
+from acebert.training.harness import HOW_IT_RUNS
 from acebert.workdir import digest_of
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
-NO_PART_OF_IT = {"recipe", "workdir", "tracking", "eval"}
-"""of the settings: change nothing that a trial trains"""
+NO_PART_OF_IT: Any = {
+    **dict.fromkeys(("recipe", "workdir", "tracking", "eval"), True),
+    "train": set(HOW_IT_RUNS),
+}
+"""of the settings: what changes nothing that a trial trains"""
 
 
 def sweep(
@@ -73,7 +78,8 @@ def sweep(
     directory = settings.workdir / "sweep" / f"{name}-{digest}"
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / ".lock"):
-        one = _Sweep(base, name, digest, space, directory, Records(directory / "trials"))
+        records = Records(directory / "trials")
+        one = _Sweep(settings, base, name, digest, space, directory, records)
         if one.is_done(ready.trials, evaluate):
             log.info("sweep: reused %s", directory)
             print(table_text(space, one.records.ended()))
@@ -84,7 +90,9 @@ def sweep(
 
 @dataclass
 class _Sweep:
+    settings: Settings
     base: Settings
+    """the settings with each worker's place in the cluster"""
     name: str
     digest: str
     space: Space
@@ -93,7 +101,7 @@ class _Sweep:
 
     def is_done(self, trials: list[Trial], evaluate: bool) -> bool:
         finished = [o for o in self.records.ended() if o.status == "finished"]
-        tested = all("test_gauc" in o.result for o in finished) or not evaluate
+        tested = all("test_row" in o.result for o in finished) or not evaluate
         written = (self.directory / "report.txt").exists() and tested
         return written and not self._to_do(trials) and not self._points_left()
 
@@ -184,7 +192,7 @@ class _Sweep:
         tracking = self.base.tracking.model_copy(update={"tag": None})
         base = self.base.model_copy(update={"tracking": tracking})
         for outcome in self.records.ended():
-            if outcome.status != "finished" or "test_gauc" in outcome.result:
+            if outcome.status != "finished" or "test_row" in outcome.result:
                 continue
             settings = outcome.trial.settings(base)
             _, row = evaluate_stage(settings, Path(outcome.result["model"]))
@@ -204,7 +212,7 @@ class _Sweep:
         sweep_figure(self.name, self.space, outcomes, self.directory / "sweep.png")
         winner = best(self.space, outcomes)
         if winner is not None:
-            write_recipe(winner[0], self.base, self.directory / "best.yaml")
+            write_recipe(winner[0], self.settings, self.directory / "best.yaml")
             run.log_metrics(
                 {
                     f"best/{m}": float(np.mean(values(winner, m)))

@@ -131,7 +131,12 @@ class Trial:
 
 
 def point_words(point: Point) -> list[str]:
-    return [f"{leaf.split('.')[-1]}={short(value)}" for leaf, value in point.items()]
+    """`leaf=value`, with the leaf's section where two leaves are called alike."""
+    names = [leaf.split(".")[-1] for leaf in point]
+    return [
+        f"{name if names.count(name) == 1 else leaf}={short(value)}"
+        for name, (leaf, value) in zip(names, point.items(), strict=True)
+    ]
 
 
 def short(value: object) -> str:

@@ -22,6 +22,7 @@ from acebert.data.plan_arithmetic import Layout, layout_of
 from acebert.errors import UserError
 from acebert.pipeline import catalogue_stages, finetune_stage, ingest_stage, plan_stage
 from acebert.sweep.space import Space, Trial, corner_trials, trials_of
+from acebert.training import finetune
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Prepared:
     """What a sweep needs to know before its first trial."""
 
     identity: str
-    """of what the trials share and the settings do not tell: the data"""
+    """of what the trials share and the settings do not tell: the data, the version of the stage"""
     trials: list[Trial]
     """to run; none where the search finds them itself"""
 
@@ -49,12 +50,13 @@ def prepare(base: Settings, space: Space) -> Prepared:
             the stages raise.
     """
     ingested = ingest_stage(base)
+    identity = f"{ingested.digest} {finetune.VERSION}"
     pairs = count_pairs(ingested.path / "pairs.parquet")
     if space.search == "optuna":
         for corner in corner_trials(space):
             _layout(pairs, corner, base)
         catalogue_stages(base)
-        return Prepared(ingested.digest, [])
+        return Prepared(identity, [])
 
     trials: list[Trial] = []
     seen: dict[str, Trial] = {}
@@ -68,7 +70,7 @@ def prepare(base: Settings, space: Space) -> Prepared:
         seen[same] = trial
         trials.append(trial)
     _build_stages([_untracked(trial.settings(base)) for trial in trials])
-    return Prepared(ingested.digest, trials)
+    return Prepared(identity, trials)
 
 
 def _layout(pairs: int, trial: Trial, base: Settings) -> Layout:

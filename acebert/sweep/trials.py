@@ -72,7 +72,7 @@ def run_trials(
         storage: directory for Tune's own files, which nothing here reads again.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; running trials are stopped first.
+        KeyboardInterrupt: Ctrl-C; what still runs ends with this process.
     """
     tree = base.model_dump()
     directory = os.getcwd()  # relative paths in the settings start here

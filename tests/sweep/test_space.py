@@ -142,3 +142,8 @@ def test_a_space_that_is_not_there_or_no_yaml_is_said_so(tmp_path: Path):
     bad.write_text("- 1")
     with pytest.raises(UserError, match="a space is a mapping"):
         read_space(bad)
+
+
+def test_a_trials_name_tells_two_leaves_of_one_name_apart():
+    trial = Trial({"train.lr": 0.001, "adversary.lr": 0.01, "loss.gamma": 20}, seed=0)
+    assert trial.name == "train.lr=0.001 adversary.lr=0.01 gamma=20 seed=0"
