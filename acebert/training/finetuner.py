@@ -113,8 +113,10 @@ class Finetuner:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 return module(*part)
 
-        parts = batch.parts(self.settings.train.micro_batch)
-        cached = len(parts) > 1
+        micro_batch, b = self.settings.train.micro_batch, len(batch.query.pair_row)
+        parts = batch.parts(micro_batch)
+        # By b, which is the same on all ranks, not by the rows: the order of collectives must be.
+        cached = micro_batch is not None and micro_batch < b
         if cached:
             queries, products = embed_parts(encode, self.encoders, parts)
         else:

@@ -49,8 +49,9 @@ log = logging.getLogger(__name__)
 
 HOW_IT_RUNS = frozenset(
     {
-        *("num_workers", "min_workers", "use_gpu", "cpus_per_worker", "threads_per_worker"),
-        *("max_failures", "wait_minutes", "checkpoint_every", "checkpoints_kept"),
+        *("micro_batch", "num_workers", "min_workers", "use_gpu", "cpus_per_worker"),
+        *("threads_per_worker", "max_failures", "wait_minutes"),
+        *("checkpoint_every", "checkpoints_kept"),
     }
 )
 """leaves of `train` that do not belong in a stage's key: a run goes on when they change"""
