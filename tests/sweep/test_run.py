@@ -96,7 +96,10 @@ sweep(settings, "toy", space, prepare=prepare, train=make_toy())
 """
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda stop: stop.name
+)
 @pytest.mark.parametrize(
     "space",
     [
