@@ -5,8 +5,8 @@
 `acebert_tiny`'s size and a 4-layer BERT of width 384 with BERT's vocabulary, titles and queries of
 random words, W=128 and 384. Blocks of steps with a checkpoint and blocks without take turns, and a
 block's time is all of it, the writing behind the steps included. `stall` is how long `save` kept
-the step waiting, `sync` what writing it there and then would take. `share` is what is lost with a
-checkpoint every `--every` steps.
+the step waiting, `copy` its CPU time, `sync` what writing it there and then would take, `write` the
+CPU time of that. `share` is what is lost with a checkpoint every `--every` steps.
 """
 
 import argparse
@@ -81,7 +81,8 @@ def measure(size: Size, blocks: int, directory: Path) -> dict[str, float]:
     for _ in range(3):
         trainer.step()
     checkpoints.save(trainer.tensors(), progress)  # the buffers are made once
-    seconds: dict[str, list[float]] = {"with": [], "without": [], "stall": [], "sync": []}
+    kinds = ("with", "without", "stall", "copy", "sync", "write")
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for block in range(2 * blocks):
         checkpoints.wait()
         kind = "with" if block % 2 else "without"
@@ -90,15 +91,17 @@ def measure(size: Size, blocks: int, directory: Path) -> dict[str, float]:
             trainer.step()
             progress.step += 1
             if kind == "with" and i == 0:
-                before = time.perf_counter()
+                before, cpu = time.perf_counter(), time.thread_time()
                 checkpoints.save(trainer.tensors(), progress)
+                seconds["copy"].append(time.thread_time() - cpu)
                 seconds["stall"].append(time.perf_counter() - before)
         seconds[kind].append(time.perf_counter() - start)
     for _ in range(3):
         progress.step += 1
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         checkpoints.save(trainer.tensors(), progress)
         checkpoints.wait()
+        seconds["write"].append(time.process_time() - cpu)
         seconds["sync"].append(time.perf_counter() - start)
     found = {name: float(np.median(values)) for name, values in seconds.items()}
     pairs = zip(seconds["with"], seconds["without"], strict=True)
@@ -117,8 +120,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(
-        f"{'size':<14}{'MiB':>8}{'step ms':>10}{'stall ms':>10}{'lost ms':>10}{'sync ms':>10}"
-        f"{'share':>9}"
+        f"{'size':<14}{'MiB':>8}{'step ms':>10}{'stall ms':>10}{'copy ms':>10}{'lost ms':>10}"
+        f"{'sync ms':>10}{'write ms':>10}{'share':>9}"
     )
     for size in SIZES:
         with tempfile.TemporaryDirectory() as scratch:
@@ -126,7 +129,8 @@ def main() -> None:
         step = found["without"] / size.steps_a_block
         print(
             f"{size.name:<14}{found['bytes'] / 2**20:>8.0f}{1e3 * step:>10.0f}"
-            f"{1e3 * found['stall']:>10.1f}{1e3 * found['lost']:>10.1f}{1e3 * found['sync']:>10.1f}"
+            f"{1e3 * found['stall']:>10.1f}{1e3 * found['copy']:>10.1f}{1e3 * found['lost']:>10.1f}"
+            f"{1e3 * found['sync']:>10.1f}{1e3 * found['write']:>10.1f}"
             f"{found['lost'] / (args.every * step):>9.2%}"
         )
 
