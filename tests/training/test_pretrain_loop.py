@@ -106,6 +106,28 @@ def test_masks_and_lengths_alone_do_not_tell_which_pairs_match(
     assert len(np.unique(score)) > 100
 
 
+def test_the_mean_of_the_ranks_gradients_is_the_gradient_of_the_whole_batch(
+    settings: Settings, handmade_paths: StagePaths
+) -> None:
+    """What DDP averages; ranks have different numbers of masked words, patches and pairs."""
+    settings = settings.model_copy(
+        update={"model": settings.model.model_copy(update={"dropout": 0.0})}
+    )
+
+    def gradients(rank: int, world: int) -> dict[str, torch.Tensor]:
+        batch = PretrainBatches(settings, handmade_paths, rank, world).batch(3)
+        trainer = Pretrainer(settings, new_model(settings, handmade_paths), CPU, 0, 1)
+        trainer.world = world
+        losses, _ = trainer._losses(trainer.model(batch.inputs), batch)
+        sum(losses.values()).backward()
+        return {name: p.grad for name, p in trainer.model.named_parameters()}
+
+    whole, ranks = gradients(0, 1), [gradients(rank, 4) for rank in range(4)]
+    for name, grad in whole.items():
+        mean = torch.stack([rank[name] for rank in ranks]).mean(dim=0)
+        torch.testing.assert_close(mean, grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
 def test_a_run_resumed_in_the_middle_of_an_epoch_has_the_same_losses_and_weights(
     settings: Settings, handmade_paths: StagePaths
 ) -> None:
