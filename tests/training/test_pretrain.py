@@ -174,7 +174,8 @@ def test_every_product_with_title_and_photo_is_listed_the_least_fitting_first(
     row_of = {product_id: row for row, product_id in enumerate(products["product_id"].to_pylist())}
     for i in range(0, listed.num_rows, 25):
         row = np.array([row_of[listed["product_id"][i].as_py()]])
-        ids = torch.tensor([tokenizer(listed["title"][i].as_py())["input_ids"]])
+        pieces = tokenizer(listed["title"][i].as_py(), add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([[tokenizer.cls_token_id, *pieces, tokenizer.sep_token_id]])
         text = TextInputs(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids))
         patches, pixels = features.patches(row), features.pixels(row)
         image = ImageInputs(
