@@ -10,6 +10,7 @@ given again goes on where a sweep was stopped. The last line printed is its dire
 import argparse
 from pathlib import Path
 
+from acebert.cluster import leave
 from acebert.config import Settings
 from acebert.job import run_job
 from acebert.sweep.run import sweep
@@ -18,7 +19,9 @@ from acebert.sweep.space import read_space
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
     path = arguments.space
-    print(sweep(settings, path.stem, read_space(path), evaluate=arguments.evaluate))
+    directory = sweep(settings, path.stem, read_space(path), evaluate=arguments.evaluate)
+    leave()
+    print(directory)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Train the patch CNN on the catalogue (Ray Train); the last line printed is its weights file."""
 
+from acebert.cluster import leave
 from acebert.config import Settings
 from acebert.job import run_job
 from acebert.pipeline import cnn_stage
@@ -7,7 +8,9 @@ from acebert.training.train_cnn import WEIGHTS
 
 
 def work(settings: Settings) -> None:
-    print(cnn_stage(settings).path / WEIGHTS)
+    cnn = cnn_stage(settings)
+    leave()
+    print(cnn.path / WEIGHTS)
 
 
 if __name__ == "__main__":

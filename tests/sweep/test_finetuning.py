@@ -30,23 +30,32 @@ def tiny(workdir: Path, *more: str) -> Settings:
 def test_a_trial_trains_as_the_job_alone_does_and_asha_stops_one_that_is_behind(
     tmp_path: Path, ray_cluster: None
 ):
-    """One sweep, for each fine-tuning costs seconds of start-up."""
-    base = tiny(tmp_path / "sweep")
+    """One sweep, for each fine-tuning costs seconds of start-up. It is long enough for Tune to get
+    a word in before a trial is over."""
+    long = [
+        *["--train.max_steps", "500", "--train.epochs", "40"],
+        *["--train.validate_every", "50", "--train.patience", "99"],
+    ]
+    base = tiny(tmp_path / "sweep", *long)
     space = Space(
-        vary={"train.lr": [1e-3, 1e-9]}, seeds=(3,), asha={"first_rung": 4, "reduction": 2}
+        vary={"train.lr": [1e-3, 1e-9]},
+        seeds=(3,),
+        metric="gauc",
+        asha={"first_rung": 50, "reduction": 2},
     )
     directory = sweep(base, "rates", space, evaluate=True)
     learns, frozen = pq.read_table(directory / "trials.parquet").to_pylist()
-    assert (learns["status"], learns["step"]) == ("finished", 8)
-    assert (frozen["status"], frozen["step"]) == ("stopped", 4)
+    assert (learns["status"], learns["step"]) == ("finished", 500)
+    assert frozen["status"] == "stopped"
+    assert 50 <= frozen["step"] < 500
     assert 0 < learns["test_recall_100"] <= 1
 
-    alone = tiny(tmp_path / "alone", "--seed", "3", "--train.lr", "1e-3")
+    alone = tiny(tmp_path / "alone", "--seed", "3", "--train.lr", "1e-3", *long)
     histories = [
         pq.read_table(Path(model) / "history.parquet")["loss"].to_pylist()
         for model in (learns["model"], finetune_stage(alone).path)
     ]
-    assert len(histories[0]) == 8
+    assert len(histories[0]) == 500
     assert histories[0] == histories[1]
 
     recipe = ["--recipe", str(directory / "best.yaml"), "--workdir", str(tmp_path / "sweep")]
