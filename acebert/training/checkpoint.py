@@ -204,7 +204,8 @@ class Checkpoints:
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*aside.iterdir(), aside]:
             _sync(path)
-        shutil.rmtree(final, ignore_errors=True)  # this step's, if a process that lost it wrote it
+        if final.exists():  # this step's, written by a process that lost it
+            _discard(final)
         os.rename(aside, final)
         _sync(self.directory)
         self._prune()
@@ -215,7 +216,14 @@ class Checkpoints:
         kept = {*newest, *(self.at(_counters(path)["best_step"]) for path in newest)}
         for path in paths:
             if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+                _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint at once: a process killed here leaves no half of it under its name."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:6]}")
+    os.rename(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_tensors(path: Path, device: torch.device) -> dict[str, Any]:
