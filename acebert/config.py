@@ -119,7 +119,28 @@ class ImageSettings(Section):
         return self
 
 
-class CNNSettings(Section):
+class ScheduleSettings(Section):
+    """Budget, learning rate and optimiser of a training."""
+
+    epochs: int = Field(3, ge=1)
+    """passes over what it trains on"""
+    max_steps: int | None = Field(None, ge=1)
+    """steps at most"""
+    max_minutes: float | None = Field(None, gt=0)
+    """training time at most [min]; the learning rate decays over whichever end comes first"""
+    lr: float = Field(5e-5, gt=0)
+    """peak learning rate of AdamW"""
+    new_layer_lr_factor: float = Field(1.0, gt=0)
+    """the learning rate of layers without start weights is this many times lr"""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decay, of matrices only"""
+    warmup_steps: int = Field(100, ge=0)
+    """steps of linear warm-up"""
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    """schedule after the warm-up"""
+
+
+class CNNSettings(ScheduleSettings):
     """Training of the patch CNN on the catalogue itself, for `image.cnn_weights trained`. Workers,
     precision and clipping are those of `train`."""
 
@@ -142,20 +163,12 @@ class CNNSettings(Section):
     """share of the photos that is held out to measure on"""
     batch_size: int = Field(256, ge=2)
     """photos in a batch"""
-    epochs: int = Field(3, ge=1)
-    """passes over the photos"""
-    max_steps: int | None = Field(None, ge=1)
-    """steps at most"""
-    max_minutes: float | None = Field(None, gt=0)
-    """training time at most [min]; the learning rate decays over whichever end comes first"""
     lr: float = Field(3e-4, gt=0)
     """peak learning rate of AdamW"""
     new_layer_lr_factor: float = Field(10.0, gt=0)
     """the learning rate of the two heads is this many times lr"""
     weight_decay: float = Field(0.05, ge=0)
     """AdamW's decay, of matrices only"""
-    warmup_steps: int = Field(100, ge=0)
-    """steps of linear warm-up"""
     decay: Literal["linear", "cosine", "constant"] = "cosine"
     """schedule after the warm-up"""
     seed: int = 0
@@ -259,7 +272,7 @@ class AdversarySettings(Section):
     """learning rate of the classifier's own Adam"""
 
 
-class PretrainSettings(Section):
+class PretrainSettings(ScheduleSettings):
     """Pre-training of CE-BERT with MLM, MPM and TIP (paper section 2.2). Workers, precision and
     clipping are those of `train`."""
 
@@ -281,28 +294,16 @@ class PretrainSettings(Section):
     """steps between validations"""
     batch_size: int = Field(96, ge=2)
     """titles and queries in a batch; a title comes 1 + negatives times"""
-    epochs: int = Field(3, ge=1)
-    """passes over the catalogue"""
-    max_steps: int | None = Field(None, ge=1)
-    """steps at most"""
-    max_minutes: float | None = Field(None, gt=0)
-    """training time at most [min]; the learning rate decays over whichever end comes first"""
     lr: float = Field(2e-5, gt=0)
     """peak learning rate of AdamW (paper: 2e-5)"""
-    new_layer_lr_factor: float = Field(1.0, gt=0)
-    """the learning rate of layers that did not come from the backbone is this many times lr"""
-    weight_decay: float = Field(0.01, ge=0)
-    """AdamW's decay, of matrices only"""
     warmup_steps: int = Field(10_000, ge=0)
     """steps of linear warm-up (paper: 10,000)"""
-    decay: Literal["linear", "cosine", "constant"] = "linear"
-    """schedule after the warm-up"""
     seed: int = 0
     """seed of pre-training, apart from the fine-tuning's: its seeds share one start"""
 
 
-class TrainSettings(Section):
-    """Fine-tuning on Ray Train."""
+class TrainSettings(ScheduleSettings):
+    """Fine-tuning on Ray Train (paper: lr 5e-5)."""
 
     batch_size: int = Field(384, ge=2)
     """global batch W [pairs] (paper: 384)"""
@@ -320,22 +321,6 @@ class TrainSettings(Section):
     """CPUs that Ray reserves for a worker (none: an equal share of 90 % of the cluster's)"""
     threads_per_worker: int | None = Field(None, ge=1)
     """torch threads of a CPU worker (none: cores of its node over workers)"""
-    epochs: int = Field(3, ge=1)
-    """epochs of the partition plan"""
-    max_steps: int | None = Field(None, ge=1)
-    """encoder steps at most"""
-    max_minutes: float | None = Field(None, gt=0)
-    """training time at most [min]; the learning rate decays over whichever end comes first"""
-    lr: float = Field(5e-5, gt=0)
-    """peak learning rate of the encoder's AdamW (paper: 5e-5)"""
-    new_layer_lr_factor: float = Field(1.0, gt=0)
-    """the learning rate of layers that did not come from the backbone is this many times lr"""
-    weight_decay: float = Field(0.01, ge=0)
-    """AdamW's decay, of matrices only"""
-    warmup_steps: int = Field(100, ge=0)
-    """steps of linear warm-up"""
-    decay: Literal["linear", "cosine", "constant"] = "linear"
-    """schedule after the warm-up"""
     max_grad_norm: float = Field(1.0, gt=0)
     """gradients are clipped to this L2 norm"""
     precision: Literal["fp32", "bf16"] = "bf16"

@@ -146,6 +146,7 @@ def worker(job: dict[str, dict[str, object]]) -> None:
     from acebert.training.finetune import new_model
     from acebert.training.loop import run
     from acebert.training.pairs import PairBatches, StagePaths
+    from acebert.training.steps import Rank
 
     torch.set_num_threads(1)
     settings = settings_from(job["settings"])
@@ -155,15 +156,8 @@ def worker(job: dict[str, dict[str, object]]) -> None:
     opened.batch(0)
     at.append(anonymous())
     del opened
-    run(
-        settings,
-        paths,
-        new_model(settings, paths),
-        device=torch.device("cpu"),
-        rank=0,
-        world=1,
-        save=lambda tensors, progress: None,
-    )
+    alone = Rank(0, 1, torch.device("cpu"), save=lambda tensors, progress: None)
+    run(settings, paths, new_model(settings, paths), alone)
     at.append(anonymous())
     print(json.dumps(at))
 

@@ -20,7 +20,7 @@ from acebert.errors import UserError
 from acebert.training.prefetch import prefetched
 
 
-@dataclass(frozen=True)
+@dataclass
 class PhotoBatch:
     """One rank's rows (B) of a batch.
 
@@ -29,12 +29,14 @@ class PhotoBatch:
         views: how they are to be seen [B]
         category: int64 [B], -1 where there is none
         targets: float32 [B, T], 0 where nothing names the tag
+        waited: how long training waited for this batch [s]
     """
 
     photos: torch.Tensor
     views: Views
     category: torch.Tensor
     targets: torch.Tensor
+    waited: float = 0.0
 
     def to(self, device: torch.device) -> "PhotoBatch":
         return PhotoBatch(
@@ -42,6 +44,7 @@ class PhotoBatch:
             self.views,
             self.category.to(device, non_blocking=True),
             self.targets.to(device, non_blocking=True),
+            self.waited,
         )
 
 

@@ -1,14 +1,10 @@
-"""Training of the patch CNN in plain torch: steps, validations, checkpoints. No Ray here.
+"""The patch CNN's model and optimiser, batches, step and validation. No Ray here.
 
-A batch comes from (seed, epoch, step), a step's dropout from (seed, step, rank), as in fine-tuning
-(`acebert.training.loop`). BatchNorm counts on each rank alone, and rank 0's statistics are kept: it
-is what all trainers do on CPUs and most on GPUs, and here alone the number of ranks matters.
+BatchNorm counts on each rank alone, and rank 0's statistics are kept: it is what all trainers do on
+CPUs and most on GPUs, and here alone the number of ranks matters.
 """
 
-import logging
-import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,18 +14,62 @@ from torch.nn.parallel import DistributedDataParallel
 
 from acebert.config import Settings
 from acebert.data.augment import random_views
-from acebert.errors import UserError
 from acebert.models.parameters import adamw_groups
 from acebert.models.tagging import TaggingCNN, category_loss, tag_loss
 from acebert.training.checkpoint import Progress
 from acebert.training.cnn_batches import PhotoBatch, PhotoBatches
 from acebert.training.cnn_validation import HeldOutPhotos
-from acebert.training.ranks import rows_of_steps, same_on_all_ranks
-from acebert.training.schedule import lr_factor, progress
+from acebert.training.schedule import lr_factor
+from acebert.training.steps import Metrics, Rank, Training, train
 
-log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 10.0
+def run(settings: Settings, batches: PhotoBatches, model: TaggingCNN, rank: Rank) -> Progress:
+    """Train `model` on this rank until the budget is used, with a validation after each epoch
+    (`acebert.training.steps.train`).
+
+    Raises:
+        UserError: the loss is not finite. All ranks raise it at the same step.
+    """
+    return train(CNNTraining(settings, batches, model, rank), rank)
+
+
+class CNNTraining(Training[PhotoBatch]):
+    stage, section, unit = "cnn", "cnn", "photos"
+    said = (("loss of categories", "category"), ("of words", "tags"))
+
+    def __init__(
+        self, settings: Settings, batches: PhotoBatches, model: TaggingCNN, rank: Rank
+    ) -> None:
+        self.settings, self.rank = settings, rank
+        self.own = settings.cnn
+        self.batch_size = settings.cnn.batch_size
+        self.steps_per_epoch = self.validate_every = batches.steps_per_epoch
+        self.checkpoint_every = settings.train.checkpoint_every
+        self.batches = batches
+        self.held_out = HeldOutPhotos(batches.store, batches.labels)
+        self.validates_on = f"{len(self.held_out.products)} photos"
+        words = batches.labels.words_per_product()
+        self.trainer: CNNTrainer = CNNTrainer(
+            settings, model, words, rank.device, rank.rank, rank.world
+        )
+
+    def stream(self, start: int, stop: int) -> Iterator[PhotoBatch]:
+        return self.batches.stream(start, stop)
+
+    def step(self, batch: PhotoBatch, step: int, share: float) -> Metrics:
+        return self.trainer.step(batch, step, share)
+
+    def validate(self, state: Progress) -> dict[str, float]:
+        """By rank 0, whose BatchNorm statistics are kept; told to all."""
+        measured: list[dict[str, float]] = [{}]
+        if self.rank.rank == 0:
+            side = self.settings.image.cnn_side
+            bf16 = self.settings.train.precision == "bf16"
+            said = self.held_out.predict(self.trainer.model, side, bf16=bf16)
+            measured = [self.held_out.measure(said)]
+        if self.rank.world > 1:
+            dist.broadcast_object_list(measured, 0)
+        return measured[0]
 
 
 class CNNTrainer:
@@ -83,7 +123,8 @@ class CNNTrainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.max_grad_norm)
         self.optimizer.step()
         metrics = {"loss": loss, "category": of_category, "tags": of_tags, "grad_norm": norm}
-        metrics["lr"] = norm.new_tensor(self.own.lr * factor)
+        host = norm.new_tensor([self.own.lr * factor, batch.waited])
+        metrics["lr"], metrics["seconds_data"] = host.unbind()
         return {name: value.detach() for name, value in metrics.items()}
 
     def state(self) -> dict[str, Any]:
@@ -93,120 +134,3 @@ class CNNTrainer:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def run(
-    settings: Settings,
-    batches: PhotoBatches,
-    model: TaggingCNN,
-    *,
-    device: torch.device,
-    rank: int,
-    world: int,
-    save: Callable[[Mapping[str, Any], Progress], None],
-    resume: tuple[Mapping[str, Any], Progress] | None = None,
-) -> Progress:
-    """Train this rank until the budget is used; validation after each epoch.
-
-    `save(tensors, progress)` is called by every rank every `train.checkpoint_every` steps and after
-    each validation. `resume` is what an earlier `save` was given. With `world` > 1 a process group
-    is expected.
-
-    Raises:
-        UserError: the loss is not finite. All ranks raise it at the same step.
-    """
-    held_out = HeldOutPhotos(batches.store, batches.labels)
-    words = batches.labels.words_per_product()
-    trainer = CNNTrainer(settings, model, words, device, rank, world)
-    state = Progress()
-    if resume is not None:
-        trainer.load_state(resume[0])
-        state = resume[1]
-    own = settings.cnn
-    total = min(own.max_steps or 10**12, own.epochs * batches.steps_per_epoch)
-    if rank == 0:
-        log.info(
-            "cnn: %d steps of %d photos (%d an epoch), measured on %d",
-            total,
-            own.batch_size,
-            batches.steps_per_epoch,
-            len(held_out.products),
-        )
-    pending: list[dict[str, torch.Tensor]] = []
-    spoken = clock = time.perf_counter()
-    trainer.model.train()
-    for batch in batches.stream(state.step, total):
-        share = same_on_all_ranks(
-            progress(own, state.step, total, state.seconds), own.max_minutes, world
-        )
-        if share >= 1:
-            break
-        metrics = trainer.step(batch.to(device), state.step, share)
-        state.step += 1
-        now = time.perf_counter()
-        state.seconds += now - clock
-        metrics["seconds"] = torch.tensor(now - clock, device=device)
-        clock = now
-        pending.append(metrics)
-        if rank == 0 and now - spoken > SECONDS_BETWEEN_LINES:
-            _say(pending, state, total, share, own.batch_size)
-            spoken = now
-        validates = state.step % batches.steps_per_epoch == 0 or state.step == total
-        if validates or state.step % settings.train.checkpoint_every == 0:
-            _collect(pending, state, world)
-            if validates:
-                _validate(trainer, held_out, state)
-            save(trainer.state(), state)
-            clock = spoken = time.perf_counter()
-    if not state.validations or state.validations[-1]["step"] != state.step:
-        _collect(pending, state, world)
-        _validate(trainer, held_out, state)
-        save(trainer.state(), state)
-    return state
-
-
-def _collect(pending: list[dict[str, torch.Tensor]], state: Progress, world: int) -> None:
-    rows = rows_of_steps(pending, state.step, world)
-    for row in rows:
-        if not math.isfinite(row["loss"]):
-            raise UserError(
-                f"cnn: the loss is not finite after step {row['step']:.0f}. Lower --cnn.lr, raise "
-                "--cnn.warmup_steps, or set --train.precision fp32"
-            )
-    state.add_steps(rows)
-    pending.clear()
-
-
-def _say(
-    pending: list[dict[str, torch.Tensor]],
-    state: Progress,
-    total: int,
-    share: float,
-    batch_size: int,
-) -> None:
-    """A line on the last steps, as rank 0 saw them."""
-    rows = pending[-50:]
-    seconds = sum(float(row["seconds"]) for row in rows)
-    log.info(
-        "cnn: step %d of %d, loss of categories %.3f, of words %.3f, %.0f photos/s, %.0f s left",
-        state.step,
-        total,
-        sum(float(row["category"]) for row in rows) / len(rows),
-        sum(float(row["tags"]) for row in rows) / len(rows),
-        len(rows) * batch_size / seconds,
-        state.seconds * (1 - share) / share if share else float("nan"),
-    )
-
-
-def _validate(trainer: CNNTrainer, held_out: HeldOutPhotos, state: Progress) -> None:
-    """Measured by rank 0, whose BatchNorm statistics are kept; told to all."""
-    measured: list[dict[str, float]] = [{}]
-    if trainer.rank == 0:
-        side = trainer.settings.image.cnn_side
-        bf16 = trainer.settings.train.precision == "bf16"
-        measured = [held_out.measure(held_out.predict(trainer.model, side, bf16=bf16))]
-        values = ", ".join(f"{name} {value:.3f}" for name, value in measured[0].items())
-        log.info("cnn: step %d, held out: %s", state.step, values)
-    if trainer.world > 1:
-        dist.broadcast_object_list(measured, 0)
-    state.validations.append({"step": state.step, "seconds": state.seconds, **measured[0]})

@@ -4,15 +4,11 @@ The run is named by the stage's digest, so a job that was stopped and is started
 its newest checkpoint, in the same MLflow run (`acebert.training.harness`).
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-import yaml
 
 from acebert.config import Settings
 from acebert.data.features import FeatureStore
@@ -20,9 +16,11 @@ from acebert.data.tokens import backbone_digest, load_tokenizer, special_ids
 from acebert.errors import UserError
 from acebert.models.dual import DualEncoder
 from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors, why_broken
-from acebert.training.harness import HOW_IT_RUNS, Rank, run_directory, train_on_ray
+from acebert.training.harness import HOW_IT_RUNS, run_directory, train_on_ray
 from acebert.training.loop import run
 from acebert.training.pairs import StagePaths
+from acebert.training.record import RECORD, write_record
+from acebert.training.steps import Rank
 from acebert.workdir import Stage, digest_of, run_stage
 
 VERSION = 1
@@ -76,7 +74,7 @@ def finetune(
         with start_run(settings, "finetune", digest_of(key), tags=tags) as mlrun:
             checkpoints = train_on_ray(settings, "finetune", key, _worker, config, mlrun)
             _export(settings, config, checkpoints, mlrun.run_id, out)
-            for artifact in ("settings.yaml", "report.json", "history.parquet", "valid.parquet"):
+            for artifact in RECORD:
                 mlrun.log_artifact(out / artifact)
             log_model(settings, mlrun, out)
 
@@ -107,16 +105,7 @@ def new_model(settings: Settings, paths: StagePaths, start: Path | None = None) 
 
 
 def _worker(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
-    run(
-        settings,
-        config["paths"],
-        new_model(settings, config["paths"], config["start"]),
-        device=rank.device,
-        rank=rank.rank,
-        world=rank.world,
-        save=rank.save,
-        resume=rank.resume,
-    )
+    run(settings, config["paths"], new_model(settings, config["paths"], config["start"]), rank)
 
 
 def _export(
@@ -137,16 +126,10 @@ def _export(
     model.load_state_dict(load_tensors(best, torch.device("cpu"))["model"])
     model.save(out)
     shutil.copytree(paths.tokens / "tokenizer", out / "tokenizer")
-    pq.write_table(progress.history, out / "history.parquet")
-    pq.write_table(pa.Table.from_pylist(progress.validations), out / "valid.parquet")
-    tree = settings.model_dump(mode="json")
-    (out / "settings.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     (chosen,) = (row for row in progress.validations if row["step"] == progress.best_step)
     report = {
         "mlflow_run": run_id,
-        "steps": progress.step,
         "pairs": progress.step * settings.train.batch_size,
-        "train_seconds": progress.seconds,
         "best": chosen,
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_record(out, settings, progress, report)

@@ -16,7 +16,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +39,7 @@ from acebert.training.checkpoint import (
     load_progress,
     load_tensors,
 )
+from acebert.training.steps import Rank
 from acebert.workdir import digest_of
 
 if TYPE_CHECKING:
@@ -56,24 +56,6 @@ HOW_IT_RUNS = frozenset(
 )
 """leaves of `train` that do not belong in a stage's key: a run goes on when they change"""
 MLFLOW_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Rank:
-    """One process of the group, as the worker function sees it.
-
-    Attributes:
-        rank, world: this process and how many there are
-        device: where to train
-        resume: the tensors and progress to go on from, None at the start
-        save: `save(tensors, progress)` for a checkpoint; returns when the tensors are copied
-    """
-
-    rank: int
-    world: int
-    device: torch.device
-    resume: tuple[dict[str, Any], Progress] | None
-    save: Callable[[Mapping[str, Any], Progress], None]
 
 
 Worker = Callable[[Settings, dict[str, Any], Rank], None]
@@ -227,7 +209,7 @@ def _run_rank(loop: dict[str, Any]) -> str | None:
 
     try:
         try:
-            loop["worker"](settings, loop["config"], Rank(rank, world, device, resume, save))
+            loop["worker"](settings, loop["config"], Rank(rank, world, device, save, resume))
         finally:
             checkpoints.wait()
     except UserError as error:

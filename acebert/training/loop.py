@@ -1,217 +1,86 @@
-"""Fine-tuning in plain torch: encoder steps, domain-classifier steps, validation, early stop.
+"""Fine-tuning's batches, steps, validation and early stop. No Ray here.
 
-No Ray here: `run` trains one rank of a process group (or alone) and hands its state to `save`.
-
-* A batch comes from (seed, epoch, step), a step's dropout from (seed, step, rank): a run that is
-  resumed from a checkpoint repeats what the undisturbed one does, bit for bit with the same number
-  of ranks and threads. Another number of ranks sees the same global batches, other dropout.
-* k encoder steps, then one step of the domain classifier (paper section 3.3.2).
-* Metrics stay tensors on the device until somebody looks at them.
+k encoder steps, then one step of the domain classifier (paper section 3.3.2).
 """
 
-import logging
-import math
-import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from acebert.config import Settings, TrainSettings
+from acebert.config import Settings
 from acebert.errors import UserError
 from acebert.models.dual import DualEncoder
 from acebert.training.checkpoint import Progress
 from acebert.training.finetuner import Finetuner
-from acebert.training.pairs import InputStore, PairBatches, StagePaths
-from acebert.training.schedule import progress
+from acebert.training.pairs import InputStore, PairBatches, StagePaths, TrainBatch
+from acebert.training.steps import Metrics, Rank, Training, train
 from acebert.training.validation import ValidationSample
 
-log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 10.0
-
-
-def run(
-    settings: Settings,
-    paths: StagePaths,
-    model: DualEncoder,
-    *,
-    device: torch.device,
-    rank: int,
-    world: int,
-    save: Callable[[Mapping[str, Any], Progress], None],
-    resume: tuple[Mapping[str, Any], Progress] | None = None,
-) -> Progress:
-    """Train this rank until the budget is used or the validation metric stops improving.
-
-    `save(tensors, progress)` is called by every rank every `train.checkpoint_every` steps and after
-    each validation; the tensors are those that train, for it to copy. `resume` is what an earlier
-    `save` was given. With `world` > 1 a process group is expected.
+def run(settings: Settings, paths: StagePaths, model: DualEncoder, rank: Rank) -> Progress:
+    """Fine-tune `model` on this rank until the budget is used or the validation metric stops
+    improving (`acebert.training.steps.train`).
 
     Raises:
-        UserError: loss or weights are not finite, or the validation day measures nothing. All
+        UserError: loss or embeddings are not finite, or the validation day measures nothing. All
             ranks raise it at the same step.
     """
-    batches = PairBatches(settings, paths, rank, world, device)
-    sample = ValidationSample.draw(settings, paths)
-    tuner = Finetuner(settings, model, device, rank, world)
-    state = Progress()
-    if resume is not None:
-        tuner.load_state(resume[0])
-        state = resume[1]
-    train = settings.train
-    total = min(train.max_steps or 10**12, train.epochs * batches.steps_per_epoch)
-    if rank == 0:
-        log.info(
-            "finetune: %d steps of %d pairs (%d an epoch), validation on %d queries, %d products",
-            total,
-            train.batch_size,
-            batches.steps_per_epoch,
-            len(sample.queries),
-            len(sample.products),
-        )
-    pending: list[dict[str, torch.Tensor]] = []
-    spoken = time.perf_counter()
-    share = 0.0
-    tuner.model.train()
-    clock = time.perf_counter()
-    for batch in batches.stream(state.step, 0 if _waited_enough(state, train) else total):
-        share = _same_on_all_ranks(
-            progress(train, state.step, total, state.seconds), train.max_minutes, world
-        )
-        if share >= 1:
-            break
-        metrics, v_q, v_p = tuner.encoder_step(batch.to(device), state.step, share)
-        state.step += 1
-        if settings.adversary.form != "off" and state.step % settings.adversary.k == 0:
-            metrics |= tuner.domain_step(v_q, v_p)
-        now = time.perf_counter()
-        state.seconds += now - clock
-        metrics["seconds"] = torch.tensor(now - clock, device=device)
-        clock = now
-        pending.append(metrics)
-        if rank == 0 and now - spoken > SECONDS_BETWEEN_LINES:
-            _say(pending, state, total, share, train.batch_size)
-            spoken = now
-        if state.step % train.validate_every == 0 or state.step == total:
-            _collect(pending, state, world)
-            _validate(tuner, sample, batches.inputs, state)
-            save(tuner.state(), state)
-            clock = spoken = time.perf_counter()
-            if _waited_enough(state, train):
-                if rank == 0:
-                    log.info("finetune: no better for %d validations, stops", state.since_best)
-                return state
-        elif state.step % train.checkpoint_every == 0:
-            _collect(pending, state, world)
-            save(tuner.state(), state)
-    if not state.validations or state.validations[-1]["step"] != state.step:
-        _collect(pending, state, world)
-        _validate(tuner, sample, batches.inputs, state)
-        save(tuner.state(), state)
-    return state
+    return train(FineTuning(settings, paths, model, rank), rank)
 
 
-def _waited_enough(state: Progress, train: TrainSettings) -> bool:
-    return state.since_best >= train.patience
+class FineTuning(Training[TrainBatch]):
+    stage, section, unit = "finetune", "train", "pairs"
+    said = (("loss", "loss"), ("in-batch accuracy", "accuracy"))
 
+    def __init__(
+        self, settings: Settings, paths: StagePaths, model: DualEncoder, rank: Rank
+    ) -> None:
+        self.settings = settings
+        self.own = settings.train
+        self.batch_size = settings.train.batch_size
+        self.validate_every = settings.train.validate_every
+        self.checkpoint_every = settings.train.checkpoint_every
+        self.batches = PairBatches(settings, paths, rank.rank, rank.world, rank.device)
+        self.steps_per_epoch = self.batches.steps_per_epoch
+        self.sample = ValidationSample.draw(settings, paths)
+        sample = self.sample
+        self.validates_on = f"{len(sample.queries)} queries, {len(sample.products)} products"
+        self.trainer: Finetuner = Finetuner(settings, model, rank.device, rank.rank, rank.world)
 
-def _same_on_all_ranks(share: float, max_minutes: float | None, world: int) -> float:
-    """Rank 0's view where the clock counts: the learning rate must not differ between ranks."""
-    if max_minutes is None or world == 1:
-        return share
-    value = torch.tensor([share])
-    if dist.get_backend() == "nccl":
-        value = value.cuda()
-    dist.broadcast(value, 0)
-    return float(value)
+    def stream(self, start: int, stop: int) -> Iterator[TrainBatch]:
+        return self.batches.stream(start, stop)
 
+    def step(self, batch: TrainBatch, step: int, share: float) -> Metrics:
+        metrics, v_q, v_p = self.trainer.encoder_step(batch, step, share)
+        adversary = self.settings.adversary
+        if adversary.form != "off" and (step + 1) % adversary.k == 0:
+            metrics |= self.trainer.domain_step(v_q, v_p)
+        return metrics
 
-def _collect(pending: list[dict[str, torch.Tensor]], state: Progress, world: int) -> None:
-    """Bring the pending steps' metrics, averaged over the ranks, into the history."""
-    if not pending:
-        return
-    values = torch.stack([v.float() for metrics in pending for v in metrics.values()])
-    if world > 1:
-        dist.all_reduce(values)
-        values /= world
-    of = iter(values.tolist())
-    first = state.step - len(pending) + 1
-    rows = [
-        {"step": step, **{name: next(of) for name in metrics}}
-        for step, metrics in enumerate(pending, first)
-    ]
-    for row in rows:
-        if not math.isfinite(row["loss"]):
-            raise _not_finite("loss", int(row["step"]))
-    state.add_steps(rows)
-    pending.clear()
+    def validate(self, state: Progress) -> dict[str, float]:
+        """Measure the sample, and note whether it is the best so far."""
+        queries, products = encode_sample(self.trainer, self.sample, self.batches.inputs)
+        if not (np.isfinite(queries).all() and np.isfinite(products).all()):
+            raise self.not_finite("embeddings", state.step)
+        measured = self.sample.measure(queries, products)
+        metric = self.settings.train.valid_metric
+        value = measured[metric]
+        if np.isnan(value):
+            raise UserError(
+                f"--train.valid_metric {metric}: the validation day has no search to measure it "
+                "on (no clicks, or no row that was not clicked)"
+            )
+        if value > state.best:
+            state.best, state.best_step, state.since_best = value, state.step, 0
+        else:
+            state.since_best += 1
+        return measured
 
-
-def _not_finite(what: str, step: int) -> UserError:
-    return UserError(
-        f"finetune: the {what} is not finite after step {step}. Lower --train.lr, raise "
-        "--train.warmup_steps, or set --train.precision fp32"
-    )
-
-
-def _say(
-    pending: list[dict[str, torch.Tensor]],
-    state: Progress,
-    total: int,
-    share: float,
-    batch_size: int,
-) -> None:
-    """A line on the last steps, as rank 0 saw them."""
-    rows = pending[-50:]
-    seconds = sum(float(row["seconds"]) for row in rows)
-    log.info(
-        "finetune: step %d of %d, loss %.3f, in-batch accuracy %.3f, %.0f pairs/s (%.0f %% of the "
-        "matrix peak, %.1f %% waiting for data), %.0f s left",
-        state.step,
-        total,
-        np.mean([float(row["loss"]) for row in rows]),
-        np.mean([float(row["accuracy"]) for row in rows]),
-        len(rows) * batch_size / seconds,
-        100 * np.nanmean([float(row["peak_share"]) for row in rows]),
-        100 * sum(float(row["seconds_data"]) for row in rows) / seconds,
-        state.seconds * (1 - share) / share if share else float("nan"),
-    )
-
-
-def _validate(
-    tuner: Finetuner, sample: ValidationSample, inputs: InputStore, state: Progress
-) -> None:
-    """Measure and note."""
-    start = time.perf_counter()
-    queries, products = encode_sample(tuner, sample, inputs)
-    if not (np.isfinite(queries).all() and np.isfinite(products).all()):  # equal on all ranks
-        raise _not_finite("embeddings", state.step)
-    measured = sample.measure(queries, products)
-    value = measured[tuner.settings.train.valid_metric]
-    if np.isnan(value):
-        raise UserError(
-            f"--train.valid_metric {tuner.settings.train.valid_metric}: the validation day has "
-            "no search to measure it on (no clicks, or no row that was not clicked)"
-        )
-    if value > state.best:
-        state.best, state.best_step, state.since_best = value, state.step, 0
-    else:
-        state.since_best += 1
-    state.validations.append({"step": state.step, "seconds": state.seconds, **measured})
-    if tuner.rank == 0:
-        log.info(
-            "finetune: step %d, validation GAUC %.4f, Recall@100 of the sample %.4f%s (%.1f s)",
-            state.step,
-            measured["gauc"],
-            measured["recall_100"],
-            ", best so far" if state.best_step == state.step else "",
-            time.perf_counter() - start,
-        )
-    tuner.model.train()
+    def is_over(self, state: Progress) -> bool:
+        return state.since_best >= self.settings.train.patience
 
 
 def encode_sample(

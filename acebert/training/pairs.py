@@ -9,7 +9,6 @@
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -277,11 +276,7 @@ class PairBatches:
                 return batch
             return _each(batch, lambda x: x if x.is_cuda else x.pin_memory())
 
-        asked = time.perf_counter()
-        for batch in prefetched(make, start, stop):
-            batch.waited = time.perf_counter() - asked
-            yield batch
-            asked = time.perf_counter()
+        return prefetched(make, start, stop)
 
 
 def _by_length(

@@ -4,15 +4,11 @@ What it writes is a Hugging Face directory (config, weights with heads, tokenize
 `model.backbone` for another catalogue.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-import yaml
 from transformers.utils import logging as transformers_logging
 
 from acebert.config import Settings
@@ -22,9 +18,11 @@ from acebert.models.encoder import HOT_QUERY, TITLE, load_backbone
 from acebert.models.pretraining import CEBertForPreTraining, start_pretraining
 from acebert.tracking import start_run
 from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors
-from acebert.training.harness import Rank, run_directory, train_on_ray
+from acebert.training.harness import run_directory, train_on_ray
 from acebert.training.pairs import StagePaths
 from acebert.training.pretrain_loop import run
+from acebert.training.record import RECORD, write_record
+from acebert.training.steps import Rank
 from acebert.workdir import Stage, digest_of, run_stage
 
 VERSION = 1
@@ -59,7 +57,7 @@ def pretrain(settings: Settings, ingested: Stage, tokens: Stage, features: Stage
         with start_run(settings, "pretrain", digest_of(key), tags=tags) as mlrun:
             checkpoints = train_on_ray(settings, "pretrain", key, _worker, {"paths": paths}, mlrun)
             _export(settings, paths, checkpoints, mlrun.run_id, out)
-            for artifact in ("settings.yaml", "report.json", "history.parquet", "valid.parquet"):
+            for artifact in RECORD:
                 mlrun.log_artifact(out / artifact)
 
     stage = run_stage(settings.workdir, "pretrain", key, build)
@@ -89,16 +87,7 @@ def new_model(settings: Settings, paths: StagePaths) -> CEBertForPreTraining:
 
 
 def _worker(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
-    run(
-        settings,
-        config["paths"],
-        new_model(settings, config["paths"]),
-        device=rank.device,
-        rank=rank.rank,
-        world=rank.world,
-        save=rank.save,
-        resume=rank.resume,
-    )
+    run(settings, config["paths"], new_model(settings, config["paths"]), rank)
 
 
 def _export(
@@ -117,15 +106,9 @@ def _export(
     transformers_logging.disable_progress_bar()  # one file
     model.save_pretrained(out)
     shutil.copytree(paths.tokens / "tokenizer", out, dirs_exist_ok=True)
-    pq.write_table(progress.history, out / "history.parquet")
-    pq.write_table(pa.Table.from_pylist(progress.validations), out / "valid.parquet")
-    tree = settings.model_dump(mode="json")
-    (out / "settings.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     report = {
         "mlflow_run": run_id,
-        "steps": progress.step,
         "texts": progress.step * settings.pretrain.batch_size,
-        "train_seconds": progress.seconds,
         "held_out": progress.validations[-1],
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_record(out, settings, progress, report)

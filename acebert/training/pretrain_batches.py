@@ -35,7 +35,7 @@ from acebert.training.prefetch import prefetched
 from acebert.training.pretrain_pairs import NO_PHOTO, Neighbours, Photos, lend, lenders_ahead
 
 
-@dataclass(frozen=True)
+@dataclass
 class PretrainBatch:
     """One rank's rows of a batch (B of them).
 
@@ -45,6 +45,7 @@ class PretrainBatch:
         matched: 1 where the photo is the title's own, float32 [B]
         paired: 1 where that is a question at all, else 0, float32 [B]
         all_words, all_patches, all_pairs: how many of each the ranks have together
+        waited: how long training waited for this batch [s]
     """
 
     inputs: PretrainInputs
@@ -54,6 +55,7 @@ class PretrainBatch:
     all_words: int
     all_patches: int
     all_pairs: int
+    waited: float = 0.0
 
     def to(self, device: torch.device) -> "PretrainBatch":
         return PretrainBatch(
@@ -64,6 +66,7 @@ class PretrainBatch:
             self.all_words,
             self.all_patches,
             self.all_pairs,
+            self.waited,
         )
 
 
@@ -196,7 +199,7 @@ class PretrainBatches:
         return product & self.has_image[np.where(product, texts, 0)]
 
     def stream(self, start: int, stop: int) -> Iterator[PretrainBatch]:
-        """Batches of steps start … stop − 1."""
+        """Batches of steps start … stop − 1, each made while the one before trains."""
         return prefetched(self.batch, start, stop)
 
     def batch(self, step: int) -> PretrainBatch:

@@ -77,7 +77,7 @@ class Pretrainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.max_grad_norm)
         self.optimizer.step()
         self.timer.mark("optimizer")
-        host = {"lr": self.settings.pretrain.lr * factor}
+        host = {"lr": self.settings.pretrain.lr * factor, "seconds_data": batch.waited}
         host |= {f"seconds_{part}": seconds for part, seconds in self.timer.seconds().items()}
         on_device = torch.tensor(list(host.values()), device=self.device).unbind()
         metrics |= {"loss": loss.detach(), "grad_norm": norm.detach()}

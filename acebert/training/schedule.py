@@ -6,12 +6,10 @@ that is cut by the clock still ends at a small learning rate.
 
 import math
 
-from acebert.config import CNNSettings, PretrainSettings, TrainSettings
-
-Schedule = TrainSettings | PretrainSettings | CNNSettings
+from acebert.config import ScheduleSettings
 
 
-def progress(settings: Schedule, step: int, total_steps: int, seconds: float) -> float:
+def progress(settings: ScheduleSettings, step: int, total_steps: int, seconds: float) -> float:
     """Share of the budget that is used, 0 to 1."""
     share = step / max(1, total_steps)
     if settings.max_minutes is not None:
@@ -19,7 +17,7 @@ def progress(settings: Schedule, step: int, total_steps: int, seconds: float) ->
     return min(1.0, share)
 
 
-def lr_factor(settings: Schedule, step: int, share: float) -> float:
+def lr_factor(settings: ScheduleSettings, step: int, share: float) -> float:
     """Factor on the peak learning rate at `step` (from 0) with `share` of the budget used."""
     warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
     if settings.decay == "linear":

@@ -6,7 +6,6 @@ For photos that are far from ImageNet's, and for machines that reach no hub. Wha
 file for `image.cnn_weights`; `trained` there has the pipeline make it first.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import yaml
 from safetensors.torch import save_file
 
 from acebert.config import Settings
@@ -30,7 +28,9 @@ from acebert.training.cnn_batches import CNNPaths, PhotoBatches
 from acebert.training.cnn_figure import draw_held_out
 from acebert.training.cnn_loop import run
 from acebert.training.cnn_validation import HeldOutPhotos, word_precision
-from acebert.training.harness import Rank, run_directory, train_on_ray
+from acebert.training.harness import run_directory, train_on_ray
+from acebert.training.record import write_record
+from acebert.training.steps import Rank
 from acebert.workdir import Stage, digest_of, run_stage
 
 VERSION = 1
@@ -108,16 +108,7 @@ def _start(settings: Settings) -> PatchCNN:
 
 def _worker(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
     batches = PhotoBatches(settings.cnn, config["paths"], rank.rank, rank.world)
-    run(
-        settings,
-        batches,
-        new_model(settings, batches.labels),
-        device=rank.device,
-        rank=rank.rank,
-        world=rank.world,
-        save=rank.save,
-        resume=rank.resume,
-    )
+    run(settings, batches, new_model(settings, batches.labels), rank)
 
 
 def _export(
@@ -137,20 +128,14 @@ def _export(
     model.load_state_dict(load_tensors(last, torch.device("cpu"))["model"])
     backbone = {name: t.contiguous() for name, t in model.backbone.state_dict().items()}
     save_file(backbone, out / WEIGHTS)
-    pq.write_table(progress.history, out / "history.parquet")
-    pq.write_table(pa.Table.from_pylist(progress.validations), out / "valid.parquet")
-    tree = settings.model_dump(mode="json")
-    (out / "settings.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     report = {
         "mlflow_run": run_id,
         "cnn": settings.image.cnn,
         "start": settings.cnn.start,
-        "steps": progress.step,
         "photos": progress.step * settings.cnn.batch_size,
-        "train_seconds": progress.seconds,
         "held_out": progress.validations[-1],
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_record(out, settings, progress, report)
 
     held_out = HeldOutPhotos(FeatureStore(paths.crops), labels)
     bf16 = settings.train.precision == "bf16"

@@ -14,13 +14,14 @@ from acebert.training.finetune import new_model
 from acebert.training.finetuner import SPEED, Finetuner
 from acebert.training.loop import run
 from acebert.training.pairs import PairBatches, StagePaths
+from acebert.training.steps import Rank
 
 CPU = torch.device("cpu")
 
 
 def train(settings: Settings, paths: StagePaths, save=lambda *_: None, resume=None):
     model = new_model(settings, paths)
-    state = run(settings, paths, model, device=CPU, rank=0, world=1, save=save, resume=resume)
+    state = run(settings, paths, model, Rank(0, 1, CPU, save, resume))
     return model, state
 
 

@@ -18,6 +18,7 @@ from acebert.training.pretrain import new_model
 from acebert.training.pretrain_batches import PretrainBatch, PretrainBatches
 from acebert.training.pretrain_loop import run
 from acebert.training.pretrainer import Pretrainer
+from acebert.training.steps import Rank
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -41,7 +42,7 @@ def with_pretrain(settings: Settings, **values: object) -> Settings:
 
 def train(settings: Settings, paths: StagePaths, save: Any = lambda *_: None, resume: Any = None):
     model = new_model(settings, paths)
-    state = run(settings, paths, model, device=CPU, rank=0, world=1, save=save, resume=resume)
+    state = run(settings, paths, model, Rank(0, 1, CPU, save, resume))
     return model, state
 
 

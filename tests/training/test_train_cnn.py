@@ -20,6 +20,7 @@ from acebert.pipeline import catalogue_stages, cnn_stage
 from acebert.training.checkpoint import Progress
 from acebert.training.cnn_batches import CNNPaths, PhotoBatches
 from acebert.training.cnn_loop import CNNTrainer, run
+from acebert.training.steps import Rank
 from acebert.training.train_cnn import WEIGHTS, crop_settings, new_model
 from acebert.workdir import Stage
 
@@ -53,7 +54,7 @@ def stage(small: Settings, stages: dict[str, Stage]) -> Stage:
 def train(settings: Settings, paths: CNNPaths, save=lambda *_: None, resume=None):
     batches = PhotoBatches(settings.cnn, paths, rank=0, world=1)
     model = new_model(settings, batches.labels)
-    state = run(settings, batches, model, device=CPU, rank=0, world=1, save=save, resume=resume)
+    state = run(settings, batches, model, Rank(0, 1, CPU, save, resume))
     return model, state
 
 
