@@ -23,7 +23,7 @@ from acebert.training.record import RECORD, write_record
 from acebert.training.steps import Rank
 from acebert.workdir import Stage, digest_of, run_stage
 
-VERSION = 1
+VERSION = 2
 SETTINGS_THAT_MATTER = ("model", "text", "loss", "adversary")
 """sections whose every leaf can change the weights; the other sections act through their stage"""
 
