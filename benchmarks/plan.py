@@ -83,6 +83,22 @@ def sort_by_ray(pairs_file: Path, layout: Layout) -> None:
     assert rows == layout.pairs
 
 
+def start_ray() -> None:
+    """One on this machine alone, quiet, whose object store has one size everywhere."""
+    ray.init(
+        address="local",
+        object_store_memory=OBJECT_STORE,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def start_workers() -> None:
+    """Workers that are there already are no part of what is measured."""
+    ray.data.range(4, override_num_blocks=4).map_batches(lambda x: x).count()
+
+
 def descendants() -> list[int]:
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -151,15 +167,9 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=None)
     parser.add_argument("--sort", action="store_true", help="also Ray Data's own sort")
     args = parser.parse_args()
-    ray.init(
-        address="local",
-        object_store_memory=OBJECT_STORE,
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-    )
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    start_ray()
     idle = memory()
-    ray.data.range(4, override_num_blocks=4).map_batches(lambda x: x).count()  # start the workers
+    start_workers()
     head = "pairs", "P", "plan", "seconds", "M pairs/s", "processes", "anonymous", "object store"
     lines = [f"idle Ray: {idle[0]:.0f} MiB, {idle[1]:.0f} of it anonymous", ""]
     lines.append(("{:>12}{:>8}  {:<10}" + "{:>14}" * 5).format(*head))

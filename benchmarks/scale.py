@@ -16,7 +16,6 @@ backs, above what an idle Ray has. `written` is the size of the result. Linux on
 """
 
 import argparse
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from plan import W, descendants, measure, memory, write_pairs
+from plan import W, descendants, measure, memory, start_ray, start_workers, write_pairs
 from worker_memory import demo_files
 
 from acebert.cluster import ray  # after acebert, which keeps it on 127.0.0.1
@@ -33,7 +32,6 @@ from acebert.data.partitions import write_plan
 from acebert.data.plan_arithmetic import layout_of
 
 QUERIES = 2_000
-OBJECT_STORE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -177,17 +175,6 @@ def report(title: str, unit: str, rows: list[Row], targets: dict[str, int], fact
         print(f"{where}: {size:,} {unit}: {hours:,.2f} core hours, {written * size / 1e3:,.1f} GB")
 
 
-def start_ray() -> None:
-    ray.init(
-        address="local",
-        object_store_memory=OBJECT_STORE,
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-    )
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    ray.data.range(4, override_num_blocks=4).map_batches(lambda x: x).count()  # start the workers
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     names = ["plan", "preprocess", "embed", "recall"]
@@ -199,6 +186,7 @@ def main() -> None:
     args = parser.parse_args()
     if set(args.parts) - {"recall"}:
         start_ray()
+        start_workers()
     idle = float(memory()[1])
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; idle: {idle:.0f} MiB anonymous")
     paper, large = {"paper": 3_400_000}, {"large": 100_000_000}

@@ -1,10 +1,16 @@
 """One Ray cluster for the whole session; the real catalogue where it is at hand."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,6 +30,37 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[list[dict[str, "Tensor"]]]:
+    """What the module's `one_rank(case, rank)` returns on each of two gloo ranks, [case][rank]."""
+    from safetensors.torch import load_file
+
+    import acebert
+
+    directory = tmp_path_factory.mktemp("ranks")
+    root = str(Path(acebert.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    script = str(Path(__file__).with_name("one_rank.py"))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(directory), request.module.__file__],
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [
+        [load_file(directory / f"{rank}.{case}.safetensors") for rank in range(2)]
+        for case in range(len(request.module.CASES))
+    ]
 
 
 @pytest.fixture(scope="session")

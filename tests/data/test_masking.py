@@ -29,13 +29,13 @@ def masked() -> dict[str, np.ndarray]:
     return {"ids": ids, "mask": mask, "out": out, "chosen": chosen}
 
 
-def share(hits: np.ndarray, expected: float) -> None:
-    deviation = np.sqrt(expected * (1 - expected) / hits.size)
-    assert abs(hits.mean() - expected) < 5 * deviation
+def deviations(hits: np.ndarray, expected: float) -> float:
+    """How far the share of hits is from the expected one, in standard deviations."""
+    return float(abs(hits.mean() - expected) / np.sqrt(expected * (1 - expected) / hits.size))
 
 
 def test_15_percent_of_the_words_are_chosen(masked: dict[str, np.ndarray]) -> None:
-    share(masked["chosen"][masked["ids"] >= 5], 0.15)
+    assert deviations(masked["chosen"][masked["ids"] >= 5], 0.15) < 5
 
 
 def test_special_tokens_and_padding_are_never_chosen_or_changed(
@@ -49,10 +49,10 @@ def test_special_tokens_and_padding_are_never_chosen_or_changed(
 
 def test_chosen_words_become_mask_random_or_stay_at_80_10_10(masked: dict[str, np.ndarray]) -> None:
     before, after = (masked[name][masked["chosen"]] for name in ("ids", "out"))
-    share(after == MASK, 0.8)
+    assert deviations(after == MASK, 0.8) < 5
     kept = after == before
     # A random word is the old one once in 195 draws.
-    share(kept, 0.1 + 0.1 / len(WORDS))
+    assert deviations(kept, 0.1 + 0.1 / len(WORDS)) < 5
     assert masked["chosen"][masked["out"] != masked["ids"]].all()
 
 
@@ -66,12 +66,12 @@ def test_random_words_are_uniform_over_the_ordinary_ones(masked: dict[str, np.nd
 
 def test_positions_are_masked_alike(masked: dict[str, np.ndarray]) -> None:
     for column in range(1, 28):
-        share(masked["chosen"][:, column][masked["ids"][:, column] >= 5], 0.15)
+        assert deviations(masked["chosen"][:, column][masked["ids"][:, column] >= 5], 0.15) < 5
 
 
 def test_15_percent_of_the_patches_of_rows_with_a_photo_are_masked() -> None:
     rng = np.random.default_rng(1)
     has_image = rng.random(20_000) < 0.7
     chosen = mask_patches(has_image, rng.random((20_000, 16)))
-    share(chosen[has_image], 0.15)
+    assert deviations(chosen[has_image], 0.15) < 5
     assert not chosen[~has_image].any()

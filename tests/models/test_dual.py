@@ -2,11 +2,12 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertModel, BertPreTrainedModel
 
 from acebert.config import ModelSettings
 from acebert.errors import UserError
@@ -31,17 +32,8 @@ def dual(backbone: Path | None = None, shared: bool = True, **kwargs: object) ->
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-    )
-    directory = tmp_path_factory.mktemp("bert")
-    BertModel(config).save_pretrained(directory)
-    return directory
+def backbone(saved_bert: Callable[[type[BertPreTrainedModel]], Path]) -> Path:
+    return saved_bert(BertModel)
 
 
 def inputs(seed: int = 0) -> tuple[TextInputs, TextInputs, ImageInputs]:

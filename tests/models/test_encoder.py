@@ -1,7 +1,7 @@
 """CE-BERT against transformers' BERT, against a plain twin of its embedding layer, and by hand."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import BertConfig, BertModel, DistilBertConfig
+from transformers import BertModel, BertPreTrainedModel, DistilBertConfig
 
 from acebert.errors import UserError
 from acebert.models.encoder import (
@@ -34,33 +34,10 @@ def minilm() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT with a pooler, three layers, random weights with spread-out norms and biases."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=40,
-    )
-    model = BertModel(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    directory = tmp_path_factory.mktemp("bert")
-    model.save_pretrained(directory)
-    return directory
+def bert_dir(saved_bert: Callable[[type[BertPreTrainedModel]], Path]) -> Path:
+    """A BERT with a pooler."""
+    return saved_bert(BertModel)
 
 
 def encoder(backbone: Path | str | None, layers: int = 3, **kwargs: object) -> CEBertModel:

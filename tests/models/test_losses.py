@@ -1,24 +1,14 @@
-"""Eq. 4-5 against numpy, blocks against the whole, two ranks against one process.
+"""Eq. 4-5 against numpy, blocks against the whole, two ranks against one process."""
 
-Run as a script, this file is one rank of the two (see `two_ranks`).
-"""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import acebert
 from acebert.config import ModelSettings
 from acebert.data.tokens import Ragged
 from acebert.models.domain import DomainClassifier, domain_loss, encoder_term
@@ -274,25 +264,9 @@ def train_a_little(case: tuple[Any, Any, bool], rows: slice, wrap: Any) -> dict[
     return seen
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Tensor]]]:
-    """What each of two gloo ranks saw in each case."""
-    directory = tmp_path_factory.mktemp("ranks")
-    root = str(Path(acebert.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(directory)], env=environment)
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [
-        [load_file(directory / f"{rank}.{case}.safetensors") for rank in range(2)]
-        for case in range(len(CASES))
-    ]
+def one_rank(case: tuple[Any, Any, bool], rank: int) -> dict[str, Tensor]:
+    """What `two_ranks` runs."""
+    return train_a_little(case, slice(4 * rank, 4 * rank + 4), DistributedDataParallel)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=str)
@@ -309,17 +283,3 @@ def test_two_ranks_equal_one_process_on_the_whole_batch(
         assert expected.any(), f"{name} says nothing"
         torch.testing.assert_close(first[name], expected, atol=2e-6, rtol=1e-3, msg=name)
         assert torch.equal(first[name], second[name])
-
-
-def main(rank: int, directory: Path) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
-    )
-    for case, settings_ in enumerate(CASES):
-        seen = train_a_little(settings_, slice(4 * rank, 4 * rank + 4), DistributedDataParallel)
-        save_file(seen, directory / f"{rank}.{case}.safetensors")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

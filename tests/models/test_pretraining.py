@@ -1,13 +1,13 @@
 """Heads and losses against transformers, numpy and formulas by hand."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertForMaskedLM, BertPreTrainedModel
 
 from acebert.models.encoder import CEBertModel, ImageInputs, TextInputs, load_backbone
 from acebert.models.pretraining import (
@@ -23,33 +23,10 @@ from acebert.models.pretraining import (
 D1, S, SEP, MASK = 24, 14, 3, 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT with its MLM head, random weights with spread-out norms and biases."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=40,
-    )
-    model = BertForMaskedLM(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    directory = tmp_path_factory.mktemp("bert")
-    model.save_pretrained(directory)
-    return directory
+def bert_dir(saved_bert: Callable[[type[BertPreTrainedModel]], Path]) -> Path:
+    """A BERT with its MLM head."""
+    return saved_bert(BertForMaskedLM)
 
 
 def model_of(backbone: Path | None, images: bool = True, layers: int = 3) -> CEBertForPreTraining:

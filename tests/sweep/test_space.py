@@ -1,6 +1,7 @@
 """The space file: what it says, and everything that can be wrong with it."""
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,10 @@ def written(tmp_path: Path, **tree: object) -> Path:
 
 @pytest.mark.parametrize("path", sorted(SPACES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_spaces_that_we_ship_fit_the_settings(path: Path, base: Settings):
-    check_space(read_space(path), base)
+    space = read_space(path)
+    check_space(space, base)
+    points = space.points or math.prod(len(values) for values in space.vary.values())
+    assert len(trials_of(space, base)) == points * len(space.seeds)
 
 
 def test_a_grid_is_every_combination_with_every_seed(base: Settings):

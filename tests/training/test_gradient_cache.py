@@ -1,24 +1,15 @@
-"""Cached gradients against those of one graph over the whole batch, alone and on two ranks.
+"""Cached gradients against those of one graph over the whole batch, alone and on two ranks."""
 
-Run as a script, this file is one rank of the two (see `two_ranks`).
-"""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-import acebert
 from acebert.config import Settings
 from acebert.models.domain import DomainClassifier, encoder_term
 from acebert.models.dual import DualEncoder
@@ -186,25 +177,9 @@ def test_a_row_that_pairs_share_has_the_sum_of_their_gradients() -> None:
 CASES: list[dict[str, Any]] = [{"micro_batch": 2}, {"micro_batch": 2, "shared_towers": False}]
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Tensor]]]:
-    """What each of two gloo ranks saw in each case."""
-    directory = tmp_path_factory.mktemp("ranks")
-    root = str(Path(acebert.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(directory)], env=environment)
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [
-        [load_file(directory / f"{rank}.{case}.safetensors") for rank in range(2)]
-        for case in range(len(CASES))
-    ]
+def one_rank(case: dict[str, Any], rank: int) -> dict[str, Tensor]:
+    """What `two_ranks` runs."""
+    return gradients(recipe(**case), pairs(slice(6 * rank, 6 * rank + 6)), rank, world=2)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=str)
@@ -223,17 +198,3 @@ def test_two_ranks_that_cache_have_the_whole_batchs_gradients_by_one_all_reduce(
         torch.testing.assert_close(first[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
     size = sum(expected[name].nbytes for name in expected if name not in ("loss", "sent"))
     assert first["sent"] == second["sent"] == size
-
-
-def main(rank: int, directory: Path) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
-    )
-    for number, case in enumerate(CASES):
-        seen = gradients(recipe(**case), pairs(slice(6 * rank, 6 * rank + 6)), rank, world=2)
-        save_file(seen, directory / f"{rank}.{number}.safetensors")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
