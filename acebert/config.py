@@ -12,6 +12,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -31,6 +32,35 @@ from acebert.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "acebert_tiny"
+
+
+COPIED_SOURCE = "runtime_resources/working_dir_files"
+"""part of the path of the directory that `ray job submit` copies the source to"""
+
+
+def _absolute(path: Path) -> Path:
+    path = path.expanduser()
+    if not path.is_absolute() and COPIED_SOURCE in str(Path.cwd()):
+        raise ValueError(
+            f"{path} is relative: in a submitted job it would lie in Ray's copy of the source, "
+            "which is removed. Give an absolute path, or a URI where one is taken"
+        )
+    return path.absolute()
+
+
+def _address(value: str | None) -> str | None:
+    return value if value is None or "://" in value else str(_absolute(Path(value)))
+
+
+def _name_or_path(value: str | None) -> str | None:
+    """A path is made absolute, so that a model can be used from any directory later."""
+    if value is None or not Path(value).expanduser().exists():
+        return value
+    return str(Path(value).expanduser().absolute())
+
+
+Address = Annotated[str | None, AfterValidator(_address)]
+NameOrPath = AfterValidator(_name_or_path)
 
 
 class Section(BaseModel):
@@ -55,22 +85,22 @@ class DemoSettings(Section):
 class DataSettings(Section):
     """What to read, how to split it, and what counts as a bad row."""
 
-    products: str | None = None
+    products: Address = None
     """products: a Parquet, CSV or JSON-lines file, a directory of them, or a URI (none: the demo
     catalogue)"""
-    impressions: str | None = None
+    impressions: Address = None
     """search log: file, directory or URI, one row for each product shown"""
-    valid_impressions: str | None = None
+    valid_impressions: Address = None
     """validation log of its own, for a log without timestamps"""
-    test_impressions: str | None = None
+    test_impressions: Address = None
     """test log of its own, for a log without timestamps"""
     test_from: date | None = None
     """the test day, YYYY-MM-DD; rows after it are left out (none: the last day of the log).
     The day before it validates, all earlier days train"""
     columns: dict[str, str] = {}
-    """our column name → the name in your files, e.g. product_id=sku"""
+    """our column name → the name in your files: product_id=sku,query=term"""
     max_bad_share: float = Field(0.1, ge=0, le=1)
-    """stop when more than this share of the rows of a file is quarantined"""
+    """stop when more than this share of the products, or of the impressions, is quarantined"""
     robot_clicks_per_minute: int = Field(60, ge=1)
     """a user with more clicks in one minute is a robot; all its rows are left out"""
     robot_same_click: int = Field(20, ge=1)
@@ -88,7 +118,7 @@ class ImageSettings(Section):
     """cut patches from the region of interest found by edge detection, else the whole photo"""
     cnn: str = "resnext101_32x8d"
     """timm name of the CNN behind the patch features"""
-    cnn_weights: str = "hub"
+    cnn_weights: Annotated[str, NameOrPath] = "hub"
     """`hub` (timm's pretrained weights), `random`, a .safetensors file of the CNN's weights, or
     `trained`: those that these settings train on the catalogue (section `cnn`), first where they
     are missing"""
@@ -108,7 +138,9 @@ class ImageSettings(Section):
     feature_cache: Literal["none", "node_disk", "node_memory", "device"] = "none"
     """where training reads features: from the work directory, from a copy on the node's disk or in
     its memory, made once a node and shared by its workers, or from the worker's own GPU"""
-    feature_cache_dir: Path | None = None
+    feature_cache_dir: Annotated[
+        Path | None, AfterValidator(lambda path: path and _absolute(path))
+    ] = None
     """directory of the node's copies (none: acebert-UID in the node's $TMPDIR, for node_memory in
     /dev/shm)"""
 
@@ -144,7 +176,7 @@ class CNNSettings(ScheduleSettings):
     """Training of the patch CNN on the catalogue itself, for `image.cnn_weights trained`. Workers,
     precision and clipping are those of `train`."""
 
-    start: str = "hub"
+    start: Annotated[str, NameOrPath] = "hub"
     """what it starts from: `hub` (timm's pretrained weights), `random`, or a .safetensors file"""
     side: int = Field(168, ge=56, multiple_of=28)
     """side that it trains at; about two thirds of image.cnn_side, for random crops show the
@@ -189,7 +221,7 @@ class TextSettings(Section):
 class ModelSettings(Section):
     """The encoder (paper section 2) and its two uses as query and product side (section 3)."""
 
-    backbone: str | None = "bert-base-uncased"
+    backbone: Annotated[str | None, NameOrPath] = "bert-base-uncased"
     """start weights and vocabulary: a Hugging Face BERT by hub name or local directory, also one
     that pre-training wrote (none: random weights)"""
     start: Literal["backbone", "pretrain"] = "backbone"
@@ -218,7 +250,7 @@ class ModelSettings(Section):
     """hot queries on the product side. as_is (paper): the list of all training days, which holds
     most pairs' own query; other_days: clicks of the pair's own day are left out of its list"""
     hot_query_dropout: float = Field(0.15, ge=0, lt=1)
-    """share of the products of a batch whose list is left out"""
+    """share of the pairs of a batch whose product comes without its list"""
     shared_towers: bool = True
     """one encoder for both sides (paper), else one each from the same start weights"""
 
@@ -377,7 +409,7 @@ class EvalSettings(Section):
     """catalogue size from which the ANN index is IVF instead of HNSW [products]"""
     head_share: float = Field(0.5, gt=0, lt=1)
     """the most frequent test queries that make up this share of the impressions are the head"""
-    qrels: str | None = None
+    qrels: Address = None
     """judged relevance of your own, TREC format: query text with spaces as '+', 0, product_id,
     grade"""
     bootstrap: int = Field(1000, ge=0)
@@ -399,10 +431,6 @@ class TrackingSettings(Section):
     """registered model that a finished fine-tuning adds a version to (none: not registered)"""
     alias: str = "candidate"
     """alias set on that version"""
-
-
-def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()
 
 
 def _default_workdir() -> Path:
@@ -479,28 +507,29 @@ class Settings(BaseSettings):
         return (init_settings,)  # the recipe; the command line is put above it by load_settings
 
 
-def load_settings(
-    argv: list[str] | None = None, *, prog: str | None = None, description: str | None = None
-) -> Settings:
+def load_settings(argv: Sequence[str] | None = None, *, recipe: str | None = None) -> Settings:
     """Settings from a recipe and the command line `argv` (default: this process's).
 
-    `--help` prints every leaf and exits.
+    `recipe` is read whatever recipe `argv` names, whose name then is a setting like others.
 
     Raises:
         UserError: unknown recipe, unknown key, wrong type, contradiction; it names the key.
     """
     argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--recipe", default=DEFAULT_RECIPE)
+    first.add_argument("--recipe")
     try:
         known, rest = first.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    values = {"recipe": known.recipe, **read_recipe(known.recipe)}
+    if recipe is None:
+        named = known.recipe or DEFAULT_RECIPE
+        values = {"recipe": named, **read_recipe(named)}
+    else:
+        values = read_recipe(recipe) | ({"recipe": known.recipe} if known.recipe else {})
     try:
         cli = CliSettingsSource[Any](
             Settings,
-            cli_prog_name=prog,
             cli_parse_args=rest,
             cli_exit_on_error=False,
         )
@@ -509,6 +538,18 @@ def load_settings(
         raise UserError(_describe(error)) from error
     except SettingsError as error:
         raise UserError(str(error)) from error
+
+
+def print_help(description: str | None, extra: argparse.ArgumentParser | None = None) -> None:
+    """What a job is, its own arguments (`extra`), and every setting."""
+    own = extra or argparse.ArgumentParser(add_help=False)
+    own.description = description
+    own.formatter_class = argparse.RawDescriptionHelpFormatter
+    own.usage = f"{own.format_usage().removeprefix('usage: ').strip()} [settings]"
+    own.print_help()
+    every = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+    CliSettingsSource[Any](Settings, root_parser=every)
+    every.print_help()
 
 
 def settings_from(values: dict[str, Any]) -> Settings:

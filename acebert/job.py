@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from acebert.config import Settings, load_settings
+from acebert.config import Settings, load_settings, print_help
 from acebert.errors import UserError
 
 
@@ -30,14 +30,14 @@ def run_job(
     set_up_logging()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if extra is None:
-            work(load_settings(argv, description=description))  # type: ignore[call-arg]
+        if "-h" in argv or "--help" in argv:
+            print_help(description, extra)
+        elif extra is None:
+            work(load_settings(argv))  # type: ignore[call-arg]
         else:
-            if "-h" in argv or "--help" in argv:
-                extra.print_help()
             arguments, rest = extra.parse_known_args(argv)
             arguments.settings = rest
-            work(load_settings(rest, description=description), arguments)  # type: ignore[call-arg]
+            work(load_settings(rest), arguments)  # type: ignore[call-arg]
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)

@@ -2,11 +2,12 @@
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acebert.cluster import connect
-from acebert.config import Settings, read_recipe, settings_from
+from acebert.config import Settings, flatten, load_settings, read_recipe, settings_from
 from acebert.data.cnn_labels import label_photos
 from acebert.data.demo import build_demo
 from acebert.data.ingest import ingest
@@ -15,14 +16,17 @@ from acebert.data.preprocess import preprocess
 from acebert.data.tokens import tokenize
 from acebert.errors import UserError
 from acebert.evaluation.embed import embed
-from acebert.evaluation.evaluate import evaluate_baselines, evaluate_embeddings
+from acebert.evaluation.evaluate import BASELINES, evaluate_baselines, evaluate_embeddings
 from acebert.evaluation.look_inside import look_inside
 from acebert.evaluation.testset import evaluation_queries
-from acebert.tracking import start_run
+from acebert.tracking import finished_run, start_run
 from acebert.training.finetune import finetune
 from acebert.training.pretrain import pretrain
 from acebert.training.train_cnn import WEIGHTS, crop_settings, train_cnn
 from acebert.workdir import Stage
+
+NOT_THE_MODELS = ("workdir", "data", "eval", "tracking")
+"""settings that do not come with a trained model"""
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,10 @@ def ingest_stage(settings: Settings) -> Stage:
     return _tracked(settings, ingest(settings, products, impressions))
 
 
-def catalogue_stages(settings: Settings) -> Catalogue:
+def catalogue_stages(settings: Settings, tokenizer: Path | None = None) -> Catalogue:
+    """`tokenizer`: a trained model's, for it alone."""
     ingested = ingest_stage(settings)
-    tokens = _tracked(settings, tokenize(settings, ingested))
+    tokens = _tracked(settings, tokenize(settings, ingested, tokenizer))
     features = None
     if settings.reads_images:
         settings = with_own_cnn(settings)
@@ -110,7 +115,7 @@ def finetune_stage(settings: Settings) -> Stage:
 def embed_stage(settings: Settings, model: Path, queries: list[str]) -> Stage:
     """Vectors of the whole catalogue and of `queries`, by a model directory."""
     settings = model_settings(settings, model)
-    data = catalogue_stages(settings)
+    data = catalogue_stages(settings, model / "tokenizer")
     connect()
     return _tracked(
         settings, embed(settings, model, data.ingested, data.tokens, data.features, queries)
@@ -128,25 +133,55 @@ def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
 
 
 def baselines_stage(settings: Settings) -> Stage:
-    """Metrics of the rows that need no training."""
-    return _tracked(settings, evaluate_baselines(settings, ingest_stage(settings)))
+    """Metrics of the rows that need no training, each a run of its own."""
+    stage = evaluate_baselines(settings, ingest_stage(settings))
+    for name in BASELINES:
+        row = replace(stage, path=stage.path / name, digest=f"{stage.digest}/{name}")
+        _tracked(settings, row, name)
+    return stage
 
 
 def model_settings(settings: Settings, model: Path) -> Settings:
-    """The settings that a model was trained with, working in the work directory of `settings`."""
-    if not (model / "settings.yaml").is_file():
-        raise UserError(f"--model {model}: no model directory (it has no settings.yaml)")
-    own = settings_from(read_recipe(str(model / "settings.yaml")))
-    ours = {"workdir": settings.workdir, "eval": settings.eval, "tracking": settings.tracking}
+    """The settings that a model was trained with, but for what `settings` say of data, work
+    directory, evaluation and tracking."""
+    own = settings_from(read_recipe(str(_settings_file(model))))
+    ours = {name: getattr(settings, name) for name in NOT_THE_MODELS}
     return own.model_copy(update=ours)
 
 
-def _tracked(settings: Settings, stage: Stage) -> Stage:
-    """Note a stage that was built (not reused) as an MLflow run, with what it wrote to be seen."""
-    if stage.reused:
+def settings_for(model: Path, argv: Sequence[str]) -> Settings:
+    """For the jobs that use a trained model: its own settings, with those of NOT_THE_MODELS that
+    `argv` gives.
+
+    Raises:
+        UserError: `argv` gives one that belongs to the model.
+    """
+    path = _settings_file(model)
+    own = settings_from(read_recipe(str(path)))
+    given = load_settings(argv, recipe=str(path))
+    was, now = flatten(own.model_dump()), flatten(given.model_dump())
+    for leaf in now:
+        if now[leaf] != was.get(leaf) and leaf.split(".")[0] not in NOT_THE_MODELS:
+            raise UserError(
+                f"--{leaf}: {model} was trained with {was.get(leaf)}, and is used as it was "
+                f"trained. What can be set: {', '.join(NOT_THE_MODELS)}"
+            )
+    return given
+
+
+def _settings_file(model: Path) -> Path:
+    if not (model / "settings.yaml").is_file():
+        raise UserError(f"--model {model}: no model directory (it has no settings.yaml)")
+    return model / "settings.yaml"
+
+
+def _tracked(settings: Settings, stage: Stage, name: str | None = None) -> Stage:
+    """Note a stage as an MLflow run, with what it wrote to be seen. One that is reused has its run,
+    unless the job that built it was stopped in between."""
+    if stage.reused and finished_run(settings, stage.name, stage.digest):
         return stage
     started = time.time() - stage.seconds
-    with start_run(settings, stage.name, stage.digest, started=started) as run:
+    with start_run(settings, stage.name, stage.digest, name=name, started=started) as run:
         run.log_metrics({"seconds": stage.seconds, **_numbers(stage.path)})
         for path in sorted(stage.path.rglob("*")):
             if path.suffix in {".png", ".json", ".html"} and "tokenizer" not in path.parts:

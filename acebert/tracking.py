@@ -164,6 +164,23 @@ def start_run(
     return Run(mlflow_client, created.info.run_id)
 
 
+def finished_run(settings: Settings, stage: str, digest: str) -> Run | None:
+    """The finished run of this stage and digest, now a row of the table `tracking.tag` too."""
+    mlflow_client = client(settings)
+    found = mlflow_client.search_runs(
+        [_experiment(mlflow_client, settings)],
+        f"tags.`{STAGE_TAG}` = '{stage}' AND tags.`{DIGEST_TAG}` = '{digest}' "
+        "AND attributes.status = 'FINISHED'",
+        max_results=1,
+    )
+    if not found:
+        return None
+    run = Run(mlflow_client, found[0].info.run_id)
+    if settings.tracking.tag:
+        run.set_tags({TABLE_TAG: settings.tracking.tag})
+    return run
+
+
 def log_model(settings: Settings, run: Run, directory: Path) -> None:
     """Log a model directory as an MLflow model of the run and, where `tracking.register_as` says
     so, register it as a new version under `tracking.alias`."""

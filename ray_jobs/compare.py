@@ -9,6 +9,8 @@ in MLflow, so that its compare page shows the table.
 
 import argparse
 import json
+import shlex
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,9 +28,10 @@ from acebert.workdir import Stage
 
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
-    baselines = baselines_stage(settings)
-    spent: dict[str, dict[str, float]] = {"rows without training": {"evaluate": baselines.seconds}}
     tag = settings.tracking.tag or "compare"
+    tracking = settings.tracking.model_copy(update={"tag": tag})
+    baselines = baselines_stage(settings.model_copy(update={"tracking": tracking}))
+    spent: dict[str, dict[str, float]] = {"rows without training": {"evaluate": baselines.seconds}}
     rows: list[Row] = []
     models: dict[str, list[Path]] = {}
     for recipe in arguments.recipes:
@@ -53,7 +56,7 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     rows_figure([*untrained, *rows], picture)
     curves_figure(models, curves)
     print(f"pictures: {picture}, {curves}")
-    print_next(settings, arguments.recipes[-1], models[rows[-1].name][-1])
+    print_next(settings, arguments, models[rows[-1].name][-1])
 
 
 def seconds_of(settings: Settings, model: Stage, *later: Stage) -> dict[str, float]:
@@ -79,15 +82,18 @@ def print_seconds(spent: dict[str, dict[str, float]]) -> None:
     Console(width=100).print(table)
 
 
-def print_next(settings: Settings, recipe: str, model: Path) -> None:
-    """Three commands to try."""
+def print_next(settings: Settings, arguments: argparse.Namespace, model: Path) -> None:
+    """Three commands to try, on the same data."""
     steps = json.loads((model / "report.json").read_text())["steps"]
+    scripts = Path(sys.executable).parent
+    uri = tracking_uri(settings)
+    seen = uri if uri.startswith("http") else f"{scripts}/mlflow ui --backend-store-uri {uri}"
+    same = shlex.join([*arguments.settings, "--recipe", arguments.recipes[-1]])
     print(
         "Next, try:\n"
-        f"  mlflow ui --backend-store-uri {tracking_uri(settings)}\n"
-        f"  python ray_jobs/finetune.py --recipe {recipe} --workdir {settings.workdir} "
-        f"--train.max_steps {2 * steps}\n"
-        f"  python ray_jobs/draw_plan.py --recipe {recipe} --workdir {settings.workdir}"
+        f"  {seen}\n"
+        f"  {sys.executable} ray_jobs/finetune.py {same} --train.max_steps {2 * steps}\n"
+        f"  {sys.executable} ray_jobs/draw_plan.py {same}"
     )
 
 

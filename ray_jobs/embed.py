@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from acebert.config import Settings
 from acebert.errors import UserError
 from acebert.job import run_job
-from acebert.pipeline import embed_stage
+from acebert.pipeline import embed_stage, settings_for
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ def read_queries(path: Path) -> list[str]:
     return list(dict.fromkeys(queries.to_pylist()))
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
+def work(_: Settings, arguments: argparse.Namespace) -> None:
+    settings = settings_for(arguments.model, arguments.settings)
     stage = embed_stage(settings, arguments.model, read_queries(arguments.queries))
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in ("products.parquet", "queries.parquet"):

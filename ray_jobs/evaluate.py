@@ -5,11 +5,12 @@ from pathlib import Path
 
 from acebert.config import Settings
 from acebert.job import run_job
-from acebert.pipeline import evaluate_stage
+from acebert.pipeline import evaluate_stage, settings_for
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
-    _, evaluated = evaluate_stage(settings, arguments.model)
+def work(_: Settings, arguments: argparse.Namespace) -> None:
+    settings = settings_for(arguments.model, arguments.settings)
+    _embedded, evaluated = evaluate_stage(settings, arguments.model)
     print(evaluated.path)
 
 

@@ -117,3 +117,34 @@ def test_workdir_is_absolute_and_defaults_to_acebert_home(
 def test_the_settings_reference_in_docs_is_the_codes():
     written = (RECIPES.parents[1] / "docs" / "settings.md").read_text()
     assert written == settings_reference(), "run: python -m acebert.config > docs/settings.md"
+
+
+def test_paths_are_absolute_and_uris_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bert").mkdir()
+    data = ["--data.products", "p.csv", "--data.impressions", "s3://bucket/log"]
+    settings = load_settings([*data, "--workdir", "w", "--model.backbone", "bert"])
+    assert settings.data.products == str(tmp_path / "p.csv")
+    assert settings.data.impressions == "s3://bucket/log"
+    assert settings.workdir == tmp_path / "w"
+    assert settings.model.backbone == str(tmp_path / "bert")
+    hub = load_settings(["--model.backbone", "bert-base-uncased"])
+    assert hub.model.backbone == "bert-base-uncased"
+
+
+@pytest.mark.parametrize(
+    "argv", [["--workdir", "w"], ["--data.products", "p.csv", "--data.impressions", "/i.csv"]]
+)
+def test_a_relative_path_in_the_copied_source_of_a_submitted_job_is_refused(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    copied = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copied.mkdir(parents=True)
+    monkeypatch.chdir(copied)
+    with pytest.raises(UserError, match=rf"{argv[0][2:]}: .*{argv[1]} is relative"):
+        load_settings(argv)
+
+
+def test_two_columns_are_mapped_as_the_guide_says():
+    argv = ["--data.columns", "product_id=sku,query=term"]
+    assert load_settings(argv).data.columns == {"product_id": "sku", "query": "term"}

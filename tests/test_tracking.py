@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from acebert.config import Settings, load_settings
-from acebert.tracking import client, metrics_actor, start_run, tracking_uri
+from acebert.tracking import client, finished_run, metrics_actor, start_run, tracking_uri
 
 
 @pytest.fixture
@@ -73,3 +73,14 @@ def test_workers_log_through_the_actor_and_no_step_twice(settings: Settings, ray
 def test_the_environment_names_another_server(settings: Settings, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert tracking_uri(settings) == "http://127.0.0.1:9"
+
+
+def test_a_finished_run_is_found_and_put_into_another_table(settings: Settings):
+    assert finished_run(settings, "finetune", "d1") is None
+    with start_run(settings, "finetune", "d1") as run:
+        assert finished_run(settings, "finetune", "d1") is None  # it is still running
+    tracking = settings.tracking.model_copy(update={"tag": "t2"})
+    found = finished_run(settings.model_copy(update={"tracking": tracking}), "finetune", "d1")
+    assert found is not None
+    assert found.run_id == run.run_id
+    assert client(settings).get_run(run.run_id).data.tags["table"] == "t2"

@@ -4,6 +4,7 @@ The vocabulary is the backbone's, or a WordPiece vocabulary trained on the catal
 the queries clicked on training days: words of validation and test days stay out of it.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,7 @@ from acebert.workdir import Stage, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 BATCH = 10_000  # texts tokenised at a time
 
 
@@ -83,25 +84,27 @@ def ranges(starts: NDArray[np.integer], lengths: NDArray[np.integer]) -> NDArray
     return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
 
 
-def tokenize(settings: Settings, ingested: Stage) -> Stage:
-    """The 'tokens' stage: vocabulary, titles and queries (docs/architecture.md, tokens).
+def tokenize(settings: Settings, ingested: Stage, of_model: Path | None = None) -> Stage:
+    """The 'tokens' stage: titles and queries in word pieces (docs/architecture.md, tokens).
+
+    Args:
+        of_model: tokenizer of a trained model, whose vocabulary no other can stand in for; none:
+            the backbone's, or one trained on this catalogue
 
     Raises:
-        UserError: the backbone's tokenizer cannot be loaded, or is no WordPiece one.
+        UserError: the tokenizer cannot be loaded, or is no WordPiece one.
     """
-    key: dict[str, Any] = {
+    source = of_model or settings.model.backbone or _vocabulary(settings, ingested).path
+    tokenizer = load_tokenizer(source)
+    key = {
         "version": VERSION,
         "ingest": ingested.digest,
         "title_tokens": settings.text.title_tokens,
         "query_tokens": settings.text.query_tokens,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     }
-    if settings.model.backbone is None:
-        key["vocab_size"] = settings.text.vocab_size
-    else:
-        key["backbone"] = backbone_digest(settings.model.backbone)
 
     def build(out: Path) -> None:
-        tokenizer = _tokenizer(settings, ingested)
         tokenizer.save_pretrained(out / "tokenizer")
         titles = _tokenise_all(_titles(ingested), tokenizer, settings.text.title_tokens)
         titles.save(out, "titles")
@@ -165,10 +168,15 @@ def backbone_digest(name: str) -> Any:
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 
-def _tokenizer(settings: Settings, ingested: Stage) -> PreTrainedTokenizerFast:
-    if settings.model.backbone is not None:
-        return load_tokenizer(settings.model.backbone)
-    return train_wordpiece(_vocabulary_texts(ingested), settings.text.vocab_size)
+def _vocabulary(settings: Settings, ingested: Stage) -> Stage:
+    """The 'vocabulary' stage: a tokenizer trained on the catalogue."""
+    size = settings.text.vocab_size
+    key = {"version": VERSION, "ingest": ingested.digest, "vocab_size": size}
+
+    def build(out: Path) -> None:
+        train_wordpiece(_vocabulary_texts(ingested), size).save_pretrained(out)
+
+    return run_stage(settings.workdir, "vocabulary", key, build)
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

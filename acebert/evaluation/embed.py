@@ -8,6 +8,7 @@ Memory: of an actor the model and a batch, of the driver a few runs. Vectors are
 mapped file, from which the Parquet file is written.
 """
 
+import hashlib
 import logging
 import os
 import time
@@ -37,7 +38,8 @@ from acebert.workdir import Stage, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
+MODEL_FILES = ("model.safetensors", "config.json", "settings.yaml", "tokenizer/tokenizer.json")
 RUN_ROWS = 16_384  # 8 MiB of vectors
 RUNS_AN_ACTOR = 4  # at least, so that actors end together
 SAY_EVERY = 10.0
@@ -57,7 +59,7 @@ def embed(
     """
     key = {
         "version": VERSION,
-        "model": [model.name, (model / "model.safetensors").stat().st_size],
+        "model": model_digests(model),
         "ingest": ingested.digest,
         "tokens": tokens.digest,
         "features": features.digest if features else None,
@@ -71,6 +73,16 @@ def embed(
         embed_queries(settings, model, queries, out)
 
     return run_stage(settings.workdir, "embed", key, build)
+
+
+def model_digests(model: Path) -> dict[str, str]:
+    """SHA-256 of each file of a model directory that vectors depend on."""
+
+    def sha256(name: str) -> str:
+        with (model / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return {name: sha256(name) for name in MODEL_FILES}
 
 
 class Inputs(Protocol):

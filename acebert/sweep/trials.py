@@ -113,8 +113,8 @@ def run_trials(
     )
     # Ctrl-C is ours: Tune would swallow it and return as if all were done.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    # A trial that ASHA stops is inside Ray Train's `fit`, which nothing interrupts: until its process
-    # is killed its workers go on, on the CPUs that the next trial waits for. Tune waits 600 s.
+    # A trial that ASHA stops is inside Ray Train's `fit`, which nothing interrupts: its workers go
+    # on, on CPUs that the next trial waits for, until its process is killed. Tune's default: 600 s.
     os.environ["TUNE_FORCE_TRIAL_CLEANUP_S"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # its reports, which verbose=0 does not silence
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are in the outcomes

@@ -1,5 +1,6 @@
 """What an actor makes of its runs, against the encoder on one row at a time; no cluster."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -87,3 +88,20 @@ def test_ids_and_vectors_are_written_side_by_side_in_row_groups(tmp_path: Path) 
     assert table["product_id"].to_pylist() == list("abcdefg")
     np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float32), vectors)
     assert pq.read_metadata(tmp_path / "v.parquet").num_row_groups == 2
+
+
+def test_models_of_one_name_and_size_are_told_apart_and_copies_are_not(
+    settings: Settings, paths: StagePaths, tmp_path: Path
+) -> None:
+    made = []
+    for name, seed in (("a", 0), ("b", 1), ("c", 0)):
+        directory = tmp_path / name / "model"
+        new_model(settings.model_copy(update={"seed": seed}), paths).save(directory)
+        shutil.copytree(paths.tokens / "tokenizer", directory / "tokenizer")
+        (directory / "settings.yaml").write_text("seed: 0")
+        made.append(directory)
+    a, b, c = made
+    assert len({(model / "model.safetensors").stat().st_size for model in made}) == 1
+    assert embed.model_digests(a) == embed.model_digests(c) != embed.model_digests(b)
+    (c / "settings.yaml").write_text("seed: 1")
+    assert embed.model_digests(a) != embed.model_digests(c)

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
+from acebert.pipeline import finetune_stage
+from acebert.sweep.run import sweep
 from acebert.sweep.space import Space
 from acebert.sweep.training import prepare
+from acebert.tracking import client
 
 TINY = [
     *["--recipe", "twinbert_tiny", "--demo.products", "120", "--demo.searches_per_day", "300"],
@@ -20,6 +24,56 @@ TINY = [
 
 def tiny(workdir: Path, *more: str) -> Settings:
     return load_settings([*TINY, "--workdir", str(workdir), *more])
+
+
+@pytest.mark.slow
+def test_a_trial_trains_as_the_job_alone_does_and_asha_stops_one_that_is_behind(
+    tmp_path: Path, ray_cluster: None
+):
+    """One sweep, for each fine-tuning costs seconds of start-up. It is long enough for Tune to get
+    a word in before a trial is over."""
+    long = [
+        *["--train.max_steps", "500", "--train.epochs", "40"],
+        *["--train.validate_every", "50", "--train.patience", "99"],
+    ]
+    base = tiny(tmp_path / "sweep", *long)
+    space = Space(
+        vary={"train.lr": [1e-3, 1e-9]},
+        seeds=(3,),
+        metric="gauc",
+        asha={"first_rung": 50, "reduction": 2},
+    )
+    directory = sweep(base, "rates", space, evaluate=True)
+    learns, frozen = pq.read_table(directory / "trials.parquet").to_pylist()
+    assert (learns["status"], learns["step"]) == ("finished", 500)
+    assert frozen["status"] == "stopped"
+    assert 50 <= frozen["step"] < 500
+    assert 0 < learns["test_recall_100"] <= 1
+
+    alone = tiny(tmp_path / "alone", "--seed", "3", "--train.lr", "1e-3", *long)
+    histories = [
+        pq.read_table(Path(model) / "history.parquet")["loss"].to_pylist()
+        for model in (learns["model"], finetune_stage(alone).path)
+    ]
+    assert len(histories[0]) == 500
+    assert histories[0] == histories[1]
+
+    recipe = ["--recipe", str(directory / "best.yaml"), "--workdir", str(tmp_path / "sweep")]
+    again = finetune_stage(load_settings(recipe))
+    assert again.reused
+    assert str(again.path) == learns["model"]
+
+    mlflow = client(base)
+    experiment = mlflow.get_experiment_by_name(base.tracking.experiment).experiment_id
+    table = mlflow.search_runs([experiment], "tags.table = 'rates'")
+    assert {run.info.run_name: run.info.status for run in table} == {
+        "lr=0.001 seed=3": "FINISHED",
+        "lr=1e-09 seed=3": "KILLED",
+    }
+    assert not mlflow.search_runs([experiment], "attributes.status = 'RUNNING'")
+    scored = next(run for run in table if run.info.status == "FINISHED")
+    assert scored.data.metrics["test/recall_100"] == pytest.approx(learns["test_recall_100"])
+    assert scored.data.metrics["plan/hard_share"] == pytest.approx(learns["hard_share"])
 
 
 def test_more_partitions_than_batches_are_refused_before_anything_is_built(tmp_path: Path):

@@ -1,0 +1,54 @@
+"""The vocabulary that titles and queries are cut by."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from acebert.config import Settings, load_settings
+from acebert.data.tokens import Ragged, load_tokenizer, tokenize
+from acebert.workdir import Stage
+
+TITLES = ["red cotton shirt", "blue denim trousers", "green wool scarf"] * 5
+
+
+def catalogue(directory: Path, titles: list[str]) -> Stage:
+    """The files of an ingest stage that tokens are made of."""
+    (directory / "products").mkdir(parents=True)
+    rows = {"product": pa.array(range(len(titles)), pa.int32()), "title": titles}
+    pq.write_table(pa.table(rows), directory / "products" / "part-0.parquet")
+    asked = {"query": pa.array([0], pa.int32()), "text": ["red shirt"], "clicks": [3]}
+    pq.write_table(pa.table(asked), directory / "queries.parquet")
+    return Stage("ingest", directory, directory.name, 0.0, reused=False)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    argv = ["--recipe", "twinbert_tiny", "--workdir", str(tmp_path), "--text.vocab_size", "120"]
+    return load_settings(argv)
+
+
+def test_a_models_own_vocabulary_cuts_a_catalogue_that_has_changed_since(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """A vocabulary trained anew gives other ids to the same words."""
+    before = tokenize(settings, catalogue(tmp_path / "a", TITLES))
+    grown = catalogue(tmp_path / "b", [*TITLES, *["amber velvet gown"] * 9])
+    anew = tokenize(settings, grown)
+    by_the_model = tokenize(settings, grown, before.path / "tokenizer")
+    old, new, own = (Ragged.load(s.path, "titles") for s in (before, anew, by_the_model))
+    assert any(old[row].tolist() != new[row].tolist() for row in range(len(TITLES)))
+    assert all(old[row].tolist() == own[row].tolist() for row in range(len(TITLES)))
+    ours = load_tokenizer(by_the_model.path / "tokenizer").get_vocab()
+    assert ours == load_tokenizer(before.path / "tokenizer").get_vocab()
+
+
+def test_a_models_vocabulary_on_its_own_catalogue_is_the_stage_it_was_trained_on(
+    settings: Settings, tmp_path: Path
+) -> None:
+    ingested = catalogue(tmp_path / "a", TITLES)
+    trained_on = tokenize(settings, ingested)
+    again = tokenize(settings, ingested, trained_on.path / "tokenizer")
+    assert again.reused
+    assert again.path == trained_on.path

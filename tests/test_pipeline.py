@@ -1,0 +1,60 @@
+"""Settings of jobs that use a trained model."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from acebert.config import load_settings
+from acebert.errors import UserError
+from acebert.pipeline import settings_for
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    trained = load_settings(
+        [
+            *["--recipe", "cebert_tiny", "--workdir", str(tmp_path / "w"), "--model.layers", "1"],
+            *["--data.products", "p.csv", "--data.impressions", "i.csv"],
+        ]
+    )
+    directory = tmp_path / "model"
+    directory.mkdir()
+    tree = trained.model_dump(mode="json")
+    (directory / "settings.yaml").write_text(yaml.safe_dump(tree))
+    return directory
+
+
+def test_a_model_brings_its_settings_and_the_command_line_those_of_data_and_evaluation(
+    model: Path, tmp_path: Path
+) -> None:
+    argv = ["--workdir", str(tmp_path / "other"), "--data.impressions", "new.csv"]
+    settings = settings_for(model, [*argv, "--data.test_from", "2026-02-01", "--eval.ks", "7"])
+    assert settings.model.layers == 1
+    assert settings.recipe == "cebert_tiny"
+    assert settings.workdir == tmp_path / "other"
+    assert settings.data.impressions == str(Path.cwd() / "new.csv")
+    assert settings.data.products == str(Path.cwd() / "p.csv")
+    assert str(settings.data.test_from) == "2026-02-01"
+    assert settings.eval.ks == (7,)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value"),
+    [("model.layers", "2"), ("text.title_tokens", "5"), ("seed", "9"), ("recipe", "acebert_tiny")],
+)
+def test_a_setting_that_belongs_to_the_model_is_refused_by_name(
+    model: Path, leaf: str, value: str
+) -> None:
+    with pytest.raises(UserError, match=f"--{leaf}: .* was trained with"):
+        settings_for(model, [f"--{leaf}", value])
+
+
+def test_settings_that_repeat_the_models_own_are_taken(model: Path) -> None:
+    argv = ["--recipe", "cebert_tiny", "--model.layers", "1"]
+    assert settings_for(model, argv) == settings_for(model, [])
+
+
+def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path}: no model directory"):
+        settings_for(tmp_path, [])
