@@ -5,11 +5,13 @@ BIN := .venv/bin
 
 .PHONY: install test lint demo
 
-install: .venv/.installed
+install: .venv/.installed-$(EXTRA)
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed-%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),dev]'
+	rm -f .venv/.installed-*
+	$(BIN)/pip uninstall --quiet --yes $(if $(filter gpu,$*),faiss-cpu,faiss-gpu)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*,dev]'
 	touch $@
 
 test: install lint

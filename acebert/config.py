@@ -398,7 +398,7 @@ class EvalSettings(Section):
     """Embedding, index and metrics (paper section 4.2)."""
 
     ks: tuple[int, ...] = (10, 50, 100)
-    """cut-offs of Recall, nDCG"""
+    """cut-offs of Recall and nDCG: 10,50"""
     batch_size: int = Field(256, ge=1)
     """queries or products in one forward"""
     num_actors: int = Field(1, ge=1)
@@ -414,6 +414,12 @@ class EvalSettings(Section):
     grade"""
     bootstrap: int = Field(1000, ge=0)
     """samples of the bootstrap over queries behind each row's interval (0: none)"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.ks or min(self.ks) < 1:
+            raise ValueError(f"ks must be 1 or more each, got {self.ks}")
+        return self
 
 
 class TrackingSettings(Section):

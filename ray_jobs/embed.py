@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from acebert.config import Settings
@@ -31,20 +32,30 @@ def read_queries(path: Path) -> list[str]:
     if "query" not in table.column_names:
         names = ", ".join(pq.read_schema(path).names)
         raise UserError(f"--queries {path}: it has no column 'query', only: {names}")
-    queries = table["query"].cast(pa.string())
+    try:
+        queries = table["query"].cast(pa.string())
+    except pa.ArrowException as error:
+        kind = table.schema.field("query").type
+        raise UserError(f"--queries {path}: the column 'query' is {kind}, not text") from error
     if queries.null_count:
-        raise UserError(f"--queries {path}: {queries.null_count} rows have no query")
+        first = pc.index(queries.is_null(), True).as_py()
+        raise UserError(
+            f"--queries {path}: {queries.null_count} rows have no query, the first is row {first}"
+        )
     return list(dict.fromkeys(queries.to_pylist()))
 
 
 def work(_: Settings, arguments: argparse.Namespace) -> None:
     settings = settings_for(arguments.model, arguments.settings)
     stage = embed_stage(settings, arguments.model, read_queries(arguments.queries))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in ("products.parquet", "queries.parquet"):
-        aside = arguments.out / f".{name}.partial"
-        shutil.copy2(stage.path / name, aside)
-        aside.replace(arguments.out / name)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        for name in ("products.parquet", "queries.parquet"):
+            aside = arguments.out / f".{name}.partial"
+            shutil.copy2(stage.path / name, aside)
+            aside.replace(arguments.out / name)
+    except OSError as error:
+        raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror})") from error
     print(arguments.out)
 
 

@@ -148,3 +148,8 @@ def test_a_relative_path_in_the_copied_source_of_a_submitted_job_is_refused(
 def test_two_columns_are_mapped_as_the_guide_says():
     argv = ["--data.columns", "product_id=sku,query=term"]
     assert load_settings(argv).data.columns == {"product_id": "sku", "query": "term"}
+
+
+def test_a_cut_off_below_one_is_refused():
+    with pytest.raises(UserError, match="eval: .*ks must be 1 or more"):
+        load_settings(["--eval.ks", "10,0"])

@@ -153,8 +153,9 @@ def decide_fates(con: duckdb.DuckDBPyConnection, data: DataSettings, days: Days)
     null for what is kept, else the filter's name.
 
     A robot is a user who, in one minute, clicks more than data.robot_clicks_per_minute times, or
-    on one day clicks one product for one query more than data.robot_same_click times; all rows of
-    a robot are filtered. Rows without user or time are never a robot's.
+    on one day clicks one product for one query more than data.robot_same_click times. All rows of
+    its split and of later ones are filtered: what a user does on the test day changes no training.
+    Rows without user or time are never a robot's.
     """
     con.sql(
         _ROBOTS.format(
@@ -172,13 +173,13 @@ WITH clicks AS (
     FROM log WHERE reason IS NULL AND clicked AND day <= '{test}'
         AND person IS NOT NULL AND time IS NOT NULL
 ), caught AS (
-    SELECT person, 'robot: more than {per_minute} clicks in a minute' AS rule
+    SELECT person, 'robot: more than {per_minute} clicks in a minute' AS rule, min(day) AS day
     FROM clicks GROUP BY person, date_trunc('minute', time) HAVING count(*) > {per_minute}
     UNION ALL
-    SELECT person, 'robot: the same click more than {same_click} times in a day'
+    SELECT person, 'robot: the same click more than {same_click} times in a day', min(day)
     FROM clicks GROUP BY person, CAST(time AS DATE), query, product HAVING count(*) > {same_click}
 )
-SELECT person, min(rule) AS rule FROM caught GROUP BY person
+SELECT person, min(rule) AS rule, min(day) AS since FROM caught GROUP BY person
 """
 
 _FATED = """
@@ -186,7 +187,9 @@ CREATE VIEW fated AS
 SELECT seq, input, query, product, clicked, day, position, search_id, person, unreadable_position,
     CASE WHEN day = '{test}' THEN 'test' WHEN day = '{valid}' THEN 'valid' ELSE 'train' END
         AS split,
-    CASE WHEN day > '{test}' THEN 'after the test day' ELSE rule END AS filtered
+    CASE WHEN day > '{test}' THEN 'after the test day'
+        WHEN since < '{valid}' OR (since = '{valid}' AND day >= since) OR day = '{test}' THEN rule
+    END AS filtered
 FROM log LEFT JOIN robots USING (person) WHERE reason IS NULL
 """
 

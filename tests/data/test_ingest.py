@@ -470,6 +470,23 @@ def test_robots_are_filtered_with_all_their_rows_by_rule(tmp_path: Path) -> None
     assert not {"q0", "same", "later"} & set(got.texts)
 
 
+@pytest.mark.parametrize(("day", "kept"), [(0, set()), (2, {0, 1}), (3, {0, 1, 2})])
+def test_a_robot_is_filtered_from_the_split_on_where_it_is_caught(
+    tmp_path: Path, day: int, kept: set[int]
+) -> None:
+    """Days 0 and 1 train, 2 validates, 3 tests: a robot of the test day has trained."""
+    log = [{**row, "user_id": f"u{i}"} for i, row in enumerate(LOG)]
+    burst = [
+        shown(day, f"b{i}", "a", True, user_id="r", timestamp=DAY + timedelta(days=day, seconds=i))
+        for i in range(4)
+    ]
+    other = [shown(at, f"r{at}", "a", True, user_id="r") for at in range(4)]
+    got = run(
+        tmp_path, [*log, *burst, *other], test_from=date(2026, 1, 4), robot_clicks_per_minute=3
+    )
+    assert {at for at in range(4) if f"r{at}" in got.texts} == kept
+
+
 def test_user_ids_are_in_no_file(tmp_path: Path) -> None:
     log = [*LOG, shown(0, None, "a", True)]
     products = write(PRODUCTS, tmp_path / "p.csv")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -106,9 +107,12 @@ def test_a_submitted_job_trains_and_its_last_line_is_the_model_directory(
     argv = ["ray_jobs/finetune.py", "--workdir", str(tmp_path), *SMALL]
     done = submit(cluster, *argv)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (model,) = [
-        line for line in done.stdout.splitlines() if line.startswith(f"{tmp_path}/finetune")
-    ]
+    (submission,) = set(re.findall(r"raysubmit_\w+", done.stdout))
+    logs = subprocess.run(
+        [str(RAY), "job", "logs", submission], env=cluster, capture_output=True, text=True
+    )
+    model = logs.stdout.rstrip().splitlines()[-1]
+    assert model.startswith(f"{tmp_path}/finetune")
     assert json.loads((Path(model) / "report.json").read_text())["steps"] == 4
 
     again = subprocess.run(  # the same job, by plain python, on the same work directory
@@ -152,10 +156,16 @@ def test_embed_writes_vectors_that_others_can_score_with(cluster: dict[str, str]
 
 
 @pytest.mark.slow
-def test_a_wrong_setting_ends_a_job_at_once_with_its_name(cluster: dict[str, str]):
-    done = submit(cluster, "ray_jobs/finetune.py", "--train.lrr", "1")
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(["--train.lrr", "1"], "--train.lrr"), (["--workdir", "w"], "--workdir: w is relative")],
+)
+def test_a_wrong_setting_ends_a_job_at_once_with_its_name(
+    cluster: dict[str, str], argv: list[str], message: str
+):
+    done = submit(cluster, "ray_jobs/finetune.py", *argv)
     assert done.returncode != 0
-    assert "--train.lrr" in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stdout
 
 
