@@ -183,6 +183,6 @@ def _onnx(path: Path, threads: int | None) -> Forward:
 
     def forward(text: TextArrays) -> NDArray[np.float32]:
         inputs = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
-        return session.run(["embedding"], inputs)[0]
+        return session.run(["vectors"], inputs)[0]
 
     return forward
