@@ -17,9 +17,12 @@ from acebert.errors import UserError
 from acebert.evaluation.embed import embed
 from acebert.evaluation.evaluate import evaluate_baselines, evaluate_embeddings
 from acebert.evaluation.look_inside import look_inside
+from acebert.evaluation.teach import teach
 from acebert.evaluation.testset import evaluation_queries
 from acebert.tracking import start_run
+from acebert.training.distill import distill
 from acebert.training.finetune import finetune
+from acebert.training.harness import HOW_IT_RUNS
 from acebert.training.pretrain import pretrain
 from acebert.training.train_cnn import WEIGHTS, crop_settings, train_cnn
 from acebert.workdir import Stage
@@ -125,6 +128,20 @@ def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
     name = Path(settings.recipe).stem
     evaluated = evaluate_embeddings(settings, ingested, embedded.path, name)
     return embedded, _tracked(settings, evaluated)
+
+
+def distill_stages(settings: Settings, teacher: Path) -> tuple[Stage, list[Stage]]:
+    """A teacher's targets, and a student for each of `distill.layers`."""
+    how = {leaf: getattr(settings.train, leaf) for leaf in HOW_IT_RUNS}
+    own = model_settings(settings, teacher)
+    own = own.model_copy(
+        update={"distill": settings.distill, "train": own.train.model_copy(update=how)}
+    )
+    ingested = ingest_stage(own)
+    embedded = embed_stage(own, teacher, evaluation_queries(own, ingested))
+    connect()
+    targets = _tracked(own, teach(own, teacher, ingested, embedded))
+    return targets, [distill(own, teacher, n, targets) for n in own.distill.layers]
 
 
 def baselines_stage(settings: Settings) -> Stage:

@@ -133,7 +133,7 @@ def product_side_version(directory: Path) -> str:
             for name in sorted(weights.keys()):
                 if name.startswith("tower."):
                     digest.update(name.encode())
-                    digest.update(np.ascontiguousarray(weights.get_tensor(name)))
+                    digest.update(np.ascontiguousarray(weights.get_tensor(name)).data)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: no weights of a dual encoder can be read there ({error}); it has to be the "

@@ -6,9 +6,9 @@ that is cut by the clock still ends at a small learning rate.
 
 import math
 
-from acebert.config import CNNSettings, PretrainSettings, TrainSettings
+from acebert.config import CNNSettings, DistillSettings, PretrainSettings, TrainSettings
 
-Schedule = TrainSettings | PretrainSettings | CNNSettings
+Schedule = TrainSettings | PretrainSettings | CNNSettings | DistillSettings
 
 
 def progress(settings: Schedule, step: int, total_steps: int, seconds: float) -> float:
