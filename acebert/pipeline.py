@@ -19,6 +19,8 @@ from acebert.evaluation.evaluate import evaluate_baselines, evaluate_embeddings
 from acebert.evaluation.look_inside import look_inside
 from acebert.evaluation.teach import teach
 from acebert.evaluation.testset import evaluation_queries
+from acebert.serving.onnx_export import export
+from acebert.serving.student_table import TEACHER, students_table
 from acebert.tracking import start_run
 from acebert.training.distill import distill
 from acebert.training.finetune import finetune
@@ -130,18 +132,24 @@ def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
     return embedded, _tracked(settings, evaluated)
 
 
-def distill_stages(settings: Settings, teacher: Path) -> tuple[Stage, list[Stage]]:
-    """A teacher's targets, and a student for each of `distill.layers`."""
+def distill_stages(settings: Settings, teacher: Path) -> tuple[list[Stage], Stage]:
+    """A student for each of `distill.layers`, after the teacher itself, all with their ONNX files;
+    and the table that compares them."""
     how = {leaf: getattr(settings.train, leaf) for leaf in HOW_IT_RUNS}
     own = model_settings(settings, teacher)
-    own = own.model_copy(
-        update={"distill": settings.distill, "train": own.train.model_copy(update=how)}
-    )
+    train = own.train.model_copy(update=how)
+    own = own.model_copy(update={"distill": settings.distill, "train": train})
     ingested = ingest_stage(own)
     embedded = embed_stage(own, teacher, evaluation_queries(own, ingested))
     connect()
     targets = _tracked(own, teach(own, teacher, ingested, embedded))
-    return targets, [distill(own, teacher, n, targets) for n in own.distill.layers]
+    exports = {TEACHER: export(own, teacher)}
+    for layers in own.distill.layers:
+        student = distill(own, teacher, layers, targets)
+        alias = f"{own.tracking.alias}-{layers}-layers"
+        exports[f"{layers} layers"] = export(own, student.path, alias)
+    table = _tracked(own, students_table(own, ingested, targets, exports))
+    return list(exports.values()), table
 
 
 def baselines_stage(settings: Settings) -> Stage:

@@ -49,7 +49,7 @@ def teach(settings: Settings, teacher: Path, ingested: Stage, embedded: Stage) -
 
     def build(out: Path) -> None:
         texts = unlabelled_texts(ingested.path, own.titles, own.texts)
-        queries, pairs, new = _validation_day(ingested.path)
+        queries, pairs, new = validation_day(ingested.path)
         asked = [*texts, *queries]
         vectors = _vectors(settings, teacher, asked, out)
         products = _matrix(embedded.path / "products.parquet")
@@ -63,8 +63,9 @@ def teach(settings: Settings, teacher: Path, ingested: Stage, embedded: Stage) -
     return run_stage(settings.workdir, "targets", key, build)
 
 
-def _validation_day(ingested: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.bool_]]:
-    """Its clicked queries [m], (query, product) pairs [T, 2] and which queries are new [m]."""
+def validation_day(ingested: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.bool_]]:
+    """Its clicked queries [m]; what was clicked for them, sorted pairs (query from 0, catalogue row),
+    int64 [T, 2]; which of them have no click on a training day, bool [m]."""
     clicked = pq.read_table(ingested / "valid_pairs.parquet", columns=["query", "product"])
     if not clicked.num_rows:
         raise UserError("distill: nothing was clicked on the validation day to measure students on")

@@ -170,6 +170,13 @@ def _torch(directory: Path, threads: int | None) -> Forward:
 
 def _onnx(path: Path, threads: int | None) -> Forward:
     import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import (
+        Fail,
+        InvalidArgument,
+        InvalidGraph,
+        InvalidProtobuf,
+        RuntimeException,
+    )
 
     if not path.is_file():
         raise UserError(
@@ -178,8 +185,11 @@ def _onnx(path: Path, threads: int | None) -> Forward:
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others compute too
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, RuntimeException) as error:
+        raise UserError(f"{path}: onnxruntime cannot read it: {error}") from error
 
     def forward(text: TextArrays) -> NDArray[np.float32]:
         inputs = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
