@@ -184,7 +184,7 @@ def _figure(table: Table, path: Path) -> None:
         x = [row["ms_batch1_threads1"] for row in rows]
         y = [row["kept_100"] for row in rows]
         axes.plot(x, y, marker, label=runtime)
-        for name, *at in zip(table, x, y, strict=True):
+        for name, at in zip(table, zip(x, y, strict=True), strict=True):
             axes.annotate(name, at, textcoords="offset points", xytext=(6, 4), fontsize=8)
     axes.axhline(KEPT, color="0.7", linewidth=1, zorder=0)
     axes.set_xscale("log")

@@ -41,9 +41,9 @@ class TeacherTargets:
 
     @classmethod
     def open(cls, directory: Path) -> "TeacherTargets":
-        """Memory-maps what `save` wrote."""
+        """Memory-maps what `save` wrote; copy-on-write, since torch takes no read-only array."""
         names = ("vectors", "best", "products", "valid_pairs", "valid_new")
         arrays = (
-            np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names
+            np.load(directory / f"{name}.npy", mmap_mode="c", allow_pickle=False) for name in names
         )
         return cls(Ragged.load(directory, "texts"), *arrays)

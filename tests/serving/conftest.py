@@ -12,7 +12,7 @@ from acebert.models.dual import DualEncoder
 from acebert.models.student import new_student
 from acebert.serving.onnx_export import write_onnx
 
-WORDS = "red blue summer winter dress shirt shoes jeans men women nike cotton watch bag".split()
+WORDS = ("red", "blue", "summer", "winter", "dress", "shirt", "shoes", "jeans", "men", "nike")
 
 
 def write_model(directory: Path, model: DualEncoder, queries: list[str]) -> None:
