@@ -64,7 +64,7 @@ def teach(settings: Settings, teacher: Path, ingested: Stage, embedded: Stage) -
 
 
 def validation_day(ingested: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.bool_]]:
-    """Its clicked queries [m]; sorted pairs of a query (from 0) and a catalogue row that was clicked,
+    """Its clicked queries [m]; sorted pairs of a query (from 0) and a catalogue row clicked for it,
     int64 [T, 2]; which queries have no click on a training day, bool [m]."""
     clicked = pq.read_table(ingested / "valid_pairs.parquet", columns=["query", "product"])
     if not clicked.num_rows:
