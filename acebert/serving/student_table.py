@@ -76,7 +76,7 @@ def _quality(paths: Mapping[str, Path], queries: list[str], held_out: HeldOutQue
     for name, path in paths.items():
         table[name] = {}
         for runtime in RUNTIMES:
-            encoder = QueryEncoder.load(path, runtime, threads=len(os.sched_getaffinity(0)))
+            encoder = QueryEncoder.load(path, runtime)
             vectors = encoder.encode(queries)
             if runtime == "torch":
                 own = vectors
