@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -27,6 +28,7 @@ EFFORTS = {"IVF": (1, 2, 4, 8, 16, 32, 64, 128, 256), "HNSW": (100, 140, 200, 28
 SINGLE = 200  # queries asked one at a time
 
 Vectors = NDArray[np.float32]
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ def kinds(n: int) -> list[str]:
     ]
 
 
-def build(name: str, products: Vectors) -> tuple[faiss.Index, float, float]:
+def build(name: str, products: Vectors) -> tuple[Any, float, float]:
     """The index, seconds to train and fill it, and its size [10^6 bytes]."""
-    index = faiss.index_factory(products.shape[1], name, faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(products.shape[1], name, faiss.METRIC_INNER_PRODUCT)
     if name.startswith("HNSW"):
-        faiss.downcast_index(index).hnsw.efConstruction = 100
+        index.hnsw.efConstruction = 100
     start = time.perf_counter()
     if not index.is_trained:
         rows = np.random.default_rng(0).permutation(len(products))
@@ -97,7 +99,7 @@ def build(name: str, products: Vectors) -> tuple[faiss.Index, float, float]:
         return index, seconds, path.stat().st_size / 1e6
 
 
-def measure(index: faiss.Index, queries: Vectors, exact: Vectors) -> tuple[float, float, float]:
+def measure(index: Any, queries: Vectors, exact: Rows) -> tuple[float, float, float]:
     """recall@K, queries a second in one call, p50 of a call with one query [ms].
 
     `exact`: row of the K-th and better products of each query, int64 [queries, K].
@@ -115,7 +117,7 @@ def measure(index: faiss.Index, queries: Vectors, exact: Vectors) -> tuple[float
     return float(np.mean(common) / K), len(queries) / seconds, 1e3 * float(np.median(singles))
 
 
-def run(name: str, products: Vectors, queries: Vectors, exact: Vectors) -> Built:
+def run(name: str, products: Vectors, queries: Vectors, exact: Rows) -> Built:
     """Build an index and raise its effort until recall no longer grows."""
     index, seconds, megabytes = build(name, products)
     space = faiss.ParameterSpace()
