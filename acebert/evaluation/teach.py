@@ -90,4 +90,4 @@ def _matrix(path: Path) -> NDArray[np.float32]:
     """The `embedding` column, float32 [rows, d]."""
     table = pq.read_table(path, columns=["embedding"])
     flat = table["embedding"].combine_chunks().flatten()
-    return flat.to_numpy().reshape(table.num_rows, -1)
+    return flat.to_numpy().reshape(table.num_rows, -1).copy()  # torch takes no read-only array
