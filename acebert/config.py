@@ -394,6 +394,37 @@ class TrainSettings(ScheduleSettings):
         return self
 
 
+class DistillSettings(ScheduleSettings):
+    """Query-side students of a trained dual encoder (paper section 4.7). Workers are those of
+    `train`; precision and clipping are those that the teacher was trained with."""
+
+    layers: tuple[int, ...] = (1, 2, 3)
+    """a student for each number: the first layers of the teacher's query side"""
+    width: int | None = Field(None, ge=8)
+    """hidden width of narrower students, whose layers start at random weights (none: the
+    teacher's, with its weights)"""
+    titles: bool = True
+    """train on the catalogue's titles too, beside the training days' queries"""
+    texts: Address = None
+    """more unlabelled text to train on: a Parquet file with a column `text`"""
+    random_products: int = Field(512, ge=0)
+    """random products beside the teacher's first 100 in the score distribution"""
+    embedding_weight: float = Field(1.0, ge=0)
+    """weight of 1 − cosine to the teacher's vector, beside the score distributions' KL"""
+    batch_size: int = Field(256, ge=2)
+    """texts in a batch"""
+    epochs: int = Field(10, ge=1)
+    """passes over the texts"""
+    lr: float = Field(3e-4, gt=0)
+    """peak learning rate of AdamW"""
+    validate_every: int = Field(500, ge=1)
+    """steps between validations on queries of the validation day"""
+    valid_queries: int = Field(2000, ge=1)
+    """queries of the validation day in one of them; the table at the end takes all"""
+    seed: int = 0
+    """seed of the batches and of what starts at random"""
+
+
 class EvalSettings(Section):
     """Embedding, index and metrics (paper section 4.2)."""
 
@@ -474,6 +505,7 @@ class Settings(BaseSettings):
     adversary: AdversarySettings = AdversarySettings()
     pretrain: PretrainSettings = PretrainSettings()
     train: TrainSettings = TrainSettings()
+    distill: DistillSettings = DistillSettings()
     eval: EvalSettings = EvalSettings()
     tracking: TrackingSettings = TrackingSettings()
 

@@ -18,9 +18,14 @@ from acebert.errors import UserError
 from acebert.evaluation.embed import embed
 from acebert.evaluation.evaluate import BASELINES, evaluate_baselines, evaluate_embeddings
 from acebert.evaluation.look_inside import look_inside
+from acebert.evaluation.teach import teach
 from acebert.evaluation.testset import evaluation_queries
+from acebert.serving.onnx_export import export
+from acebert.serving.student_table import TEACHER, students_table
 from acebert.tracking import finished_run, start_run
+from acebert.training.distill import distill
 from acebert.training.finetune import finetune
+from acebert.training.harness import HOW_IT_RUNS
 from acebert.training.pretrain import pretrain
 from acebert.training.train_cnn import WEIGHTS, crop_settings, train_cnn
 from acebert.workdir import Stage
@@ -130,6 +135,26 @@ def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
     name = Path(settings.recipe).stem
     evaluated = evaluate_embeddings(settings, ingested, embedded.path, name)
     return embedded, _tracked(settings, evaluated)
+
+
+def distill_stages(settings: Settings, teacher: Path) -> tuple[list[Stage], Stage]:
+    """A student for each of `distill.layers`, after the teacher itself, all with their ONNX files;
+    and the table that compares them."""
+    how = {leaf: getattr(settings.train, leaf) for leaf in HOW_IT_RUNS}
+    own = model_settings(settings, teacher)
+    train = own.train.model_copy(update=how)
+    own = own.model_copy(update={"distill": settings.distill, "train": train})
+    ingested = ingest_stage(own)
+    embedded = embed_stage(own, teacher, evaluation_queries(own, ingested))
+    connect()
+    targets = _tracked(own, teach(own, teacher, ingested, embedded))
+    exports = {TEACHER: export(own, teacher)}
+    for layers in own.distill.layers:
+        student = distill(own, teacher, layers, targets)
+        alias = f"{own.tracking.alias}-{layers}-layers"
+        exports[f"{layers} layers"] = export(own, student.path, alias)
+    table = _tracked(own, students_table(own, ingested, targets, exports))
+    return list(exports.values()), table
 
 
 def baselines_stage(settings: Settings) -> Stage:

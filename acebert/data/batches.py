@@ -124,3 +124,10 @@ class TextStore:
         segment_ids[ranges(start, taken)] = np.repeat(segments, taken)
         mask = np.arange(L)[None, :] < row_length[:, None]
         return TextArrays(input_ids.reshape(B, L), mask, segment_ids.reshape(B, L))
+
+
+def query_arrays(pieces: Ragged, cls: int, sep: int, pad: int) -> TextArrays:
+    """Word pieces of n queries that no stage holds → padded tokens, as `query_batch` makes them."""
+    none = Ragged.from_rows([])
+    store = TextStore(none, pieces, none, cls, sep, pad)
+    return store.query_batch(np.arange(len(pieces)))

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from acebert.config import Settings
-from acebert.data.batches import TextStore
+from acebert.data.batches import query_arrays
 from acebert.data.lookups import Lookups
 from acebert.data.schema import normalize_query
 from acebert.data.tokens import encode, load_tokenizer
@@ -164,16 +164,8 @@ def embed_queries(settings: Settings, model: Path, queries: list[str], out: Path
 
 def query_inputs(tokenizer: Any, pieces: Any) -> Any:
     """Word pieces of queries → the encoder's tokens, as in training."""
-    empty = type(pieces).from_rows([])
-    store = TextStore(
-        empty,
-        pieces,
-        empty,
-        tokenizer.cls_token_id,
-        tokenizer.sep_token_id,
-        tokenizer.pad_token_id,
-    )
-    return as_inputs(store.query_batch(np.arange(len(pieces))))
+    special = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
+    return as_inputs(query_arrays(pieces, *special))
 
 
 class _Embedder:

@@ -36,7 +36,9 @@ from acebert.workdir import is_disk_full
 log = logging.getLogger(__name__)
 
 STATE, PROGRESS, HISTORY, MANIFEST = "state.pt", "progress.json", "history.parquet", "manifest.json"
-CODE_THAT_TRAINS = ("config.py", "data", "evaluation/gauc.py", "models", "training")
+CODE_THAT_TRAINS = (
+    *("config.py", "data", "evaluation/gauc.py", "evaluation/recall.py", "models", "training"),
+)
 """below acebert/: source that a step or a validation runs through"""
 
 

@@ -1,0 +1,98 @@
+"""The 'distill' stage: a query-side student on Ray Train, from a teacher to a model directory."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acebert.config import Settings
+from acebert.models.dual import DualEncoder
+from acebert.models.student import new_student
+from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors
+from acebert.training.distill_loop import run
+from acebert.training.distiller import Distiller
+from acebert.training.harness import run_directory, train_on_ray
+from acebert.training.record import RECORD, write_record
+from acebert.training.steps import Rank
+from acebert.workdir import Stage, digest_of, run_stage
+
+VERSION = 1
+
+
+def distill(settings: Settings, teacher: Path, layers: int, targets: Stage) -> Stage:
+    """Train a student of `layers` layers and write its model directory: the teacher's product side
+    and tokenizer, and a query side of its own (docs/architecture.md, distill).
+
+    Args:
+        settings: the teacher's own, with the `distill` section in use
+        teacher: its model directory
+        targets: what it says to texts
+
+    Raises:
+        UserError: the teacher has fewer layers, the cluster lacks the CPUs or GPUs asked for, or
+            the loss is not finite.
+    """
+    own = settings.distill
+    key: dict[str, Any] = {
+        "version": VERSION,
+        "targets": targets.digest,
+        "student_layers": layers,
+        "distill": own.model_dump(exclude={"layers", "titles", "texts"}),
+        "train": settings.train.model_dump(include={"precision", "max_grad_norm"}),
+    }
+    new_student(DualEncoder.load(teacher), layers, own.width)  # refuses before Ray starts
+    config = {"teacher": teacher, "layers": layers, "targets": targets.path}
+
+    def build(out: Path) -> None:
+        from acebert.tracking import start_run  # MLflow, which workers do not need
+
+        name = f"distill {layers} layer{'s' * (layers > 1)}"
+        with start_run(settings, "distill", digest_of(key), name=name) as mlrun:
+            checkpoints = train_on_ray(settings, "distill", key, _worker, config, mlrun)
+            _export(settings, config, checkpoints, mlrun.run_id, out)
+            for artifact in RECORD:
+                mlrun.log_artifact(out / artifact)
+
+    stage = run_stage(settings.workdir, "distill", key, build)
+    shutil.rmtree(run_directory(settings, "distill", key), ignore_errors=True)
+    return stage
+
+
+def _student(settings: Settings, config: dict[str, Any]) -> DualEncoder:
+    own = settings.distill
+    return new_student(DualEncoder.load(config["teacher"]), config["layers"], own.width, own.seed)
+
+
+def _worker(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
+    trainer = Distiller(
+        settings,
+        config["targets"],
+        config["teacher"] / "tokenizer",
+        _student(settings, config),
+        rank.device,
+        rank.rank,
+        rank.world,
+    )
+    run(trainer, rank)
+
+
+def _export(
+    settings: Settings, config: dict[str, Any], checkpoints: Checkpoints, run_id: str, out: Path
+) -> None:
+    """The model directory of the last checkpoint: distillation uses its budget up."""
+    last = checkpoints.newest()
+    assert last is not None
+    progress = load_progress(last)
+    student = _student(settings, config)
+    assert student.query_tower is not None
+    student.query_tower.load_state_dict(load_tensors(last, torch.device("cpu"))["model"])
+    student.save(out)
+    shutil.copytree(config["teacher"] / "tokenizer", out / "tokenizer")
+    report = {
+        "mlflow_run": run_id,
+        "teacher": str(config["teacher"]),
+        "texts": progress.step * settings.distill.batch_size,
+        "valid": progress.validations[-1],
+    }
+    write_record(out, settings, progress, report)

@@ -1,0 +1,28 @@
+"""Distil small query encoders from a trained model (Ray Train), and export them and it to ONNX.
+
+    python ray_jobs/distill.py --workdir W --model MODEL_DIR
+
+prints a table of layers × runtime, then the directories: the table's, the teacher's, the students'.
+"""
+
+import argparse
+from pathlib import Path
+
+from acebert.cluster import leave
+from acebert.config import Settings
+from acebert.job import run_job
+from acebert.pipeline import distill_stages
+
+
+def work(settings: Settings, arguments: argparse.Namespace) -> None:
+    exports, table = distill_stages(settings, arguments.model)
+    leave()
+    print((table.path / "table.txt").read_text())
+    for stage in (table, *exports):
+        print(stage.path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model", type=Path, required=True, help="directory that finetune printed")
+    run_job(work, __doc__, parser)
