@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from acebert.cluster import connect
-from acebert.config import Settings, read_recipe, settings_from
+from acebert.config import LossSettings, Settings, read_recipe, settings_from
 from acebert.data.cnn_labels import label_photos
 from acebert.data.demo import build_demo
 from acebert.data.ingest import ingest
@@ -17,12 +17,16 @@ from acebert.errors import UserError
 from acebert.evaluation.embed import embed
 from acebert.evaluation.evaluate import evaluate_baselines, evaluate_embeddings
 from acebert.evaluation.look_inside import look_inside
+from acebert.evaluation.mine import mine
 from acebert.evaluation.testset import evaluation_queries
 from acebert.tracking import start_run
 from acebert.training.finetune import finetune
 from acebert.training.pretrain import pretrain
 from acebert.training.train_cnn import WEIGHTS, crop_settings, train_cnn
 from acebert.workdir import Stage
+
+HARD_NEGATIVES = {"hard_negatives", "hard_negative_ranks", "hard_negatives_from"}
+"""leaves of `loss` that say nothing where no hard negatives are used"""
 
 
 @dataclass(frozen=True)
@@ -38,19 +42,19 @@ def ingest_stage(settings: Settings) -> Stage:
     """The validated catalogue and log: the user's, or the demo's."""
     products, impressions = settings.data.products, settings.data.impressions
     if products is None or impressions is None:
-        demo = _tracked(settings, build_demo(settings))
+        demo = tracked(settings, build_demo(settings))
         products, impressions = str(demo.path / "products.parquet"), str(demo.path / "impressions")
-    return _tracked(settings, ingest(settings, products, impressions))
+    return tracked(settings, ingest(settings, products, impressions))
 
 
 def catalogue_stages(settings: Settings) -> Catalogue:
     ingested = ingest_stage(settings)
-    tokens = _tracked(settings, tokenize(settings, ingested))
+    tokens = tracked(settings, tokenize(settings, ingested))
     features = None
     if settings.reads_images:
         settings = with_own_cnn(settings)
         connect()
-        features = _tracked(settings, preprocess(settings, ingested))
+        features = tracked(settings, preprocess(settings, ingested))
     return Catalogue(ingested, tokens, features)
 
 
@@ -58,8 +62,8 @@ def cnn_stage(settings: Settings) -> Stage:
     """The patch CNN, trained on the catalogue."""
     ingested = ingest_stage(settings)
     connect()
-    crops = _tracked(settings, preprocess(crop_settings(settings), ingested))
-    labels = _tracked(settings, label_photos(settings, ingested, crops))
+    crops = tracked(settings, preprocess(crop_settings(settings), ingested))
+    labels = tracked(settings, label_photos(settings, ingested, crops))
     return train_cnn(settings, ingested, crops, labels)
 
 
@@ -76,7 +80,7 @@ def with_own_cnn(settings: Settings) -> Settings:
 def plan_stage(settings: Settings) -> Stage:
     ingested = ingest_stage(settings)
     connect()
-    return _tracked(settings, plan(settings, ingested))
+    return tracked(settings, plan(settings, ingested))
 
 
 def pretrain_stage(settings: Settings) -> Stage:
@@ -94,7 +98,7 @@ def look_inside_stage(settings: Settings, pretrained: Stage) -> Stage:
         raise ValueError("a model that reads no photos has nothing to be looked at")
     connect()
     stage = look_inside(settings, pretrained, data.ingested, data.tokens, data.features)
-    return _tracked(settings, stage)
+    return tracked(settings, stage)
 
 
 def finetune_stage(settings: Settings) -> Stage:
@@ -104,7 +108,23 @@ def finetune_stage(settings: Settings) -> Stage:
     planned = plan_stage(settings)
     connect()
     pretrained = pretrain_stage(settings) if settings.model.start == "pretrain" else None
-    return finetune(settings, data.ingested, data.tokens, data.features, planned, pretrained)
+    mined = mine_stage(settings) if settings.loss.hard_negatives else None
+    return finetune(settings, data.ingested, data.tokens, data.features, planned, pretrained, mined)
+
+
+def mine_stage(settings: Settings) -> Stage:
+    """Products near the training queries for the model that `loss.hard_negatives_from` names, or
+    for the one that these settings train without hard negatives."""
+    model = settings.loss.hard_negatives_from
+    if model is None:
+        without = LossSettings().model_dump(include=HARD_NEGATIVES)
+        loss = settings.loss.model_copy(update=without)
+        model = finetune_stage(settings.model_copy(update={"loss": loss})).path
+    miner = model_settings(settings, model)
+    data = catalogue_stages(miner)
+    connect()
+    ranks = settings.loss.hard_negative_ranks
+    return tracked(settings, mine(miner, model, data.ingested, data.tokens, data.features, ranks))
 
 
 def embed_stage(settings: Settings, model: Path, queries: list[str]) -> Stage:
@@ -112,7 +132,7 @@ def embed_stage(settings: Settings, model: Path, queries: list[str]) -> Stage:
     settings = model_settings(settings, model)
     data = catalogue_stages(settings)
     connect()
-    return _tracked(
+    return tracked(
         settings, embed(settings, model, data.ingested, data.tokens, data.features, queries)
     )
 
@@ -124,12 +144,12 @@ def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
     embedded = embed_stage(settings, model, evaluation_queries(settings, ingested))
     name = Path(settings.recipe).stem
     evaluated = evaluate_embeddings(settings, ingested, embedded.path, name)
-    return embedded, _tracked(settings, evaluated)
+    return embedded, tracked(settings, evaluated)
 
 
 def baselines_stage(settings: Settings) -> Stage:
     """Metrics of the rows that need no training."""
-    return _tracked(settings, evaluate_baselines(settings, ingest_stage(settings)))
+    return tracked(settings, evaluate_baselines(settings, ingest_stage(settings)))
 
 
 def model_settings(settings: Settings, model: Path) -> Settings:
@@ -141,7 +161,7 @@ def model_settings(settings: Settings, model: Path) -> Settings:
     return own.model_copy(update=ours)
 
 
-def _tracked(settings: Settings, stage: Stage) -> Stage:
+def tracked(settings: Settings, stage: Stage) -> Stage:
     """Note a stage that was built (not reused) as an MLflow run, with what it wrote to be seen."""
     if stage.reused:
         return stage

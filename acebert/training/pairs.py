@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from acebert.config import Settings
+from acebert.config import LossSettings, Settings
 from acebert.data.batches import TextArrays, TextStore
 from acebert.data.feature_cache import open_features
+from acebert.data.hard_negatives import HardNegatives
 from acebert.data.lookups import Lookups
 from acebert.data.partitions import Plan
 from acebert.models.encoder import ImageInputs, TextInputs
@@ -43,6 +44,7 @@ class StagePaths:
     tokens: Path
     features: Path | None
     plan: Path | None = None
+    hard_negatives: Path | None = None
 
 
 class Part(NamedTuple):
@@ -87,10 +89,11 @@ class TrainBatch:
 
     Attributes:
         query, product: the rows to encode
-        query_mask: cells of [b, W] where a product is no negative of a query, or None
+        query_mask: cells of [b, W + W·H] where a product is no negative of a query, or None
         product_mask: cells of [b, W] where a query is no negative of a product, or None
-        product_log_share: float32 [W], log of each product's share of the training pairs, or None
-            without popularity correction
+        product_log_share: float32 [W + W·H], log of the chance with which each product is drawn, or
+            None without popularity correction
+        mined_row: int64 [b·H], the row of each mined product, or None without any
         waited: how long training waited for this batch [s]
     """
 
@@ -99,6 +102,7 @@ class TrainBatch:
     query_mask: FalseNegatives | None
     product_mask: FalseNegatives | None
     product_log_share: torch.Tensor | None
+    mined_row: torch.Tensor | None = None
     waited: float = 0.0
 
     def parts(self, micro_batch: int | None) -> list[Part]:
@@ -210,6 +214,7 @@ class PairBatches:
         W = settings.train.batch_size
         self.rows = slice(rank * W // world_size, (rank + 1) * W // world_size)
         self._lookups = Lookups.open(paths.ingest)
+        self._mined = HardNegatives.open(paths.hard_negatives) if paths.hard_negatives else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -222,20 +227,46 @@ class PairBatches:
         record = self.plan.batch(epoch, in_epoch)
         query, product = record["query"].to_numpy(), record["product"].to_numpy()
         hot = self._hot_lists(record["pair"].to_numpy(), product, step)
-        rows = self.rows
+        rows, W = self.rows, len(query)
+        mined = None
+        if self._mined:
+            mined = self._mined.draw(query, self._loss.hard_negatives, (self.settings.seed, step))
         masks = false_negatives(
-            query, product, self.settings.loss.false_negatives, self._lookups.clicked, rows
+            query, product, self._loss.false_negatives, self._lookups.clicked, rows, mined
         )
-        share = None
-        if self.settings.loss.popularity_correction:
-            drawn = self._lookups.product_pairs[product] / len(self._lookups.pair_hot_list)
-            share = torch.from_numpy(np.log(drawn).astype(np.float32))
+        H = 0 if mined is None else len(mined) // W
+        own, own_hot = product[rows], None if hot is None else hot[rows]
+        if mined is not None:
+            mined_hot = self._mined_hot_lists(mined, step)
+            of_rank = slice(rows.start * H, rows.stop * H)
+            own = np.concatenate([own, mined[of_rank]])
+            if own_hot is not None and mined_hot is not None:
+                own_hot = np.concatenate([own_hot, mined_hot[of_rank]])
+        side = self._products(own, own_hot)
+        b = rows.stop - rows.start
         return TrainBatch(
             self._queries(query[rows]),
-            self._products(product[rows], None if hot is None else hot[rows]),
+            replace(side, pair_row=side.pair_row[:b]),
             *masks,
-            share,
+            self._log_share(product, mined),
+            side.pair_row[b:] if H else None,
         )
+
+    @property
+    def _loss(self) -> LossSettings:
+        return self.settings.loss
+
+    def _log_share(
+        self, product: NDArray[np.integer], mined: NDArray[np.integer] | None
+    ) -> torch.Tensor | None:
+        """Of the batch's products, then the mined: a product's chance to be drawn as either."""
+        if not self._loss.popularity_correction:
+            return None
+        columns = product if mined is None else np.concatenate([product, mined])
+        share = self._lookups.product_pairs[columns] / len(self._lookups.pair_hot_list)
+        if self._mined:
+            share = share + self._loss.hard_negatives * self._mined.share[columns]
+        return torch.from_numpy(np.log(share).astype(np.float32))
 
     def _queries(self, query: NDArray[np.int32]) -> Side:
         distinct, pair_row = np.unique(query, return_inverse=True)
@@ -264,8 +295,21 @@ class PairBatches:
             if model.hot_queries == "other_days"
             else self._lookups.product_hot_lists[product, 0]
         )
-        draw = np.random.default_rng((self.settings.seed, step)).random(len(product))
-        return np.where(draw < model.hot_query_dropout, EMPTY_LIST, lists)
+        return self._dropped(lists, (self.settings.seed, step))
+
+    def _mined_hot_lists(self, mined: NDArray[np.int32], step: int) -> NDArray[np.int32] | None:
+        """The lists of all training days: no pair of this batch's day is in them, for a mined
+        product was never clicked for its query."""
+        if self.settings.model.hot_queries == "off":
+            return None
+        return self._dropped(
+            self._lookups.product_hot_lists[mined, 0], (self.settings.seed, step, 1)
+        )
+
+    def _dropped(self, lists: NDArray[np.int32], seed: tuple[int, ...]) -> NDArray[np.int32]:
+        """The lists with `model.hot_query_dropout` of them left out."""
+        draw = np.random.default_rng(seed).random(len(lists))
+        return np.where(draw < self.settings.model.hot_query_dropout, EMPTY_LIST, lists)
 
     def stream(self, start: int, stop: int) -> Iterator[TrainBatch]:
         """Batches of steps start … stop − 1, each made in a thread while the last one trains. For
