@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from acebert.config import LossSettings, Settings
+from acebert.config import Settings
 from acebert.data.batches import TextArrays, TextStore
 from acebert.data.feature_cache import open_features
 from acebert.data.hard_negatives import HardNegatives
@@ -226,46 +226,32 @@ class PairBatches:
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         record = self.plan.batch(epoch, in_epoch)
         query, product = record["query"].to_numpy(), record["product"].to_numpy()
-        hot = self._hot_lists(record["pair"].to_numpy(), product, step)
-        rows, W = self.rows, len(query)
-        mined = None
-        if self._mined:
-            mined = self._mined.draw(query, self._loss.hard_negatives, (self.settings.seed, step))
-        masks = false_negatives(
-            query, product, self._loss.false_negatives, self._lookups.clicked, rows, mined
-        )
-        H = 0 if mined is None else len(mined) // W
-        own, own_hot = product[rows], None if hot is None else hot[rows]
-        if mined is not None:
-            mined_hot = self._mined_hot_lists(mined, step)
-            of_rank = slice(rows.start * H, rows.stop * H)
-            own = np.concatenate([own, mined[of_rank]])
-            if own_hot is not None and mined_hot is not None:
-                own_hot = np.concatenate([own_hot, mined_hot[of_rank]])
-        side = self._products(own, own_hot)
+        W, H, rows = len(query), self.settings.loss.hard_negatives, self.rows
+        mined = product[:0]
+        if H:
+            assert self._mined is not None
+            mined = self._mined.draw(query, H, (self.settings.seed, step))
+        columns = np.concatenate([product, mined])
+        hot = self._hot_lists(record["pair"].to_numpy(), columns, step)
+        own = np.r_[rows, W + H * rows.start : W + H * rows.stop]
+        side = self._products(columns[own], None if hot is None else hot[own])
         b = rows.stop - rows.start
+        own_row, mined_row = side.pair_row.split([b, H * b])
+        form, clicked = self.settings.loss.false_negatives, self._lookups.clicked
         return TrainBatch(
             self._queries(query[rows]),
-            replace(side, pair_row=side.pair_row[:b]),
-            *masks,
-            self._log_share(product, mined),
-            side.pair_row[b:] if H else None,
+            replace(side, pair_row=own_row),
+            *false_negatives(query, product, form, clicked, rows, mined),
+            self._log_share(columns) if self.settings.loss.popularity_correction else None,
+            mined_row if H else None,
         )
 
-    @property
-    def _loss(self) -> LossSettings:
-        return self.settings.loss
-
-    def _log_share(
-        self, product: NDArray[np.integer], mined: NDArray[np.integer] | None
-    ) -> torch.Tensor | None:
-        """Of the batch's products, then the mined: a product's chance to be drawn as either."""
-        if not self._loss.popularity_correction:
-            return None
-        columns = product if mined is None else np.concatenate([product, mined])
+    def _log_share(self, columns: NDArray[np.integer]) -> torch.Tensor:
+        """log of how many of each product [W + W·H] a batch is expected to hold, over W: as a
+        pair's own product, or as a mined one."""
         share = self._lookups.product_pairs[columns] / len(self._lookups.pair_hot_list)
-        if self._mined:
-            share = share + self._loss.hard_negatives * self._mined.share[columns]
+        if self._mined is not None:
+            share = share + self.settings.loss.hard_negatives * self._mined.share[columns]
         return torch.from_numpy(np.log(share).astype(np.float32))
 
     def _queries(self, query: NDArray[np.int32]) -> Side:
@@ -285,31 +271,18 @@ class PairBatches:
         return Side(text, images, tokens, has_image, rows)
 
     def _hot_lists(
-        self, pair: NDArray[np.int64], product: NDArray[np.int32], step: int
+        self, pair: NDArray[np.int64], columns: NDArray[np.int32], step: int
     ) -> NDArray[np.int32] | None:
+        """Of the pairs' products [W], then of the mined [W·H]. These have their lists of all
+        training days: what was never clicked for a query has it in none of them."""
         model = self.settings.model
         if model.hot_queries == "off":
             return None
-        lists = (
-            self._lookups.pair_hot_list[pair]
-            if model.hot_queries == "other_days"
-            else self._lookups.product_hot_lists[product, 0]
-        )
-        return self._dropped(lists, (self.settings.seed, step))
-
-    def _mined_hot_lists(self, mined: NDArray[np.int32], step: int) -> NDArray[np.int32] | None:
-        """The lists of all training days: no pair of this batch's day is in them, for a mined
-        product was never clicked for its query."""
-        if self.settings.model.hot_queries == "off":
-            return None
-        return self._dropped(
-            self._lookups.product_hot_lists[mined, 0], (self.settings.seed, step, 1)
-        )
-
-    def _dropped(self, lists: NDArray[np.int32], seed: tuple[int, ...]) -> NDArray[np.int32]:
-        """The lists with `model.hot_query_dropout` of them left out."""
-        draw = np.random.default_rng(seed).random(len(lists))
-        return np.where(draw < self.settings.model.hot_query_dropout, EMPTY_LIST, lists)
+        lists = self._lookups.product_hot_lists[columns, 0]
+        if model.hot_queries == "other_days":
+            lists[: len(pair)] = self._lookups.pair_hot_list[pair]
+        draw = np.random.default_rng((self.settings.seed, step)).random(len(columns))
+        return np.where(draw < model.hot_query_dropout, EMPTY_LIST, lists)
 
     def stream(self, start: int, stop: int) -> Iterator[TrainBatch]:
         """Batches of steps start … stop − 1, each made in a thread while the last one trains. For

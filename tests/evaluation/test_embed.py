@@ -87,3 +87,15 @@ def test_ids_and_vectors_are_written_side_by_side_in_row_groups(tmp_path: Path) 
     assert table["product_id"].to_pylist() == list("abcdefg")
     np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float32), vectors)
     assert pq.read_metadata(tmp_path / "v.parquet").num_row_groups == 2
+
+
+def test_fewer_dimensions_are_the_first_ones_brought_to_length_one(
+    settings: Settings, paths: StagePaths, model: Path
+) -> None:
+    short = settings.model_copy(update={"eval": settings.eval.model_copy(update={"dimensions": 5})})
+    make = partial(embed._Products, settings, paths)
+    run = {"start": np.array([10]), "stop": np.array([40])}
+    found, whole = (embed._Embedder(s, model, make)(run)["embedding"] for s in (short, settings))
+    first = whole[:, :5]
+    expected = first / np.linalg.norm(first, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
