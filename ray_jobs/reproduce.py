@@ -26,7 +26,10 @@ FIG_5 = Path(__file__).parents[1] / "tune_spaces" / "fig5_partitions.yaml"
 
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
-    given = Given(tuple(arguments.parts), tuple(arguments.seeds), tuple(arguments.settings))
+    seeds = {part: tuple(arguments.seeds) for part in arguments.parts}
+    if "table1" in seeds and arguments.table1_seeds:
+        seeds["table1"] = tuple(arguments.table1_seeds)
+    given = Given(tuple(arguments.parts), seeds, tuple(arguments.settings))
     if any(leaf.split("=")[0] in ("--recipe", "--seed") for leaf in arguments.settings):
         raise UserError("--recipe and --seed are each row's own: give --size and --seeds")
 
@@ -41,14 +44,14 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     wanted = systems_of(given.parts)
     if "table1" in given.parts:
         measure_untrained(settings, results)
-    measure_systems(wanted, given.seeds, make, results)
+    measure_systems(wanted, seeds, make, results)
     if "table1" in given.parts:
         start, lr = arguments.sentence_transformer, arguments.sentence_transformer_lr
-        measure_rival(settings, start, given.seeds, lr, results)
+        measure_rival(settings, start, seeds["table1"], lr, results)
     swept = None
     if "fig5" in given.parts:
-        space = read_space(FIG_5).model_copy(update={"seeds": given.seeds})
-        swept = sweep(make(SWEPT, given.seeds[0], "fig5"), FIG_5.stem, space, evaluate=True)
+        space = read_space(FIG_5).model_copy(update={"seeds": seeds["fig5"]})
+        swept = sweep(make(SWEPT, seeds["fig5"][0], "fig5"), FIG_5.stem, space, evaluate=True)
     page = tracked(settings, report_stage(settings, ingest_stage(settings), given, results, swept))
     leave()
     print(page.path / "report.html")
@@ -58,6 +61,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of every trained row")
+    parser.add_argument(
+        "--table1_seeds", nargs="+", type=int, help="of Table 1's, where they differ"
+    )
     parser.add_argument(
         "--size", choices=("tiny", "paper"), default="tiny", help="recipes for two cores, or full"
     )

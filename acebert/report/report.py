@@ -51,12 +51,12 @@ class Given:
 
     Attributes:
         parts: of `acebert.report.parts.PARTS`
-        seeds: of every trained row
+        seeds: of the trained rows, by part; a row has those of the first part that it stands in
         arguments: the settings of the command line, as they were given
     """
 
     parts: tuple[str, ...]
-    seeds: tuple[int, ...]
+    seeds: dict[str, tuple[int, ...]]
     arguments: tuple[str, ...]
 
 
@@ -84,10 +84,13 @@ def report_stage(
         for system in (WITHOUT_ADVERSARY, WITH_ADVERSARY)
         if system.name in results.rows
     }
-    both = len(systems) == 2
+    shared = _shared_seeds(list(systems.values())) if len(systems) == 2 else []
     aligned = None
-    if "fig7" in given.parts and both:
-        directories = {name: measured.embedded for name, measured in systems.items()}
+    if "fig7" in given.parts and shared:
+        directories = {
+            name: [measured.embedded[measured.seeds.index(seed)] for seed in shared]
+            for name, measured in systems.items()
+        }
         aligned = alignment_stage(settings, ingested, directories)
     key = {
         "version": VERSION,
@@ -109,7 +112,7 @@ def report_stage(
             for table in TABLES.get(part, ())
             if any(system.name in results.rows for system in table.systems)
         ]
-        loss = _loss(systems) if "fig6" in given.parts and both else None
+        loss = _loss(systems, shared) if "fig6" in given.parts and shared else None
         alignment = _alignment(aligned.path) if aligned else None
         partitions = _partitions(swept) if swept else None
         context = {
@@ -170,8 +173,16 @@ def _intervals(measured: dict[str, Row], metric: str) -> dict[str, Interval]:
     return {name: interval for name, interval in found.items() if interval is not None}
 
 
-def _loss(systems: dict[str, Measured]) -> dict[str, Any]:
-    curves = {name: loss_curves(measured.models) for name, measured in systems.items()}
+def _shared_seeds(rows: Sequence[Measured]) -> list[int]:
+    """Seeds that all of the rows were trained with: Fig. 6 and 7 pair by them."""
+    return [seed for seed in rows[0].seeds if all(seed in row.seeds for row in rows)]
+
+
+def _loss(systems: dict[str, Measured], seeds: Sequence[int]) -> dict[str, Any]:
+    curves = {
+        name: loss_curves([measured.models[measured.seeds.index(seed)] for seed in seeds])
+        for name, measured in systems.items()
+    }
     without, with_adversary = (curves[s.name] for s in (WITHOUT_ADVERSARY, WITH_ADVERSARY))
     last = int(with_adversary.shape[1] * (1 - LAST))
     means = float(with_adversary[:, last:].mean()), float(without[:, last:].mean())
@@ -217,10 +228,10 @@ def _summary(
                 if (c.step.row, c.step.beside) in chosen
             ]
     told += [figure["words"] for figure in (loss, alignment) if figure]
-    if len(given.seeds) == 1:
+    if min(map(len, given.seeds.values())) == 1:
         told.append(
-            "One seed was trained: the intervals are over the test day's queries alone and speak "
-            "of these models, not of their recipes."
+            "Where a row has one seed, its interval is over the test day's queries alone and "
+            "speaks of that model, not of its recipe."
         )
     return [sentence for sentence in told if sentence]
 

@@ -7,7 +7,7 @@ that was trained before is found.
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Measured:
 
     Attributes:
         row: name and result directories
+        seeds: which they were trained with (none: no training of ours)
         models: model directories (none: not one of ours)
         embedded: directories of vectors (none: a row without any)
         seconds: of training, the mean over the seeds, pre-training included; None: none needed
@@ -43,6 +44,7 @@ class Measured:
     """
 
     row: Row
+    seeds: tuple[int, ...] = ()
     models: tuple[Path, ...] = ()
     embedded: tuple[Path, ...] = ()
     seconds: float | None = None
@@ -69,13 +71,17 @@ def measure_untrained(settings: Settings, results: Results) -> None:
 
 
 def measure_systems(
-    wanted: dict[str, list[System]], seeds: Sequence[int], make: MakeSettings, results: Results
+    wanted: dict[str, list[System]],
+    seeds: Mapping[str, Sequence[int]],
+    make: MakeSettings,
+    results: Results,
 ) -> None:
-    """Train and measure the systems of each part, once each, with every seed.
+    """Train and measure the systems of each part, once each, with the seeds of the first part that
+    they stand in.
 
     A system that cannot be trained (`UserError`) is left out with the reason; the others go on.
     """
-    todo = {system: part for part, systems in wanted.items() for system in systems[::-1]}
+    first = {s: part for part, systems in reversed(wanted.items()) for s in systems}
     order = dict.fromkeys(system for systems in wanted.values() for system in systems)
     began, spent = time.perf_counter(), 0
     for number, system in enumerate(order):
@@ -90,7 +96,8 @@ def measure_systems(
             else "",
         )
         try:
-            measured, trained = _measure(system, todo[system], seeds, make)
+            part = first[system]
+            measured, trained = _measure(system, part, seeds[part], make)
         except UserError as error:
             log.warning("report: %s is left out: %s", system.name, error)
             results.left_out[system.name] = str(error)
@@ -115,6 +122,7 @@ def _measure(
     reports = [_read(model.path / "report.json") for model in models]
     measured = Measured(
         Row(system.name, tuple(evaluated)),
+        tuple(seeds),
         tuple(model.path for model in models),
         tuple(embedded),
         float(np.mean([_train_seconds(all_settings[0], model) for model in models])),

@@ -62,6 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             level = LEVEL.get(system.name, "good")
             results.rows[system.name] = Measured(
                 Row(system.name, rows[level]),
+                SEEDS,
                 tuple(_model(root / "model" / system.name / str(seed), seed) for seed in SEEDS),
                 tuple(vectors[level]),
                 90.0,

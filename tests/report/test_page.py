@@ -12,11 +12,12 @@ from acebert.report.parts import PARTS, TABLES
 from acebert.report.report import Given, report_stage
 from acebert.workdir import Stage
 
+GIVEN = Given(PARTS, dict.fromkeys(PARTS, (0, 1)), ("--train.max_steps", "8"))
+
 
 @pytest.fixture(scope="module")
 def stage(made) -> Stage:
-    given = Given(PARTS, (0, 1), ("--train.max_steps", "8"))
-    return report_stage(made.settings, made.ingested, given, made.results, made.swept)
+    return report_stage(made.settings, made.ingested, GIVEN, made.results, made.swept)
 
 
 @pytest.fixture(scope="module", params=[1280, 390], ids=["desktop", "phone"])
@@ -104,7 +105,6 @@ def test_numbers_of_the_page_are_there_for_programs(stage: Stage, made) -> None:
 
 
 def test_the_same_results_are_the_same_page(stage: Stage, made) -> None:
-    given = Given(PARTS, (0, 1), ("--train.max_steps", "8"))
-    again = report_stage(made.settings, made.ingested, given, made.results, made.swept)
+    again = report_stage(made.settings, made.ingested, GIVEN, made.results, made.swept)
     assert again.reused
     assert again.path == stage.path
