@@ -97,7 +97,7 @@ def _vectors(worlds: ModuleType, world: object, out: Path, noise: float, seed: i
 
 
 def _model(directory: Path, seed: int) -> Path:
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     loss = 8 - np.linspace(0, 4, 60) + np.random.default_rng(seed).normal(0, 0.1, 60)
     table = pa.table({"step": np.arange(1, 61), "loss": loss})
     pq.write_table(table, directory / "history.parquet")

@@ -11,7 +11,7 @@ from acebert.report.loss_figure import final_difference, loss_panels
 def test_the_final_difference_is_the_paired_t_interval() -> None:
     rng = np.random.default_rng(0)
     without = rng.normal(3, 0.2, (5, 100))
-    with_adversary = without - 0.3 + rng.normal(0, 0.1, (5, 1))
+    with_adversary = without - 0.3 + rng.normal(0, 0.01, (5, 1))
     found = final_difference(with_adversary, without)
     ends = with_adversary[:, 90:].mean(axis=1), without[:, 90:].mean(axis=1)
     expected = stats.ttest_rel(*ends).confidence_interval(0.95)
