@@ -7,9 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from scipy import stats
 
-from acebert.evaluation.significance import Interval
+from acebert.evaluation.significance import Interval, paired_by_seed
 from acebert.report.style import LOOK, WIDTH, Panel, colour, panel
 
 WINDOW = 20  # steps that a point of the curve is the mean of
@@ -26,15 +25,12 @@ def loss_curves(models: Sequence[Path]) -> NDArray[np.float64]:
 def final_difference(
     with_adversary: NDArray[np.float64], without: NDArray[np.float64]
 ) -> Interval | None:
-    """Mean loss over the last tenth of the steps, with − without the adversary, paired by seed,
-    with Student's 95 % interval; None with one seed."""
+    """Mean loss over the last tenth of the steps, with − without the adversary, paired by seed;
+    None with one seed."""
     steps = min(with_adversary.shape[1], without.shape[1])
     last = slice(int(steps * (1 - LAST)), steps)
-    d = with_adversary[:, last].mean(axis=1) - without[:, last].mean(axis=1)
-    if len(d) < 2:
-        return None
-    half = stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
-    return Interval(float(d.mean()), float(d.mean() - half), float(d.mean() + half), len(d))
+    ends = (curves[:, last].mean(axis=1).tolist() for curves in (with_adversary, without))
+    return paired_by_seed(*ends)
 
 
 def loss_panels(curves: Mapping[str, NDArray[np.float64]]) -> list[Panel]:

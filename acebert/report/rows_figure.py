@@ -29,9 +29,11 @@ def rows_panel(
         for y, (name, _, interval) in enumerate(lines):
             axis.plot([interval.low, interval.high], [y, y], color=colour(name), linewidth=3)
             axis.plot(interval.value, y, "o", color=colour(name), markersize=7)
-        axis.set_yticks(range(len(lines)), [text for _, text, _ in lines])
+        names = [text.replace(", ", ",\n") for _, text, _ in lines]
+        axis.set_yticks(range(len(lines)), names, linespacing=0.9)
         axis.set_ylim(len(lines) - 0.5, -0.5)
         axis.margins(x=0.08)
-        axis.set_title(f"{label(metric)}, 95 % interval", loc="left")
+        axis.set_title(label(metric), loc="left")
+        axis.set_xlabel("95 % interval")
         words = ", ".join(f"{text} {interval.value:.3f}" for _, text, interval in lines)
         return panel(f"{key}_{metric}", f"{label(metric)}: {words}", figure)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from acebert.evaluation.significance import Interval
+from acebert.evaluation.significance import Interval, paired_by_seed
 from acebert.evaluation.tables import label
 from acebert.report.gains import Comparison, Gain
 
@@ -91,17 +91,16 @@ def loss_words(difference: Interval | None, means: tuple[float, float]) -> str:
 
 def probe_words(without: Sequence[float], with_adversary: Sequence[float]) -> str:
     """Fig. 7. Held-out accuracies of the stronger probe, by seed."""
-    a, b = (sum(found) / len(found) for found in (without, with_adversary))
-    lower = [y < x for x, y in zip(without, with_adversary, strict=True)]
-    told = (
-        f"A fresh probe tells queries from products in {100 * a:.1f} % of held-out vectors without "
-    )
-    told += f"the adversary and in {100 * b:.1f} % with it (a coin: 50 %). "
-    if all(lower):
-        told += "The adversary aligns the two domains"
-    elif not any(lower):
-        told += "The adversary does not align the two domains"
-    else:
-        told += "The seeds disagree on whether the adversary aligns the two domains"
-    seeds = len(lower)
-    return told + (f", in each of {seeds} seeds." if seeds > 1 and len(set(lower)) == 1 else ".")
+    a, b = (100 * sum(found) / len(found) for found in (without, with_adversary))
+    told = f"A fresh probe tells queries from products in {a:.1f} % of held-out vectors without "
+    told += f"the adversary and in {b:.1f} % with it (a coin: 50 %). "
+    difference = paired_by_seed(with_adversary, without)
+    if difference is None:
+        return told + "With one seed nothing may be claimed."
+    low, high = (f"{100 * bound:+.1f}" for bound in (difference.low, difference.high))
+    interval = f"{100 * difference.value:+.1f} points [{low}, {high}]"
+    if difference.high < 0:
+        return told + f"The adversary brings the two closer: {interval}."
+    if difference.low > 0:
+        return told + f"The adversary drives the two apart: {interval}."
+    return told + f"That it brings the two closer is not shown: {interval}."

@@ -20,7 +20,7 @@ from acebert.report.run import Measured, Results
 from acebert.workdir import Stage
 
 SEEDS = (0, 1)
-NOISE = {"good": 0.15, "fair": 0.45, "bad": 1.0, "as bad": 1.0}
+NOISE = {"good": 0.1, "fair": 0.6, "bad": 5.0, "as bad": 5.0}
 """how far a product's vector is from that of the queries that want it"""
 LEVEL = {"TwinBERT": "bad", "FashionBERT-Finetune": "as bad", "CE-BERT-Finetune": "fair"}
 """level of a row; the others are good"""

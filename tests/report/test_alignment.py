@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from acebert.report import words
 from acebert.report.alignment import domain_probe, draw_sample
 
 
@@ -41,6 +42,22 @@ def test_equal_vectors_are_not_held_out_and_trained_on() -> None:
     products = np.repeat(unit(rng.standard_normal((20, 16))), 100, axis=0)
     queries = unit(rng.standard_normal((2000, 16)))
     assert domain_probe(queries, products)["points"] == 20  # half of twenty of either
+
+
+@pytest.mark.parametrize(
+    ("with_adversary", "said"),
+    [
+        ((0.71, 0.72, 0.73), "brings the two closer: -20.0 points"),
+        ((0.97, 0.98, 0.99), "drives the two apart: +6.0 points"),
+        ((0.85, 0.93, 0.97), "is not shown"),
+        ((0.71,), "With one seed nothing may be claimed."),
+    ],
+)
+def test_words_on_the_probe_follow_the_interval_over_seeds(
+    with_adversary: tuple[float, ...], said: str
+) -> None:
+    without = (0.91, 0.92, 0.93)[: len(with_adversary)]
+    assert said in words.probe_words(without, with_adversary)
 
 
 def test_the_sample_is_of_the_categories_clicked_most_and_a_query_of_its_own(

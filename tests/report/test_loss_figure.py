@@ -17,7 +17,9 @@ def test_the_final_difference_is_the_paired_t_interval() -> None:
     expected = stats.ttest_rel(*ends).confidence_interval(0.95)
     assert found is not None
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    assert words.loss_words(found, (2.7, 3.0)).split(". ")[-1].startswith("Reproduced: -0.3")
+    assert words.loss_words(found, (2.7, 3.0)).endswith(
+        f"Reproduced: {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]."
+    )
 
 
 def test_one_seed_claims_nothing() -> None:
