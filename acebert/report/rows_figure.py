@@ -29,7 +29,7 @@ def rows_panel(
         for y, (name, _, interval) in enumerate(lines):
             axis.plot([interval.low, interval.high], [y, y], color=colour(name), linewidth=3)
             axis.plot(interval.value, y, "o", color=colour(name), markersize=7)
-        names = [text.replace(", ", ",\n") for _, text, _ in lines]
+        names = [text.replace(", ", ",\n").replace(" (", "\n(") for _, text, _ in lines]
         axis.set_yticks(range(len(lines)), names, linespacing=0.9)
         axis.set_ylim(len(lines) - 0.5, -0.5)
         axis.margins(x=0.08)
