@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from acebert.cluster import connect
-from acebert.config import LossSettings, Settings, read_recipe, settings_from
+from acebert.config import Settings, read_recipe, settings_from
 from acebert.data.cnn_labels import label_photos
 from acebert.data.demo import build_demo
 from acebert.data.ingest import ingest
@@ -24,9 +24,6 @@ from acebert.training.finetune import finetune
 from acebert.training.pretrain import pretrain
 from acebert.training.train_cnn import WEIGHTS, crop_settings, train_cnn
 from acebert.workdir import Stage
-
-HARD_NEGATIVES = {"hard_negatives", "hard_negative_ranks", "hard_negatives_from"}
-"""leaves of `loss` that say nothing where no hard negatives are used"""
 
 
 @dataclass(frozen=True)
@@ -117,8 +114,7 @@ def mine_stage(settings: Settings) -> Stage:
     for the one that these settings train without hard negatives."""
     model = settings.loss.hard_negatives_from
     if model is None:
-        without = LossSettings().model_dump(include=HARD_NEGATIVES)
-        loss = settings.loss.model_copy(update=without)
+        loss = settings.loss.model_copy(update={"hard_negatives": 0})
         model = finetune_stage(settings.model_copy(update={"loss": loss})).path
     miner = model_settings(settings, model)
     data = catalogue_stages(miner)

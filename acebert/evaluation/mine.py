@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -63,10 +64,10 @@ def mine(
     paths = StagePaths(ingested.path, tokens.path, features.path if features else None)
 
     def build(out: Path) -> None:
-        log_table = pq.read_table(ingested.path / "queries.parquet", columns=["text"])
+        log_texts = pq.read_table(ingested.path / "queries.parquet", columns=["text"])["text"]
         clicked = Lookups.open(ingested.path).clicked
         asked = np.flatnonzero(np.diff(clicked.offsets))
-        texts = log_table["text"].take(asked).to_pylist()
+        texts = log_texts.take(pa.array(asked)).to_pylist()
         with (
             product_vectors(settings, model, paths, out, lists="train") as products,
             query_vectors(settings, model, texts, out) as queries,

@@ -27,7 +27,9 @@ from acebert.workdir import Stage, digest_of, run_stage
 
 VERSION = 1
 SETTINGS_THAT_MATTER = ("model", "text", "loss", "adversary")
-"""sections whose every leaf can change the weights; the other sections act through their stage"""
+"""sections whose leaves can change the weights; the other sections act through their stage"""
+BY_THEIR_STAGE = {"hard_negative_ranks", "hard_negatives_from"}
+"""leaves of them that do so too"""
 
 
 def finetune(
@@ -60,7 +62,10 @@ def finetune(
         "version": VERSION,
         "seed": settings.seed,
         **{name: stage.digest for name, stage in stages.items() if stage},
-        **{name: getattr(settings, name).model_dump() for name in SETTINGS_THAT_MATTER},
+        **{
+            name: getattr(settings, name).model_dump(exclude=BY_THEIR_STAGE)
+            for name in SETTINGS_THAT_MATTER
+        },
         "train": settings.train.model_dump(exclude=set(HOW_IT_RUNS)),
         "image": [settings.image.pixel_source] if features else None,
     }
