@@ -284,6 +284,25 @@ class LossSettings(Section):
     popularity_correction: bool = False
     """subtract the log of each product's share of the training pairs from its in-batch scores
     (logQ), so that what is clicked more often ranks higher (paper: no)"""
+    matryoshka_dims: tuple[int, ...] = ()
+    """train the first so many dimensions, brought to length 1, as embeddings of their own too: the
+    losses are added up, and `eval.dimensions` may cut the vectors there"""
+    hard_negatives: int = Field(0, ge=0)
+    """products added to the batch for each pair: near the query for a trained model, never clicked
+    for it (paper: 0)"""
+    hard_negative_ranks: tuple[int, int] = (11, 50)
+    """ranks from which they are drawn, among the products never clicked for the query; the very
+    first may be relevant, and not clicked because nobody saw them"""
+    hard_negatives_from: Path | None = None
+    """directory of the model whose ranks these are (none: the model of these settings without hard
+    negatives, trained first where it is missing)"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        first, last = self.hard_negative_ranks
+        if not 1 <= first <= last:
+            raise ValueError(f"hard_negative_ranks: 1 ≤ first ≤ last, got {first} and {last}")
+        return self
 
 
 class AdversarySettings(Section):
@@ -445,6 +464,9 @@ class EvalSettings(Section):
     grade"""
     bootstrap: int = Field(1000, ge=0)
     """samples of the bootstrap over queries behind each row's interval (0: none)"""
+    dimensions: int | None = Field(None, ge=1)
+    """first dimensions of the embeddings that are kept, brought to length 1 (none: all of them);
+    for models trained with loss.matryoshka_dims"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -522,6 +544,12 @@ class Settings(BaseSettings):
             )
         if self.data.test_impressions and self.data.test_from:
             raise ValueError("data.test_from splits by time; data.test_impressions is a split: one")
+        for dims in self.loss.matryoshka_dims:
+            if not 0 < dims < self.model.embedding_dim:
+                raise ValueError(
+                    f"loss.matryoshka_dims {dims}: must be between 1 and model.embedding_dim "
+                    f"{self.model.embedding_dim}, which is trained anyway"
+                )
         if self.pretrain.adaptive_loss and not self.model.patches:
             raise ValueError(
                 "pretrain.adaptive_loss weighs three losses; a model without patches has no MPM: "

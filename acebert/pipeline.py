@@ -18,6 +18,7 @@ from acebert.errors import UserError
 from acebert.evaluation.embed import embed
 from acebert.evaluation.evaluate import BASELINES, evaluate_baselines, evaluate_embeddings
 from acebert.evaluation.look_inside import look_inside
+from acebert.evaluation.mine import mine
 from acebert.evaluation.teach import teach
 from acebert.evaluation.testset import evaluation_queries
 from acebert.serving.onnx_export import export
@@ -47,20 +48,20 @@ def ingest_stage(settings: Settings) -> Stage:
     """The validated catalogue and log: the user's, or the demo's."""
     products, impressions = settings.data.products, settings.data.impressions
     if products is None or impressions is None:
-        demo = _tracked(settings, build_demo(settings))
+        demo = tracked(settings, build_demo(settings))
         products, impressions = str(demo.path / "products.parquet"), str(demo.path / "impressions")
-    return _tracked(settings, ingest(settings, products, impressions))
+    return tracked(settings, ingest(settings, products, impressions))
 
 
 def catalogue_stages(settings: Settings, tokenizer: Path | None = None) -> Catalogue:
     """`tokenizer`: a trained model's, for it alone."""
     ingested = ingest_stage(settings)
-    tokens = _tracked(settings, tokenize(settings, ingested, tokenizer))
+    tokens = tracked(settings, tokenize(settings, ingested, tokenizer))
     features = None
     if settings.reads_images:
         settings = with_own_cnn(settings)
         connect()
-        features = _tracked(settings, preprocess(settings, ingested))
+        features = tracked(settings, preprocess(settings, ingested))
     return Catalogue(ingested, tokens, features)
 
 
@@ -68,8 +69,8 @@ def cnn_stage(settings: Settings) -> Stage:
     """The patch CNN, trained on the catalogue."""
     ingested = ingest_stage(settings)
     connect()
-    crops = _tracked(settings, preprocess(crop_settings(settings), ingested))
-    labels = _tracked(settings, label_photos(settings, ingested, crops))
+    crops = tracked(settings, preprocess(crop_settings(settings), ingested))
+    labels = tracked(settings, label_photos(settings, ingested, crops))
     return train_cnn(settings, ingested, crops, labels)
 
 
@@ -86,7 +87,7 @@ def with_own_cnn(settings: Settings) -> Settings:
 def plan_stage(settings: Settings) -> Stage:
     ingested = ingest_stage(settings)
     connect()
-    return _tracked(settings, plan(settings, ingested))
+    return tracked(settings, plan(settings, ingested))
 
 
 def pretrain_stage(settings: Settings) -> Stage:
@@ -104,7 +105,7 @@ def look_inside_stage(settings: Settings, pretrained: Stage) -> Stage:
         raise ValueError("a model that reads no photos has nothing to be looked at")
     connect()
     stage = look_inside(settings, pretrained, data.ingested, data.tokens, data.features)
-    return _tracked(settings, stage)
+    return tracked(settings, stage)
 
 
 def finetune_stage(settings: Settings) -> Stage:
@@ -114,7 +115,22 @@ def finetune_stage(settings: Settings) -> Stage:
     planned = plan_stage(settings)
     connect()
     pretrained = pretrain_stage(settings) if settings.model.start == "pretrain" else None
-    return finetune(settings, data.ingested, data.tokens, data.features, planned, pretrained)
+    mined = mine_stage(settings) if settings.loss.hard_negatives else None
+    return finetune(settings, data.ingested, data.tokens, data.features, planned, pretrained, mined)
+
+
+def mine_stage(settings: Settings) -> Stage:
+    """Products near the training queries for the model that `loss.hard_negatives_from` names, or
+    for the one that these settings train without hard negatives."""
+    model = settings.loss.hard_negatives_from
+    if model is None:
+        loss = settings.loss.model_copy(update={"hard_negatives": 0})
+        model = finetune_stage(settings.model_copy(update={"loss": loss})).path
+    miner = model_settings(settings, model)
+    data = catalogue_stages(miner)
+    connect()
+    ranks = settings.loss.hard_negative_ranks
+    return tracked(settings, mine(miner, model, data.ingested, data.tokens, data.features, ranks))
 
 
 def embed_stage(settings: Settings, model: Path, queries: list[str]) -> Stage:
@@ -122,7 +138,7 @@ def embed_stage(settings: Settings, model: Path, queries: list[str]) -> Stage:
     settings = model_settings(settings, model)
     data = catalogue_stages(settings, model / "tokenizer")
     connect()
-    return _tracked(
+    return tracked(
         settings, embed(settings, model, data.ingested, data.tokens, data.features, queries)
     )
 
@@ -134,7 +150,7 @@ def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
     embedded = embed_stage(settings, model, evaluation_queries(settings, ingested))
     name = Path(settings.recipe).stem
     evaluated = evaluate_embeddings(settings, ingested, embedded.path, name)
-    return embedded, _tracked(settings, evaluated)
+    return embedded, tracked(settings, evaluated)
 
 
 def distill_stages(settings: Settings, teacher: Path) -> tuple[list[Stage], Stage]:
@@ -147,13 +163,13 @@ def distill_stages(settings: Settings, teacher: Path) -> tuple[list[Stage], Stag
     ingested = ingest_stage(own)
     embedded = embed_stage(own, teacher, evaluation_queries(own, ingested))
     connect()
-    targets = _tracked(own, teach(own, teacher, ingested, embedded))
+    targets = tracked(own, teach(own, teacher, ingested, embedded))
     exports = {TEACHER: export(own, teacher)}
     for layers in own.distill.layers:
         student = distill(own, teacher, layers, targets)
         alias = f"{own.tracking.alias}-{layers}-layers"
         exports[f"{layers} layers"] = export(own, student.path, alias)
-    table = _tracked(own, students_table(own, ingested, targets, exports))
+    table = tracked(own, students_table(own, ingested, targets, exports))
     return list(exports.values()), table
 
 
@@ -162,7 +178,7 @@ def baselines_stage(settings: Settings) -> Stage:
     stage = evaluate_baselines(settings, ingest_stage(settings))
     for name in BASELINES:
         row = replace(stage, path=stage.path / name, digest=f"{stage.digest}/{name}")
-        _tracked(settings, row, name)
+        tracked(settings, row, name)
     return stage
 
 
@@ -200,7 +216,7 @@ def _settings_file(model: Path) -> Path:
     return model / "settings.yaml"
 
 
-def _tracked(settings: Settings, stage: Stage, name: str | None = None) -> Stage:
+def tracked(settings: Settings, stage: Stage, name: str | None = None) -> Stage:
     """Note a stage as an MLflow run, with what it wrote to be seen. One that is reused has its run,
     unless the job that built it was stopped in between."""
     if stage.reused and finished_run(settings, stage.name, stage.digest):

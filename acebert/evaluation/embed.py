@@ -13,10 +13,10 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,7 @@ from acebert.data.lookups import Lookups
 from acebert.data.schema import normalize_query
 from acebert.data.tokens import encode, load_tokenizer
 from acebert.errors import UserError
-from acebert.models.dual import DualEncoder
+from acebert.models.dual import DualEncoder, truncated
 from acebert.training.pairs import InputStore, StagePaths, as_inputs
 from acebert.workdir import Stage, run_stage
 
@@ -56,8 +56,11 @@ def embed(
     """The 'embed' stage: products.parquet and queries.parquet for `queries`, as they are given.
 
     `settings` are the model's own. Hot lists end before the test day.
+
+    Raises:
+        UserError: `eval.dimensions` is more than the model has, or a query is empty.
     """
-    key = {
+    key: dict[str, Any] = {
         "version": VERSION,
         "model": model_digests(model),
         "ingest": ingested.digest,
@@ -66,6 +69,13 @@ def embed(
         "queries": queries,
         "precision": settings.train.precision,
     }
+    if settings.eval.dimensions is not None:
+        key["dimensions"] = settings.eval.dimensions
+        if settings.eval.dimensions > settings.model.embedding_dim:
+            raise UserError(
+                f"--eval.dimensions {settings.eval.dimensions}: the model has "
+                f"{settings.model.embedding_dim}"
+            )
     paths = StagePaths(ingested.path, tokens.path, features.path if features else None)
 
     def build(out: Path) -> None:
@@ -98,13 +108,16 @@ class Inputs(Protocol):
 
 
 class _Products:
-    def __init__(self, settings: Settings, paths: StagePaths) -> None:
+    def __init__(
+        self, settings: Settings, paths: StagePaths, lists: Literal["train", "test"] = "test"
+    ) -> None:
         self._inputs = InputStore(settings, paths)
         self._hot = settings.model.hot_queries != "off"
-        self._lists = Lookups.open(paths.ingest).product_hot_lists
+        column = ("train", "test").index(lists)
+        self._lists = Lookups.open(paths.ingest).product_hot_lists[:, column]
 
     def _hot_lists(self, rows: NDArray[np.int64]) -> NDArray[np.int32] | None:
-        return self._lists[rows, 1] if self._hot else None
+        return self._lists[rows] if self._hot else None
 
     def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         text, hot_lists = self._inputs.text, self._hot_lists(rows)
@@ -141,25 +154,50 @@ class _Queries:
 
 def embed_products(settings: Settings, model: Path, paths: StagePaths, out: Path) -> None:
     """Write `out`/products.parquet: product_id, embedding (float32 [d], length 1)."""
-    parts = sorted((paths.ingest / "products").glob("part-*.parquet"))
-    n = sum(pq.read_metadata(part).num_rows for part in parts)
-    with _vectors(
-        settings, model, "products", n, partial(_Products, settings, paths), out
-    ) as found:
-        tables = (pq.read_table(part, columns=["product_id"]) for part in parts)  # in row order
-        ids = (table["product_id"].combine_chunks() for table in tables)
+    with product_vectors(settings, model, paths, out) as found:
+        tables = (pq.read_table(part, columns=["product_id"]) for part in _parts(paths))
+        ids = (table["product_id"].combine_chunks() for table in tables)  # in row order
         _write(out / "products.parquet", "product_id", ids, found)
 
 
 def embed_queries(settings: Settings, model: Path, queries: list[str], out: Path) -> None:
     """Write `out`/queries.parquet: query (as given), embedding (float32 [d], length 1)."""
+    with query_vectors(settings, model, queries, out) as found:
+        _write(out / "queries.parquet", "query", iter([pa.array(queries, pa.string())]), found)
+
+
+def product_vectors(
+    settings: Settings,
+    model: Path,
+    paths: StagePaths,
+    out: Path,
+    lists: Literal["train", "test"] = "test",
+) -> AbstractContextManager[NDArray[np.float32]]:
+    """Vectors of the catalogue's rows, float32 [n, d], mapped from a file under `out` for as long
+    as the block lasts. `lists`: hot queries of the training days, or all before the test day."""
+    n = sum(pq.read_metadata(part).num_rows for part in _parts(paths))
+    make = partial(_Products, settings, paths, lists)
+    return _vectors(settings, model, "products", n, make, out)
+
+
+def query_vectors(
+    settings: Settings, model: Path, queries: list[str], out: Path
+) -> AbstractContextManager[NDArray[np.float32]]:
+    """The same for queries' texts.
+
+    Raises:
+        UserError: a query is empty after normalisation.
+    """
     texts = [normalize_query(query) for query in queries]
     empty = [query for query, text in zip(queries, texts, strict=True) if not text]
     if empty:
         raise UserError(f"{len(empty)} queries are empty after normalisation, e.g. {empty[0]!r}")
     make = partial(_Queries, settings, model, ray.put(pa.array(texts, pa.string())))
-    with _vectors(settings, model, "queries", len(queries), make, out) as found:
-        _write(out / "queries.parquet", "query", iter([pa.array(queries, pa.string())]), found)
+    return _vectors(settings, model, "queries", len(queries), make, out)
+
+
+def _parts(paths: StagePaths) -> list[Path]:
+    return sorted((paths.ingest / "products").glob("part-*.parquet"))
 
 
 def query_inputs(tokenizer: Any, pieces: Any) -> Any:
@@ -179,6 +217,7 @@ class _Embedder:
         self.encoder = DualEncoder.load(model).to("cuda" if use_gpu else "cpu").eval()
         self.bf16 = settings.train.precision == "bf16"
         self.batch_size = settings.eval.batch_size
+        self.dimensions = settings.eval.dimensions
         self.inputs = make()
 
     def __call__(self, run: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
@@ -186,11 +225,14 @@ class _Embedder:
         rows = rows[np.argsort(self.inputs.lengths(rows), kind="stable")]
         device = self.encoder.device.type
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            vectors = [
+            parts = [
                 self.inputs.embed(self.encoder, rows[low : low + self.batch_size]).float().cpu()
                 for low in range(0, len(rows), self.batch_size)
             ]
-        return {"row": rows, "embedding": torch.cat(vectors).numpy()}
+        vectors = torch.cat(parts)
+        if self.dimensions is not None:
+            vectors = truncated(vectors, self.dimensions)
+        return {"row": rows, "embedding": vectors.numpy()}
 
 
 @contextmanager

@@ -508,7 +508,8 @@ def _read_ranks(directory: Path) -> _Ranks:
 
 
 def _key(settings: Settings, ingested: Stage) -> dict[str, Any]:
-    own = settings.eval.model_dump(exclude={"batch_size", "num_actors", "search_mb", "qrels"})
+    not_in_it = {"batch_size", "num_actors", "search_mb", "qrels", "dimensions"}  # of the vectors
+    own = settings.eval.model_dump(exclude=not_in_it)
     qrels = settings.eval.qrels
     return {
         "version": VERSION,

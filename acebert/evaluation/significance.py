@@ -110,12 +110,44 @@ def difference(a: Ratios, b: Ratios, samples: int = 1000, seed: int = 0) -> Inte
     Raises:
         UserError: the rows were not measured on the same queries.
     """
+    drawn_a, drawn_b = _draw_both(a, b, samples, seed)
+    return _percentiles(a.value - b.value, drawn_a - drawn_b, _fewest_seeds(a, b))
+
+
+def relative_gain(a: Ratios, b: Ratios, samples: int = 1000, seed: int = 0) -> Interval:
+    """95 % interval of a / b − 1, paired by query; b's value is above 0. It lies on the side of 0
+    on which that of the difference does, for a sample of one is above 0 where that of the other is.
+
+    Raises:
+        UserError: the rows were not measured on the same queries.
+    """
+    drawn_a, drawn_b = _draw_both(a, b, samples, seed)
+    ratio = drawn_a / np.where(drawn_b > 0, drawn_b, np.nan)
+    return _percentiles(a.value / b.value - 1, ratio - 1, _fewest_seeds(a, b))
+
+
+def paired_by_seed(a: Sequence[float], b: Sequence[float]) -> Interval | None:
+    """Student's 95 % interval of the mean of a − b over seeds, for what has no queries to draw;
+    None with one seed."""
+    d = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    if len(d) < 2:
+        return None
+    half = stats.t.ppf(1 - (1 - LEVEL) / 2, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
+    return Interval(float(d.mean()), float(d.mean() - half), float(d.mean() + half), len(d))
+
+
+def _draw_both(
+    a: Ratios, b: Ratios, samples: int, seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if a.denominator.shape != b.denominator.shape or not np.allclose(a.denominator, b.denominator):
         raise UserError("the two rows were not measured on the same test queries")
     freedom = len(a.numerator) + len(b.numerator) - 2
     drawn_a, drawn_b = _draw([a, b], freedom, samples, np.random.default_rng(seed))
-    seeds = min(len(a.numerator), len(b.numerator))
-    return _percentiles(a.value - b.value, drawn_a - drawn_b, seeds)
+    return drawn_a, drawn_b
+
+
+def _fewest_seeds(a: Ratios, b: Ratios) -> int:
+    return min(len(a.numerator), len(b.numerator))
 
 
 def _draw(

@@ -60,6 +60,11 @@ class Tower(nn.Module):
             return F.normalize(self.projection(state.float()), dim=-1)
 
 
+def truncated(v: Tensor, dims: int) -> Tensor:
+    """The first `dims` of d dimensions as embeddings of length 1: [B, d] → [B, dims]."""
+    return F.normalize(v[:, :dims], dim=-1)
+
+
 class DualEncoder(nn.Module):
     """Query and product encoder with the smoothing γ of Eq. 4.
 

@@ -19,7 +19,8 @@ from acebert.data.tokens import Ragged
 
 @dataclass(frozen=True)
 class FalseNegatives:
-    """Cells of this rank's scores [b, W] that stay out of the denominator.
+    """Cells of this rank's scores [b, W] (or wider, with mined products behind the batch's) that
+    stay out of the denominator.
 
     Attributes:
         rows, columns: int64 [n], sorted by row
@@ -49,6 +50,7 @@ def false_negatives(
     form: Literal["keep", "batch", "log"],
     clicked: Ragged | None,
     rows: slice,
+    mined: NDArray[np.integer] | None = None,
 ) -> tuple[FalseNegatives | None, FalseNegatives | None]:
     """Which in-batch negatives of `rows` are none, because the query and the product were clicked.
 
@@ -62,15 +64,19 @@ def false_negatives(
             `clicked` has
         clicked: for 'log', row = query, values = the products clicked for it
         rows: this rank's b rows
+        mined: further products, which come behind the batch's own as columns [W + M]
 
     Returns:
-        Cells of queries against products [b, W], and of products against queries; None for 'keep'.
+        Cells of queries against products [b, W + M], and of products against queries [b, W]; None
+        for 'keep'.
     """
     if form == "keep":
         return None, None
+    W = len(query)
     queries, q = np.unique(query, return_inverse=True)
-    products, p = np.unique(product, return_inverse=True)
-    known = q * len(products) + p
+    columns = product if mined is None else np.concatenate([product, mined])
+    products, p = np.unique(columns, return_inverse=True)
+    known = q * len(products) + p[:W]
     if form == "log":
         if clicked is None:
             raise ValueError("false_negatives: form 'log' needs the clicked pairs")
@@ -81,14 +87,15 @@ def false_negatives(
         known = np.concatenate([known, at[hit] * len(products) + column[hit]])
     known_q, known_p = np.divmod(np.unique(known), len(products))
     return _cells(q, p, _grouped(known_q, known_p), rows), _cells(
-        p, q, _grouped(known_p, known_q), rows
+        p[:W], q, _grouped(known_p, known_q), rows
     )
 
 
 def _cells(
     own: NDArray[np.int64], other: NDArray[np.int64], known: Ragged, rows: slice
 ) -> FalseNegatives:
-    """Of each of `rows`: the columns whose `other` id is among those known for its `own` id."""
+    """Of each of `rows` of `own` [W]: the columns whose `other` id is among those known for its
+    `own` id."""
     mine = np.arange(len(own))[rows]
     ids, of_row = known.take(own[mine])
     column, of_id = _grouped(other, np.arange(len(other))).take(ids)

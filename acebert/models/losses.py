@@ -1,6 +1,7 @@
 """Semantic matching with in-batch negatives, across ranks and at any batch size (Eq. 4-5).
 
-Letters: W pairs in the global batch, b = W / ranks of them on this rank, d dimensions.
+Letters: W pairs in the global batch, b = W / ranks of them on this rank, d dimensions, H mined
+products for each pair.
 
 Across ranks each rank scores its own rows against everybody's, in both directions. Its loss is the
 mean over its b rows, and the gathering's backward *sums* what the ranks found about an embedding.
@@ -30,6 +31,7 @@ def semantic_matching_loss(
     v_p: Tensor,
     gamma: Tensor | float,
     *,
+    v_mined: Tensor | None = None,
     query_mask: FalseNegatives | None = None,
     product_mask: FalseNegatives | None = None,
     product_log_share: Tensor | None = None,
@@ -42,10 +44,12 @@ def semantic_matching_loss(
     Args:
         v_q, v_p: embeddings of this rank's pairs, float32 [b, d], length 1
         gamma: γ of Eq. 4
-        query_mask: cells of [b, W] where a product is left out of a query's denominator
+        v_mined: mined products, H for each of this rank's pairs, which all queries of the batch get
+            as further negatives, behind the pairs' own products; float32 [b·H, d]
+        query_mask: cells of [b, W + W·H] where a product is left out of a query's denominator
         product_mask: cells of [b, W] where a query is left out of a product's denominator
-        product_log_share: float32 [W], log of the chance with which each product of the batch is
-            drawn. In-batch products come as often as they are clicked, so γ·cos learns
+        product_log_share: float32 [W + W·H], log of the chance with which each product of the
+            batch is drawn. In-batch products come as often as they are clicked, so γ·cos learns
             log p(p|q) − log p(p), which takes popularity out of the ranking; subtracted from the
             scores of products (logQ, Yi et al. 2019) it leaves γ·cos = log p(p|q) + c(q). The other
             direction fits that as it is, for its softmax is blind to a constant of the product
@@ -62,6 +66,8 @@ def semantic_matching_loss(
     with torch.autocast(v_q.device.type, enabled=False):  # γ would magnify bf16's rounding
         v_q, v_p = v_q.float(), v_p.float()
         all_q, all_p, first = gather_pairs(v_q, v_p)
+        if v_mined is not None:
+            all_p = torch.cat([all_p, gather_rows(v_mined.float())])
         own = torch.arange(first, first + b, device=v_q.device)
         to_products, correct = _cross_entropy(v_q, all_p, own, gamma, query_mask, product_log_share)
         to_queries, _ = _cross_entropy(v_p, all_q, own, gamma, product_mask, None)
@@ -83,9 +89,9 @@ def _cross_entropy(
     mask: FalseNegatives | None,
     log_share: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One direction: the mean of -log softmax over rows of v [b, d] against others [W, d], whose
+    """One direction: the mean of -log softmax over rows of v [b, d] against others [n, d], whose
     targets are own [b]; and how many rows score their own highest."""
-    b, W = len(v), len(others)
+    b, n = len(v), len(others)
     if mask is not None and len(mask.starts) != b + 1:
         raise ValueError(f"a mask of {len(mask.starts) - 1} rows for {b} embeddings")
 
@@ -101,7 +107,7 @@ def _cross_entropy(
         correct = (scores.detach().argmax(dim=1) == target).sum()
         return F.cross_entropy(scores, target, reduction="sum"), correct
 
-    r = max(1, BLOCK // W)
+    r = max(1, BLOCK // n)
     if b <= r:
         total, correct = block(v, others, gamma, 0)
     else:
@@ -131,6 +137,11 @@ def gather_pairs(v_q: Tensor, v_p: Tensor) -> tuple[Tensor, Tensor, int]:
     gathered = _Gather.apply(torch.stack([v_q, v_p])).view(ranks, 2, b, d)
     queries, products = gathered.transpose(0, 1).reshape(2, ranks * b, d)
     return queries, products, dist.get_rank() * b
+
+
+def gather_rows(v: Tensor) -> Tensor:
+    """All ranks' rows, with gradients: [n, d], the same n on every rank → [ranks·n, d]."""
+    return _Gather.apply(v) if dist.is_initialized() and dist.get_world_size() > 1 else v
 
 
 class _Gather(torch.autograd.Function):

@@ -25,7 +25,9 @@ from acebert.workdir import Stage, digest_of, run_stage
 
 VERSION = 2
 SETTINGS_THAT_MATTER = ("model", "text", "loss", "adversary")
-"""sections whose every leaf can change the weights; the other sections act through their stage"""
+"""sections whose leaves can change the weights; the other sections act through their stage"""
+BY_THEIR_STAGE = {"hard_negative_ranks", "hard_negatives_from"}
+"""leaves of them that do so too"""
 
 
 def finetune(
@@ -35,16 +37,22 @@ def finetune(
     features: Stage | None,
     plan: Stage,
     pretrained: Stage | None = None,
+    mined: Stage | None = None,
 ) -> Stage:
     """Train the dual encoder and write its model directory (docs/architecture.md, finetune).
 
     Args:
         pretrained: the CE-BERT that it starts from, where `model.start` says so
+        mined: products near the queries (`acebert.evaluation.mine`), where `loss.hard_negatives`
+            wants some
 
     Raises:
         UserError: the cluster lacks the CPUs or GPUs asked for, or the loss is not finite.
-        ValueError: `model.start` and `pretrained` do not fit.
+        ValueError: `model.start` and `pretrained`, or `loss.hard_negatives` and `mined`, do not
+            fit.
     """
+    if bool(settings.loss.hard_negatives) != (mined is not None):
+        raise ValueError(f"loss.hard_negatives is {settings.loss.hard_negatives}, mined is {mined}")
     if (settings.model.start == "pretrain") != (pretrained is not None):
         raise ValueError(f"model.start is {settings.model.start!r}, pretrained is {pretrained}")
     stages = {"ingest": ingested, "tokens": tokens, "features": features, "plan": plan}
@@ -52,7 +60,10 @@ def finetune(
         "version": VERSION,
         "seed": settings.seed,
         **{name: stage.digest for name, stage in stages.items() if stage},
-        **{name: getattr(settings, name).model_dump() for name in SETTINGS_THAT_MATTER},
+        **{
+            name: getattr(settings, name).model_dump(exclude=BY_THEIR_STAGE)
+            for name in SETTINGS_THAT_MATTER
+        },
         "train": settings.train.model_dump(exclude=set(HOW_IT_RUNS)),
         "image": [settings.image.pixel_source] if features else None,
     }
@@ -60,9 +71,15 @@ def finetune(
         key["backbone"] = backbone_digest(settings.model.backbone)
     if pretrained is not None:
         key["pretrain"] = pretrained.digest
+    if mined is not None:
+        key["hard_negatives"] = mined.digest
     config = {
         "paths": StagePaths(
-            ingested.path, tokens.path, features.path if features else None, plan.path
+            ingested.path,
+            tokens.path,
+            features.path if features else None,
+            plan.path,
+            mined.path if mined else None,
         ),
         "start": pretrained.path if pretrained else None,
     }

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from acebert.config import Settings
 from acebert.models.domain import DomainClassifier, domain_accuracy, domain_loss, encoder_term
-from acebert.models.dual import ROWS_OF_ONE_LENGTH, DualEncoder
+from acebert.models.dual import ROWS_OF_ONE_LENGTH, DualEncoder, truncated
 from acebert.models.losses import semantic_matching_loss
 from acebert.training.flops import matrix_peak, step_flops
 from acebert.training.gradient_cache import backward_parts, embed_parts
@@ -125,14 +125,18 @@ class Finetuner:
         if cached and isinstance(gamma, torch.Tensor):
             gamma = gamma.detach().requires_grad_()
         v_q, v_p = queries[batch.query.pair_row], products[batch.product.pair_row]
-        loss, metrics = semantic_matching_loss(
-            v_q,
-            v_p,
-            gamma,
-            query_mask=batch.query_mask,
-            product_mask=batch.product_mask,
-            product_log_share=batch.product_log_share,
-        )
+        v_mined = None if batch.mined_row is None else products[batch.mined_row]
+        loss, metrics = self._match(v_q, v_p, v_mined, gamma, batch)
+        for dims in self.settings.loss.matryoshka_dims:
+            shorter, of = self._match(
+                truncated(v_q, dims),
+                truncated(v_p, dims),
+                None if v_mined is None else truncated(v_mined, dims),
+                gamma,
+                batch,
+            )
+            loss = loss + shorter
+            metrics[f"loss_{dims}"] = of["loss"]
         if self.adversary.form != "off":
             ramp = min(1.0, (step + 1) / max(1, self.adversary.ramp_steps))
             term = encoder_term(self.adversary.form, self.domain, v_q, v_p)
@@ -148,6 +152,24 @@ class Finetuner:
             backward_parts(encode, self.parallel, parts, queries, products, others)
         self.timer.mark("backward")
         return metrics, v_q.detach(), v_p.detach()
+
+    def _match(
+        self,
+        v_q: torch.Tensor,
+        v_p: torch.Tensor,
+        v_mined: torch.Tensor | None,
+        gamma: torch.Tensor | float,
+        batch: TrainBatch,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return semantic_matching_loss(
+            v_q,
+            v_p,
+            gamma,
+            v_mined=v_mined,
+            query_mask=batch.query_mask,
+            product_mask=batch.product_mask,
+            product_log_share=batch.product_log_share,
+        )
 
     def _speed(self, flops: float, waited: float) -> dict[str, float]:
         """How fast the step was, by the names of SPEED; on a GPU, the step before (see StepTimer).

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from acebert.config import Settings
 from acebert.data.batches import TextArrays, TextStore
 from acebert.data.feature_cache import open_features
+from acebert.data.hard_negatives import HardNegatives
 from acebert.data.lookups import Lookups
 from acebert.data.partitions import Plan
 from acebert.models.encoder import ImageInputs, TextInputs
@@ -42,6 +43,7 @@ class StagePaths:
     tokens: Path
     features: Path | None
     plan: Path | None = None
+    hard_negatives: Path | None = None
 
 
 class Part(NamedTuple):
@@ -86,10 +88,11 @@ class TrainBatch:
 
     Attributes:
         query, product: the rows to encode
-        query_mask: cells of [b, W] where a product is no negative of a query, or None
+        query_mask: cells of [b, W + W·H] where a product is no negative of a query, or None
         product_mask: cells of [b, W] where a query is no negative of a product, or None
-        product_log_share: float32 [W], log of each product's share of the training pairs, or None
-            without popularity correction
+        product_log_share: float32 [W + W·H], log of the chance with which each product is drawn, or
+            None without popularity correction
+        mined_row: int64 [b·H], the row of each mined product, or None without any
         waited: how long training waited for this batch [s]
     """
 
@@ -98,6 +101,7 @@ class TrainBatch:
     query_mask: FalseNegatives | None
     product_mask: FalseNegatives | None
     product_log_share: torch.Tensor | None
+    mined_row: torch.Tensor | None = None
     waited: float = 0.0
 
     def parts(self, micro_batch: int | None) -> list[Part]:
@@ -209,6 +213,7 @@ class PairBatches:
         W = settings.train.batch_size
         self.rows = slice(rank * W // world_size, (rank + 1) * W // world_size)
         self._lookups = Lookups.open(paths.ingest)
+        self._mined = HardNegatives.open(paths.hard_negatives) if paths.hard_negatives else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -220,21 +225,33 @@ class PairBatches:
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         record = self.plan.batch(epoch, in_epoch)
         query, product = record["query"].to_numpy(), record["product"].to_numpy()
-        hot = self._hot_lists(record["pair"].to_numpy(), product, step)
-        rows = self.rows
-        masks = false_negatives(
-            query, product, self.settings.loss.false_negatives, self._lookups.clicked, rows
-        )
-        share = None
-        if self.settings.loss.popularity_correction:
-            drawn = self._lookups.product_pairs[product] / len(self._lookups.pair_hot_list)
-            share = torch.from_numpy(np.log(drawn).astype(np.float32))
+        W, H, rows = len(query), self.settings.loss.hard_negatives, self.rows
+        mined = product[:0]
+        if H:
+            assert self._mined is not None
+            mined = self._mined.draw(query, H, (self.settings.seed, step))
+        columns = np.concatenate([product, mined])
+        hot = self._hot_lists(record["pair"].to_numpy(), columns, step)
+        own = np.r_[rows, W + H * rows.start : W + H * rows.stop]
+        side = self._products(columns[own], None if hot is None else hot[own])
+        b = rows.stop - rows.start
+        own_row, mined_row = side.pair_row.split([b, H * b])
+        form, clicked = self.settings.loss.false_negatives, self._lookups.clicked
         return TrainBatch(
             self._queries(query[rows]),
-            self._products(product[rows], None if hot is None else hot[rows]),
-            *masks,
-            share,
+            replace(side, pair_row=own_row),
+            *false_negatives(query, product, form, clicked, rows, mined),
+            self._log_share(columns) if self.settings.loss.popularity_correction else None,
+            mined_row if H else None,
         )
+
+    def _log_share(self, columns: NDArray[np.integer]) -> torch.Tensor:
+        """log of how many of each product [W + W·H] a batch is expected to hold, over W: as a
+        pair's own product, or as a mined one."""
+        share = self._lookups.product_pairs[columns] / len(self._lookups.pair_hot_list)
+        if self._mined is not None:
+            share = share + self.settings.loss.hard_negatives * self._mined.share[columns]
+        return torch.from_numpy(np.log(share).astype(np.float32))
 
     def _queries(self, query: NDArray[np.int32]) -> Side:
         distinct, pair_row = np.unique(query, return_inverse=True)
@@ -253,17 +270,17 @@ class PairBatches:
         return Side(text, images, tokens, has_image, rows)
 
     def _hot_lists(
-        self, pair: NDArray[np.int64], product: NDArray[np.int32], step: int
+        self, pair: NDArray[np.int64], columns: NDArray[np.int32], step: int
     ) -> NDArray[np.int32] | None:
+        """Of the pairs' products [W], then of the mined [W·H]. These have their lists of all
+        training days: what was never clicked for a query has it in none of them."""
         model = self.settings.model
         if model.hot_queries == "off":
             return None
-        lists = (
-            self._lookups.pair_hot_list[pair]
-            if model.hot_queries == "other_days"
-            else self._lookups.product_hot_lists[product, 0]
-        )
-        draw = np.random.default_rng((self.settings.seed, step)).random(len(product))
+        lists = self._lookups.product_hot_lists[columns, 0]
+        if model.hot_queries == "other_days":
+            lists[: len(pair)] = self._lookups.pair_hot_list[pair]
+        draw = np.random.default_rng((self.settings.seed, step)).random(len(columns))
         return np.where(draw < model.hot_query_dropout, EMPTY_LIST, lists)
 
     def stream(self, start: int, stop: int) -> Iterator[TrainBatch]:

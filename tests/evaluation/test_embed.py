@@ -105,3 +105,15 @@ def test_models_of_one_name_and_size_are_told_apart_and_copies_are_not(
     assert embed.model_digests(a) == embed.model_digests(c) != embed.model_digests(b)
     (c / "settings.yaml").write_text("seed: 1")
     assert embed.model_digests(a) != embed.model_digests(c)
+
+
+def test_fewer_dimensions_are_the_first_ones_brought_to_length_one(
+    settings: Settings, paths: StagePaths, model: Path
+) -> None:
+    short = settings.model_copy(update={"eval": settings.eval.model_copy(update={"dimensions": 5})})
+    make = partial(embed._Products, settings, paths)
+    run = {"start": np.array([10]), "stop": np.array([40])}
+    found, whole = (embed._Embedder(s, model, make)(run)["embedding"] for s in (short, settings))
+    first = whole[:, :5]
+    expected = first / np.linalg.norm(first, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -91,6 +91,32 @@ def test_rows_of_a_rank_are_the_rows_of_the_whole_mask() -> None:
         assert torch.equal(torch.cat([shard[side] for shard in shards]), whole[side])
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    batch=pair_lists,
+    log=st.lists(st.tuples(ids, ids), max_size=20),
+    mined=st.lists(ids, min_size=1, max_size=8),
+)
+@pytest.mark.parametrize("form", ["batch", "log"])
+def test_mined_products_are_columns_behind_the_batch_and_masked_where_they_were_clicked(
+    form: Any, batch: list[tuple[int, int]], log: list[tuple[int, int]], mined: list[int]
+) -> None:
+    W = len(batch)
+    rows, extra = slice(0, W), np.array(mined, np.int32)
+    query, product = columns(batch)
+    own, others = false_negatives(query, product, form, clicked_for(log), rows, extra)
+    assert own is not None
+    assert others is not None
+    mask = own.fill_(torch.zeros(W, W + len(mined)), 0) == -torch.inf
+    plain_mask, product_mask = masks(query, product, form, clicked_for(log), rows)
+    assert torch.equal(mask[:, :W], plain_mask)
+    assert torch.equal(others.fill_(torch.zeros(W, W), 0) == -torch.inf, product_mask)
+    known = set(batch) | (set(log) if form == "log" else set())
+    for i, (asked, _) in enumerate(batch):
+        for j, one in enumerate(mined):
+            assert mask[i, W + j] == ((asked, one) in known)
+
+
 def test_cells_fill_the_rows_they_are_given() -> None:
     cells = FalseNegatives.at(np.array([0, 2, 2]), np.array([1, 0, 3]), 4)
     whole = cells.fill_(torch.zeros(4, 4), 0)

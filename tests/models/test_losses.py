@@ -83,6 +83,25 @@ def test_popularity_correction_subtracts_the_log_share_from_the_scores_of_produc
     assert loss.item() == pytest.approx(expected.mean(), rel=1e-5)
 
 
+def test_mined_products_are_further_negatives_of_queries_alone() -> None:
+    v_q, v_p = unit_vectors()
+    v_mined = unit_vectors(1)[0][:4]
+    share = torch.rand(W + 4)
+    mask = torch.zeros(W, W + 4, dtype=torch.bool)
+    mask[2, W + 1] = mask[0, 3] = True
+    loss, _ = semantic_matching_loss(
+        v_q, v_p, 5.0, v_mined=v_mined, query_mask=cells(mask), product_log_share=share.log()
+    )
+    columns = torch.cat([v_p, v_mined]).double().numpy()
+    of_products = np.exp(5 * v_q.double().numpy() @ columns.T) / share.double().numpy()
+    of_products[mask.numpy()] = 0
+    of_queries = np.exp(5 * v_q.double().numpy() @ v_p.double().numpy().T)
+    own = of_products[:, :W].diagonal()
+    expected = -np.log(own / of_products.sum(axis=1))
+    expected -= np.log(of_queries.diagonal() / of_queries.sum(axis=0))
+    assert loss.item() == pytest.approx(expected.mean(), rel=1e-5)
+
+
 @pytest.mark.parametrize("corrected", [True, False])
 def test_only_with_popularity_correction_do_scores_become_the_chance_of_a_click(
     corrected: bool,

@@ -1,5 +1,6 @@
 """Cached gradients against those of one graph over the whole batch, alone and on two ranks."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,12 +49,14 @@ def new_model(settings: Settings) -> DualEncoder:
     return model.train()
 
 
-def pairs(rows: slice) -> TrainBatch:
-    """Pairs `rows` of twelve: six queries, nine products (each with its list), one cell masked."""
+def pairs(rows: slice, H: int = 0) -> TrainBatch:
+    """Pairs `rows` of twelve: six queries, nine products (each with its list), one cell masked;
+    with H, as many mined products for each pair, one of them masked."""
     rng = np.random.default_rng(0)
     words = torch.from_numpy(rng.integers(4, 60, (9, 9)))
     query = np.array([0, 1, 2, 3, 4, 5, 0, 1, 5, 3, 2, 4])[rows]
     product = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 8])[rows]
+    mined = np.random.default_rng(1).integers(0, 9, (12, H))[rows].ravel()
     patches = torch.from_numpy(rng.normal(size=(9, 16, 8))).float()
     pixels = torch.from_numpy(rng.integers(0, 256, (9, 14, 14, 3))).to(torch.uint8)
 
@@ -71,8 +74,21 @@ def pairs(rows: slice) -> TrainBatch:
     cells = [(int(np.flatnonzero(own == 3)[0]), 9)] if 3 in own else []
     at = np.array(cells, np.int64).reshape(-1, 2)
     mask = FalseNegatives.at(at[:, 0], at[:, 1], len(own))
+    wide = (
+        at if not H else np.concatenate([at, at + np.array([0, W + H])])
+    )  # of the pair behind the tenth
+    query_mask = FalseNegatives.at(wide[:, 0], wide[:, 1], len(own))
     lengths = np.array([2, 3, 3, 4, 5, 6, 6, 7, 9])
-    return TrainBatch(side(query, lengths, False), side(product, lengths, True), mask, mask, None)
+    products = side(np.concatenate([product, mined]), lengths, True)
+    own_row, mined_row = products.pair_row.split([len(product), len(mined)])
+    return TrainBatch(
+        side(query, lengths, False),
+        replace(products, pair_row=own_row),
+        query_mask,
+        mask,
+        None,
+        mined_row if H else None,
+    )
 
 
 def gradients(
@@ -115,10 +131,19 @@ def plain_twin(settings: Settings, batch: TrainBatch) -> dict[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.train.precision == "bf16"):
             embeddings.append(model(*part))
     v_q, v_p = (torch.cat(side) for side in zip(*embeddings, strict=True))
+    v_mined = None if batch.mined_row is None else v_p[batch.mined_row]
     v_q, v_p = v_q[batch.query.pair_row], v_p[batch.product.pair_row]
-    loss, metrics = semantic_matching_loss(
-        v_q, v_p, model.gamma, query_mask=batch.query_mask, product_mask=batch.product_mask
-    )
+    masks = {"query_mask": batch.query_mask, "product_mask": batch.product_mask}
+    loss, metrics = semantic_matching_loss(v_q, v_p, model.gamma, v_mined=v_mined, **masks)
+    for dims in settings.loss.matryoshka_dims:
+        short_q, short_p, short_mined = (
+            None if v is None else v[:, :dims] / v[:, :dims].norm(dim=1, keepdim=True)
+            for v in (v_q, v_p, v_mined)
+        )
+        loss = (
+            loss
+            + semantic_matching_loss(short_q, short_p, model.gamma, v_mined=short_mined, **masks)[0]
+        )
     term = encoder_term("confusion", domain, v_q, v_p)
     (loss + settings.adversary.weight * term).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -133,13 +158,16 @@ def plain_twin(settings: Settings, batch: TrainBatch) -> dict[str, Tensor]:
         {"micro_batch": 1, "shared_towers": False},
         {"micro_batch": None, "dropout": 0.3},
         {"micro_batch": 4, "precision": "bf16", "dropout": 0.3},
+        {"micro_batch": 2, "hard_negatives": 2, "matryoshka_dims": (4, 2)},
+        {"micro_batch": None, "hard_negatives": 2, "matryoshka_dims": (4, 2)},
     ],
     ids=str,
 )
 def test_cached_gradients_are_those_of_one_graph(values: dict[str, Any]) -> None:
     """With the adversary, a learned γ, masks, rows shared by pairs and sides of unequal size."""
     settings = recipe(**values)
-    got, expected = (f(settings, pairs(slice(0, W))) for f in (gradients, plain_twin))
+    batch = pairs(slice(0, W), settings.loss.hard_negatives)
+    got, expected = (f(settings, batch) for f in (gradients, plain_twin))
     assert got.keys() - {"sent"} == expected.keys()
     # bf16: the parts' gradients are summed in fp32 here, in bf16 by the one graph.
     bf16 = settings.train.precision == "bf16"
@@ -174,19 +202,27 @@ def test_a_row_that_pairs_share_has_the_sum_of_their_gradients() -> None:
 
 # ---- two ranks
 
-CASES: list[dict[str, Any]] = [{"micro_batch": 2}, {"micro_batch": 2, "shared_towers": False}]
+CASES: list[dict[str, Any]] = [
+    {"micro_batch": 2},
+    {"micro_batch": 2, "shared_towers": False},
+    {"micro_batch": 2, "hard_negatives": 2, "matryoshka_dims": (4,)},
+    {"micro_batch": None, "hard_negatives": 2},
+]
 
 
 def one_rank(case: dict[str, Any], rank: int) -> dict[str, Tensor]:
     """What `two_ranks` runs."""
-    return gradients(recipe(**case), pairs(slice(6 * rank, 6 * rank + 6)), rank, world=2)
+    settings = recipe(**case)
+    batch = pairs(slice(6 * rank, 6 * rank + 6), settings.loss.hard_negatives)
+    return gradients(settings, batch, rank, world=2)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=str)
 def test_two_ranks_that_cache_have_the_whole_batchs_gradients_by_one_all_reduce(
     case: int, two_ranks: list[list[dict[str, Tensor]]]
 ) -> None:
-    expected = gradients(recipe(**{**CASES[case], "micro_batch": None}), pairs(slice(0, W)))
+    whole = recipe(**{**CASES[case], "micro_batch": None})
+    expected = gradients(whole, pairs(slice(0, W), whole.loss.hard_negatives))
     first, second = two_ranks[case]
     for name, gradient in expected.items():
         if name == "sent":

@@ -3,10 +3,12 @@
 import dataclasses
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from acebert.config import Settings
+from acebert.data.hard_negatives import HardNegatives
 from acebert.data.partitions import Plan
 from acebert.training.pairs import InputStore, PairBatches, Side, StagePaths, TrainBatch
 
@@ -133,3 +135,84 @@ def test_a_stream_gives_the_steps_in_order_and_says_how_long_it_was_waited_for(
     assert all(b.waited >= 0 for b in streamed)
     assert streamed[0].waited > 0
     assert dataclasses.replace(streamed[0], waited=0.0).to(torch.device("cpu")).waited == 0
+
+
+# ---- mined negatives
+
+
+@pytest.fixture(scope="module")
+def mined_paths(
+    settings: Settings, paths: StagePaths, tmp_path_factory: pytest.TempPathFactory
+) -> StagePaths:
+    """Five products for each query, at random."""
+    queries = pq.read_metadata(paths.ingest / "queries.parquet").num_rows
+    mined = np.random.default_rng(0).integers(120, size=(queries, 5)).astype(np.int32)
+    directory = tmp_path_factory.mktemp("mined")
+    pairs = pq.read_table(paths.ingest / "pairs.parquet")["query"].to_numpy()
+    HardNegatives.save(directory, mined, np.bincount(pairs, minlength=queries), 120)
+    return dataclasses.replace(paths, hard_negatives=directory)
+
+
+def with_mined(settings: Settings) -> Settings:
+    loss = settings.loss.model_copy(
+        update={"hard_negatives": 2, "popularity_correction": True, "false_negatives": "log"}
+    )
+    return settings.model_copy(update={"loss": loss})
+
+
+def test_each_pair_brings_products_mined_for_its_query(
+    settings: Settings, mined_paths: StagePaths
+) -> None:
+    settings = with_mined(settings)
+    batches = PairBatches(settings, mined_paths, rank=0, world_size=1)
+    batch = batches.batch(7)
+    W = settings.train.batch_size
+    assert batch.mined_row is not None
+    assert mined_paths.plan is not None
+    assert mined_paths.hard_negatives is not None
+    record = Plan(mined_paths.plan).batch(*divmod(7, batches.steps_per_epoch))
+    negatives = HardNegatives.open(mined_paths.hard_negatives)
+    titles = InputStore(settings, mined_paths).text.titles
+    words = [
+        tuple(row[mask].tolist())
+        for row, mask in zip(
+            batch.product.text.input_ids, batch.product.text.attention_mask, strict=True
+        )
+    ]
+    for i, query in enumerate(record["query"].to_numpy()):
+        known = {tuple(titles[p].tolist()) for p in negatives.mined[query]}
+        for row in batch.mined_row[2 * i : 2 * i + 2]:
+            title = words[int(row)][1:]  # without [CLS]; the hot list comes behind
+            assert any(title[: len(one)] == one for one in known)
+    assert batch.product_log_share is not None
+    assert batch.product_log_share.shape == (3 * W,)
+    # A product's expected number in the batch, over W: as a pair's own, or as one of two mined.
+    product = record["product"].to_numpy()
+    pairs = pq.read_table(mined_paths.ingest / "pairs.parquet")["product"].to_numpy()
+    expected = (
+        np.bincount(pairs, minlength=120)[product] / len(pairs) + 2 * negatives.share[product]
+    )
+    np.testing.assert_allclose(batch.product_log_share[:W].exp(), expected, rtol=1e-5)
+
+
+def test_ranks_see_the_mined_products_that_one_process_sees(
+    settings: Settings, mined_paths: StagePaths
+) -> None:
+    settings = with_mined(settings)
+    whole, *halves = [
+        PairBatches(settings, mined_paths, rank, world).batch(7)
+        for rank, world in ((0, 1), (0, 2), (1, 2))
+    ]
+
+    def mined(batch: TrainBatch) -> list[tuple[int, ...]]:
+        assert batch.mined_row is not None
+        return texts(dataclasses.replace(batch.product, pair_row=batch.mined_row))
+
+    def dense(batch: TrainBatch, rows: int) -> torch.Tensor:
+        assert batch.query_mask is not None
+        return batch.query_mask.fill_(torch.zeros(rows, 3 * W), 0)
+
+    W = settings.train.batch_size
+    assert mined(whole) == [text for half in halves for text in mined(half)]
+    assert torch.equal(dense(whole, W), torch.cat([dense(half, W // 2) for half in halves]))
+    assert dense(whole, W)[:, W:].isinf().any()

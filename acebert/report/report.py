@@ -1,0 +1,341 @@
+"""The 'report' stage: from measured rows to one page that stands alone.
+
+`report.html` holds its pictures and style, and asks nobody for anything; `numbers.json` has every
+number of it for programs, `figures/` the pictures.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from acebert import __version__
+from acebert.config import Settings, flatten
+from acebert.evaluation.significance import Interval
+from acebert.evaluation.tables import Row
+from acebert.report import words
+from acebert.report.alignment import alignment_stage
+from acebert.report.alignment_figure import alignment_panels
+from acebert.report.gains import GROUP_METRICS, Comparison, comparisons, value_of
+from acebert.report.loss_figure import LAST, final_difference, loss_curves, loss_panels
+from acebert.report.page import render
+from acebert.report.partitions_figure import partition_panels, partition_points
+from acebert.report.parts import (
+    SWEPT,
+    TABLES,
+    WITH_ADVERSARY,
+    WITHOUT_ADVERSARY,
+    Table,
+)
+from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT
+from acebert.report.rows_figure import rows_panel
+from acebert.report.run import Measured, Results
+from acebert.report.style import Panel
+from acebert.tracking import code_digest
+from acebert.workdir import Stage, run_stage
+
+VERSION = 1
+NOT_TOLD = {"recipe", "workdir", "tracking", "seed", "cnn", "demo"}
+"""settings that make no row different"""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was asked for.
+
+    Attributes:
+        parts: of `acebert.report.parts.PARTS`
+        seeds: of the trained rows, by part; a row has those of the first part that it stands in
+        arguments: the settings of the command line, as they were given
+    """
+
+    parts: tuple[str, ...]
+    seeds: dict[str, tuple[int, ...]]
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of the page: rows with their intervals, comparisons, pictures."""
+
+    table: Table
+    names: list[tuple[str, str]]
+    """(row, what the table calls it), those that were measured, from the top"""
+    values: dict[str, dict[str, Interval]]
+    """metric → row → value"""
+    groups: dict[str, dict[tuple[str, str], float]]
+    """row → (group, metric) → value"""
+    comparisons: list[Comparison]
+    panels: list[Panel]
+
+
+def report_stage(
+    settings: Settings, ingested: Stage, given: Given, results: Results, swept: Path | None
+) -> Stage:
+    """Build the page. `swept` is the directory of Fig. 5's sweep, where that part is wanted."""
+    systems = {
+        system.name: results.rows[system.name]
+        for system in (WITHOUT_ADVERSARY, WITH_ADVERSARY)
+        if system.name in results.rows
+    }
+    shared = _shared_seeds(list(systems.values())) if len(systems) == 2 else []
+    aligned = None
+    if "fig7" in given.parts and shared:
+        directories = {
+            name: [measured.embedded[measured.seeds.index(seed)] for seed in shared]
+            for name, measured in systems.items()
+        }
+        aligned = alignment_stage(settings, ingested, directories)
+    key = {
+        "version": VERSION,
+        "code": code_digest(),
+        "given": asdict(given),
+        "rows": {
+            name: [_of_stage(path, settings.workdir) for path in measured.row.seeds]
+            for name, measured in results.rows.items()
+        },
+        "left_out": results.left_out,
+        "swept": [swept.name, (swept / "trials.parquet").stat().st_size] if swept else None,
+        "aligned": aligned.digest if aligned else None,
+    }
+
+    def build(out: Path) -> None:
+        sections = [
+            _section(table, results)
+            for part in given.parts
+            for table in TABLES.get(part, ())
+            if any(system.name in results.rows for system in table.systems)
+        ]
+        loss = _loss(systems, shared) if "fig6" in given.parts and shared else None
+        alignment = _alignment(aligned.path) if aligned else None
+        partitions = _partitions(swept) if swept else None
+        context = {
+            "given": given,
+            "sections": sections,
+            "rows": results.rows,
+            "left_out": results.left_out,
+            "loss": loss,
+            "alignment": alignment,
+            "partitions": partitions,
+            "summary": _summary(sections, given, loss, alignment),
+            "data": _data(ingested),
+            "machine": _machine(),
+            "settings": _differing(results.rows),
+            "common": _common(results.rows),
+            "cost": sum(m.seconds * len(m.row.seeds) for m in _trained_once(results.rows)),
+        }
+        (out / "report.html").write_text(render(context), encoding="utf-8")
+        (out / "numbers.json").write_text(json.dumps(_numbers(sections, context), indent=2) + "\n")
+        (out / "figures").mkdir()
+        shown = [panel for section in sections for panel in section.panels]
+        for figure in (loss, alignment, partitions):
+            shown += figure["panels"] if figure else []
+        for panel in shown:
+            (out / "figures" / f"{panel.name}.png").write_bytes(panel.png)
+
+    return run_stage(settings.workdir, "report", key, build)
+
+
+def _of_stage(path: Path, workdir: Path) -> str:
+    return str(path.relative_to(workdir)) if path.is_relative_to(workdir) else str(path)
+
+
+def _section(table: Table, results: Results) -> Section:
+    names = [
+        *(UNTRAINED.values() if table.untrained else ()),
+        *((ZERO_SHOT, RIVAL) if table.untrained else ()),
+        *(system.name for system in table.systems),
+    ]
+    shown = [(n, table.aliases.get(n, n)) for n in names if n in results.rows]
+    measured = {name: results.rows[name].row for name, _ in shown}
+    values = {metric: _intervals(measured, metric) for metric in table.metrics}
+    groups = {
+        name: {
+            (group, metric): value
+            for group in table.groups
+            for metric in GROUP_METRICS
+            if (value := value_of(row, metric, group)) is not None
+        }
+        for name, row in measured.items()
+    }
+    panels = [rows_panel(table.key, metric, found, shown) for metric, found in values.items()]
+    return Section(table, shown, values, groups, comparisons(table, measured), panels)
+
+
+def _intervals(measured: dict[str, Row], metric: str) -> dict[str, Interval]:
+    found = {name: row.measured(metric) for name, row in measured.items()}
+    return {name: interval for name, interval in found.items() if interval is not None}
+
+
+def _shared_seeds(rows: Sequence[Measured]) -> list[int]:
+    """Seeds that all of the rows were trained with: Fig. 6 and 7 pair by them."""
+    return [seed for seed in rows[0].seeds if all(seed in row.seeds for row in rows)]
+
+
+def _loss(systems: dict[str, Measured], seeds: Sequence[int]) -> dict[str, Any]:
+    curves = {
+        name: loss_curves([measured.models[measured.seeds.index(seed)] for seed in seeds])
+        for name, measured in systems.items()
+    }
+    without, with_adversary = (curves[s.name] for s in (WITHOUT_ADVERSARY, WITH_ADVERSARY))
+    last = int(with_adversary.shape[1] * (1 - LAST))
+    means = float(with_adversary[:, last:].mean()), float(without[:, last:].mean())
+    told = words.loss_words(final_difference(with_adversary, without), means)
+    return {"panels": loss_panels(curves), "words": told}
+
+
+def _alignment(directory: Path) -> dict[str, Any]:
+    probes = json.loads((directory / "probe.json").read_text())
+    by_seed = {name: [probe["mlp"] for probe in found] for name, found in probes.items()}
+    table = {
+        name: {kind: float(np.mean([probe[kind] for probe in found])) for kind in ("linear", "mlp")}
+        for name, found in probes.items()
+    }
+    return {
+        "panels": alignment_panels(directory / "points.parquet"),
+        "words": words.probe_words(by_seed[WITHOUT_ADVERSARY.name], by_seed[WITH_ADVERSARY.name]),
+        "probes": table,
+        "held_out": probes[WITH_ADVERSARY.name][0]["points"],
+    }
+
+
+def _partitions(swept: Path) -> dict[str, Any]:
+    points = partition_points(swept)
+    return {"panels": partition_panels(points, SWEPT.name), "points": points}
+
+
+def _summary(
+    sections: Sequence[Section],
+    given: Given,
+    loss: dict[str, Any] | None,
+    alignment: dict[str, Any] | None,
+) -> list[str]:
+    paper = [s for s in sections if s.table.paper]
+    told = [words.count_words([c for s in paper for c in s.comparisons])]
+    for section in sections:
+        if section.table.key == "table1":
+            told += [words.order_words(section.comparisons, m) for m in GROUP_METRICS]
+            chosen = {("ACE-BERT", "TwinBERT"), *((c, b) for c, b in _plus(section))}
+            told += [
+                words.step_words(c)
+                for c in section.comparisons
+                if (c.step.row, c.step.beside) in chosen
+            ]
+    told += [figure["words"] for figure in (loss, alignment) if figure]
+    if min(map(len, given.seeds.values())) == 1:
+        told.append(
+            "Where a row has one seed, its interval is over the test day's queries alone and "
+            "speaks of that model, not of its recipe."
+        )
+    return [sentence for sentence in told if sentence]
+
+
+def _plus(section: Section) -> list[tuple[str, str]]:
+    return [(s.row, s.beside) for s in section.table.steps if s.row == "acebert_plus"]
+
+
+def _data(ingested: Stage) -> dict[str, Any]:
+    report = json.loads((ingested.path / "report.json").read_text())
+    return {"digest": ingested.digest, **report}
+
+
+def _machine() -> dict[str, str]:
+    resources = ray.cluster_resources() if ray.is_initialized() else {}
+    cpus = int(resources.get("CPU", os.cpu_count() or 1))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": _processor(),
+        "CPUs of the cluster": str(cpus),
+        "GPUs of the cluster": str(int(resources.get("GPU", 0))),
+        "memory of this node": f"{memory:.0f} GiB",
+        "Python": platform.python_version(),
+        "acebert": f"{__version__}, code {code_digest()}",
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _trained_once(rows: dict[str, Measured]) -> list[Any]:
+    """A row for each model: some rows share theirs."""
+    once = {measured.models or name: measured for name, measured in rows.items()}
+    return [measured for measured in once.values() if measured.seconds is not None]
+
+
+def _flat(measured: Measured) -> dict[str, Any]:
+    assert measured.settings is not None
+    return flatten(measured.settings.model_dump(mode="json", exclude=NOT_TOLD))
+
+
+def _common(rows: dict[str, Measured]) -> dict[str, Any]:
+    """Settings that all trained rows share."""
+    trees = [_flat(measured) for measured in rows.values() if measured.settings]
+    if not trees:
+        return {}
+    return {
+        leaf: value
+        for leaf, value in trees[0].items()
+        if all(tree.get(leaf) == value for tree in trees)
+    }
+
+
+def _differing(rows: dict[str, Measured]) -> dict[str, dict[str, Any]]:
+    """Row → the settings in which the trained rows differ."""
+    common = _common(rows)
+    return {
+        name: {leaf: value for leaf, value in _flat(measured).items() if leaf not in common}
+        for name, measured in rows.items()
+        if measured.settings
+    }
+
+
+def _numbers(sections: Sequence[Section], context: dict[str, Any]) -> dict[str, Any]:
+    def plain(interval: Interval) -> dict[str, float]:
+        return {"value": interval.value, "low": interval.low, "high": interval.high}
+
+    return {
+        "summary": context["summary"],
+        "left_out": context["left_out"],
+        "tables": {
+            s.table.key: {
+                "rows": {
+                    metric: {name: plain(found) for name, found in by_row.items()}
+                    for metric, by_row in s.values.items()
+                },
+                "gains": [
+                    {
+                        "row": c.step.row,
+                        "beside": c.step.beside,
+                        "metric": gain.metric,
+                        "queries": gain.group or "all",
+                        **plain(gain.ours),
+                        "paper": gain.paper,
+                        "verdict": words.verdict(gain),
+                    }
+                    for c in s.comparisons
+                    for gain in c.gains
+                ],
+            }
+            for s in sections
+        },
+        "probes": context["alignment"]["probes"] if context["alignment"] else None,
+        "partitions": [
+            {k: plain(v) if isinstance(v, Interval) else v for k, v in point.items()}
+            for point in (context["partitions"]["points"] if context["partitions"] else [])
+        ],
+        "cost": {
+            name: {"seconds": m.seconds, "pairs": m.pairs}
+            for name, m in context["rows"].items()
+            if m.seconds is not None
+        },
+    }

@@ -1,0 +1,182 @@
+"""Trains and measures the report's rows: what is done is reused, what fails is left out by name.
+
+A row's trainings are ordinary 'finetune' stages, so a report that was stopped goes on, and a model
+that was trained before is found.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from acebert.config import Settings
+from acebert.errors import UserError
+from acebert.evaluation.evaluate import BASELINES, evaluate_embeddings
+from acebert.evaluation.tables import Row
+from acebert.pipeline import baselines_stage, evaluate_stage, finetune_stage, ingest_stage
+from acebert.report.rival import sentence_transformers_stage
+from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT, System
+from acebert.workdir import Stage
+
+log = logging.getLogger(__name__)
+
+MakeSettings = Callable[[System, int, str], Settings]
+"""(system, seed, MLflow's tag) → its settings"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row with its results, each a directory a seed.
+
+    Attributes:
+        row: name and result directories
+        seeds: which they were trained with (none: no training of ours)
+        models: model directories (none: not one of ours)
+        embedded: directories of vectors (none: a row without any)
+        seconds: of training, the mean over the seeds, pre-training included; None: none needed
+        pairs: trained on
+        settings: of the first seed
+    """
+
+    row: Row
+    seeds: tuple[int, ...] = ()
+    models: tuple[Path, ...] = ()
+    embedded: tuple[Path, ...] = ()
+    seconds: float | None = None
+    pairs: int | None = None
+    settings: Settings | None = None
+
+
+@dataclass
+class Results:
+    """What was measured, by name, and what was left out, with the reason."""
+
+    rows: dict[str, Measured] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def of_rows(self) -> dict[str, Row]:
+        return {name: measured.row for name, measured in self.rows.items()}
+
+
+def measure_untrained(settings: Settings, results: Results) -> None:
+    baselines = baselines_stage(settings)
+    for name in BASELINES:
+        results.rows[UNTRAINED[name]] = Measured(Row(UNTRAINED[name], (baselines.path / name,)))
+
+
+def measure_systems(
+    wanted: dict[str, list[System]],
+    seeds: Mapping[str, Sequence[int]],
+    make: MakeSettings,
+    results: Results,
+) -> None:
+    """Train and measure the systems of each part, once each, with the seeds of the first part that
+    they stand in.
+
+    A system that cannot be trained (`UserError`) is left out with the reason; the others go on.
+    """
+    first = {s: part for part, systems in reversed(wanted.items()) for s in systems}
+    order = dict.fromkeys(system for systems in wanted.values() for system in systems)
+    began, spent = time.perf_counter(), 0
+    for number, system in enumerate(order):
+        log.info(
+            "report: row %d of %d, %s%s",
+            number + 1,
+            len(order),
+            system.name,
+            f", about {(time.perf_counter() - began) / spent * (len(order) - number) / 60:.0f} min "
+            "left at the pace so far"
+            if spent
+            else "",
+        )
+        try:
+            part = first[system]
+            measured, trained = _measure(system, part, seeds[part], make)
+        except UserError as error:
+            log.warning("report: %s is left out: %s", system.name, error)
+            results.left_out[system.name] = str(error)
+            continue
+        results.rows[system.name] = measured
+        spent += trained
+    if results.left_out and not any(system.name in results.rows for system in order):
+        raise UserError(next(iter(results.left_out.values())))
+
+
+def _measure(
+    system: System, tag: str, seeds: Sequence[int], make: MakeSettings
+) -> tuple[Measured, bool]:
+    """The row, and whether anything had to be trained for it."""
+    all_settings = [make(system, seed, tag) for seed in seeds]
+    models, embedded, evaluated = [], [], []
+    for settings in all_settings:
+        models.append(finetune_stage(settings))
+        vectors, result = evaluate_stage(settings, models[-1].path)
+        embedded.append(vectors.path)
+        evaluated.append(result.path / "hybrid_bm25" if system.fused else result.path)
+    reports = [_read(model.path / "report.json") for model in models]
+    measured = Measured(
+        Row(system.name, tuple(evaluated)),
+        tuple(seeds),
+        tuple(model.path for model in models),
+        tuple(embedded),
+        float(np.mean([_train_seconds(all_settings[0], model) for model in models])),
+        int(np.mean([report["pairs"] for report in reports])),
+        all_settings[0],
+    )
+    return measured, not all(model.reused for model in models)
+
+
+def _train_seconds(settings: Settings, model: Stage) -> float:
+    """Of fine-tuning, and of the pre-training that it starts from."""
+    seconds = float(_read(model.path / "report.json")["train_seconds"])
+    pretrained = _read(model.path / "stage.json")["key"].get("pretrain")
+    if pretrained:
+        report = settings.workdir / "pretrain" / pretrained / "report.json"
+        seconds += float(_read(report)["train_seconds"])
+    return seconds
+
+
+def measure_rival(
+    settings: Settings, start: Path | None, seeds: Sequence[int], lr: float, results: Results
+) -> None:
+    """sentence-transformers as it comes and fine-tuned on as many pairs as TwinBERT; left out with
+    the reason where no model is given or the package is missing."""
+    if start is None:
+        why = "no model is given (--sentence_transformer DIR)"
+        results.left_out |= {ZERO_SHOT: why, RIVAL: why}
+        return
+    ingested = ingest_stage(settings)
+    known = [m.pairs for m in results.rows.values() if m.pairs]
+    for name, pairs, own_seeds in ((ZERO_SHOT, 0, [0]), (RIVAL, max(known, default=0), seeds)):
+        if name == RIVAL and not pairs:
+            results.left_out[name] = "none of our rows says how many pairs it may train on"
+            continue
+        log.info("report: %s", name)
+        try:
+            stages = [
+                sentence_transformers_stage(
+                    settings.model_copy(update={"seed": seed}), ingested, start, pairs, lr
+                )
+                for seed in own_seeds
+            ]
+        except UserError as error:
+            results.left_out[name] = str(error)
+            continue
+        rows = [evaluate_embeddings(settings, ingested, s.path, name).path for s in stages]
+        reports = [_read(stage.path / "report.json") for stage in stages]
+        results.rows[name] = Measured(
+            Row(name, tuple(rows)),
+            seconds=float(np.mean([r["train_seconds"] for r in reports])) if pairs else None,
+            pairs=pairs or None,
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads(path.read_text())
+    return tree

@@ -1,0 +1,106 @@
+"""Plain words on what did and did not reproduce, all computed from the intervals."""
+
+from collections.abc import Sequence
+
+from acebert.evaluation.significance import Interval, paired_by_seed
+from acebert.evaluation.tables import label
+from acebert.report.gains import Comparison, Gain
+
+CHAIN = (
+    ("FashionBERT-Finetune", "TwinBERT"),
+    ("CE-BERT-Finetune", "FashionBERT-Finetune"),
+    ("ACE-BERT", "CE-BERT-Finetune"),
+)
+"""the paper's order of its four systems, upwards"""
+
+
+def verdict(gain: Gain) -> str:
+    """What may be said of it: of the paper's claim where there is one, else of the difference."""
+    if gain.paper is not None:
+        return {True: "reproduced", False: "the opposite", None: "not shown"}[gain.agrees]
+    return {"up": "better", "down": "worse", "open": "no difference shown"}[gain.verdict]
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:+.1f} %"
+
+
+def gain_words(gain: Gain) -> str:
+    """`GAUC +0.8 % [+0.2, +1.4] (paper +0.6 %)`."""
+    low, high = (f"{100 * bound:+.1f}" for bound in (gain.ours.low, gain.ours.high))
+    paper = "" if gain.paper is None else f" (paper {percent(gain.paper)})"
+    return f"{label(gain.metric)} {percent(gain.ours.value)} [{low}, {high}]{paper}"
+
+
+def count_words(comparisons: Sequence[Comparison]) -> str:
+    """How many of the paper's comparisons reproduce."""
+    gains = [gain for c in comparisons for gain in c.gains if gain.paper is not None]
+    if not gains:
+        return ""
+    yes, no = (sum(gain.agrees is said for gain in gains) for said in (True, False))
+    open_ = len(gains) - yes - no
+    return (
+        f"Of the paper's {len(gains)} comparisons of two rows in one metric, {yes} "
+        f"{'is' if yes == 1 else 'are'} reproduced, {no} come{'s' if no == 1 else ''} out the "
+        f"other way, and for {open_} the interval includes zero, so that nothing may be claimed."
+    )
+
+
+def order_words(comparisons: Sequence[Comparison], metric: str) -> str:
+    """Whether the paper's order of its four systems holds, step by step."""
+    steps = {(c.step.row, c.step.beside): c for c in comparisons}
+    gains = {}
+    for row, beside in CHAIN:
+        if (row, beside) not in steps:
+            return ""
+        found = [g for g in steps[row, beside].gains if g.metric == metric and g.group is None]
+        if not found:
+            return ""
+        gains[row, beside] = found[0]
+    name = label(metric)
+    if all(gain.verdict == "up" for gain in gains.values()):
+        return f"By {name} the four systems stand in the paper's order, every step shown."
+    rest = [
+        f"{row} over {beside}: {'worse' if gain.verdict == 'down' else 'not shown'}"
+        for (row, beside), gain in gains.items()
+        if gain.verdict != "up"
+    ]
+    return f"By {name} the paper's order is not shown in full ({'; '.join(rest)})."
+
+
+def step_words(comparison: Comparison) -> str:
+    """One sentence on a step: every metric over all queries."""
+    gains = [gain for gain in comparison.gains if gain.group is None]
+    told = "; ".join(f"{gain_words(gain)}: {verdict(gain)}" for gain in gains)
+    return f"{comparison.step.row} beside {comparison.step.beside}: {told}."
+
+
+def loss_words(difference: Interval | None, means: tuple[float, float]) -> str:
+    """Fig. 6. `means`: with and without the adversary, over the last tenth of the steps."""
+    told = f"Over the last tenth of the steps the loss is {means[0]:.3f} with the adversary and "
+    told += f"{means[1]:.3f} without; the paper's is lower with it. "
+    if difference is None:
+        return told + "With one seed nothing may be claimed."
+    interval = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    if difference.high < 0:
+        return told + f"Reproduced: {interval}."
+    if difference.low > 0:
+        return told + f"The opposite here: {interval}."
+    return told + f"Not shown: {interval}."
+
+
+def probe_words(without: Sequence[float], with_adversary: Sequence[float]) -> str:
+    """Fig. 7. Held-out accuracies of the stronger probe, by seed."""
+    a, b = (100 * sum(found) / len(found) for found in (without, with_adversary))
+    told = f"A fresh probe tells queries from products in {a:.1f} % of held-out vectors without "
+    told += f"the adversary and in {b:.1f} % with it (a coin: 50 %). "
+    difference = paired_by_seed(with_adversary, without)
+    if difference is None:
+        return told + "With one seed nothing may be claimed."
+    low, high = (f"{100 * bound:+.1f}" for bound in (difference.low, difference.high))
+    interval = f"{100 * difference.value:+.1f} points [{low}, {high}]"
+    if difference.high < 0:
+        return told + f"The adversary brings the two closer: {interval}."
+    if difference.low > 0:
+        return told + f"The adversary drives the two apart: {interval}."
+    return told + f"That it brings the two closer is not shown: {interval}."

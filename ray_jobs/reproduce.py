@@ -1,0 +1,74 @@
+"""The paper's tables and figures on your data, and what goes beyond it, on one page.
+
+    python ray_jobs/reproduce.py [--parts table1 fig6 …] [--seeds 0 1 2] [settings]
+
+Trains every row with every seed; what is done is reused, and the same command goes on where it was
+stopped. Settings of the command line hold for all rows; what makes a row a row wins over them. The
+last line printed is the page.
+"""
+
+import argparse
+from pathlib import Path
+
+from acebert.cluster import leave
+from acebert.config import Settings, load_settings
+from acebert.errors import UserError
+from acebert.job import run_job
+from acebert.pipeline import ingest_stage, tracked
+from acebert.report.parts import PARTS, SWEPT, systems_of
+from acebert.report.report import Given, report_stage
+from acebert.report.rows import System
+from acebert.report.run import Results, measure_rival, measure_systems, measure_untrained
+from acebert.sweep.run import sweep
+from acebert.sweep.space import read_space
+
+FIG_5 = Path(__file__).parents[1] / "tune_spaces" / "fig5_partitions.yaml"
+
+
+def work(settings: Settings, arguments: argparse.Namespace) -> None:
+    seeds = {part: tuple(arguments.seeds) for part in arguments.parts}
+    if "table1" in seeds and arguments.table1_seeds:
+        seeds["table1"] = tuple(arguments.table1_seeds)
+    given = Given(tuple(arguments.parts), seeds, tuple(arguments.settings))
+    if any(leaf.split("=")[0] in ("--recipe", "--seed") for leaf in arguments.settings):
+        raise UserError("--recipe and --seed are each row's own: give --size and --seeds")
+
+    def make(system: System, seed: int, tag: str) -> Settings:
+        recipe = f"{system.recipe}_tiny" if arguments.size == "tiny" else system.recipe
+        own = ["--recipe", recipe, "--seed", str(seed)]
+        tracked_as = ["--tracking.tag", tag, "--tracking.run_name", f"{system.name}, seed {seed}"]
+        none = ["--tracking.register_as", "none"]  # a table's rows are not for serving
+        return load_settings([*arguments.settings, *own, *tracked_as, *none, *system.changed])
+
+    results = Results()
+    wanted = systems_of(given.parts)
+    if "table1" in given.parts:
+        measure_untrained(settings, results)
+    measure_systems(wanted, seeds, make, results)
+    if "table1" in given.parts:
+        start, lr = arguments.sentence_transformer, arguments.sentence_transformer_lr
+        measure_rival(settings, start, seeds["table1"], lr, results)
+    swept = None
+    if "fig5" in given.parts:
+        space = read_space(FIG_5).model_copy(update={"seeds": seeds["fig5"]})
+        swept = sweep(make(SWEPT, seeds["fig5"][0], "fig5"), FIG_5.stem, space, evaluate=True)
+    page = tracked(settings, report_stage(settings, ingest_stage(settings), given, results, swept))
+    leave()
+    print(page.path / "report.html")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of every trained row")
+    parser.add_argument(
+        "--table1_seeds", nargs="+", type=int, help="of Table 1's, where they differ"
+    )
+    parser.add_argument(
+        "--size", choices=("tiny", "paper"), default="tiny", help="recipes for two cores, or full"
+    )
+    parser.add_argument(
+        "--sentence_transformer", type=Path, help="directory of a model for two rows of Table 1"
+    )
+    parser.add_argument("--sentence_transformer_lr", type=float, default=5e-5)
+    run_job(work, __doc__, parser)

@@ -1,0 +1,135 @@
+"""Results of every row, from made-up vectors that the real evaluation measured: no training."""
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from acebert.config import Settings
+from acebert.evaluation.evaluate import BASELINES, evaluate_baselines, evaluate_embeddings
+from acebert.evaluation.tables import Row
+from acebert.report.parts import PARTS, systems_of
+from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT
+from acebert.report.run import Measured, Results
+from acebert.workdir import Stage
+
+SEEDS = (0, 1)
+NOISE = {"good": 0.1, "fair": 0.6, "bad": 5.0, "as bad": 5.0}
+"""how far a product's vector is from that of the queries that want it"""
+LEVEL = {"TwinBERT": "bad", "FashionBERT-Finetune": "as bad", "CE-BERT-Finetune": "fair"}
+"""level of a row; the others are good"""
+
+
+@dataclass(frozen=True)
+class Made:
+    settings: Settings
+    ingested: Stage
+    rows: dict[str, tuple[Path, ...]]
+    """level → result directories, one a seed"""
+    results: Results
+    swept: Path
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("report")
+    worlds = _worlds()
+    world = worlds.make_world(root)
+    _write_report(world.ingested.path)
+    rows, vectors = {}, {}
+    for number, (level, noise) in enumerate(NOISE.items()):
+        vectors[level] = [
+            _vectors(worlds, world, root / f"{level}{seed}", noise, 10 * number + seed)
+            for seed in SEEDS
+        ]
+        rows[level] = tuple(
+            evaluate_embeddings(world.settings, world.ingested, directory, level).path
+            for directory in vectors[level]
+        )
+    results = Results(left_out={ZERO_SHOT: "no model <is> given"})
+    baselines = evaluate_baselines(world.settings, world.ingested).path
+    for name in BASELINES:
+        results.rows[UNTRAINED[name]] = Measured(Row(UNTRAINED[name], (baselines / name,)))
+    results.rows[RIVAL] = Measured(Row(RIVAL, rows["bad"][:1]), seconds=60.0, pairs=100)
+    for systems in systems_of(PARTS).values():
+        for system in systems:
+            level = LEVEL.get(system.name, "good")
+            results.rows[system.name] = Measured(
+                Row(system.name, rows[level]),
+                SEEDS,
+                tuple(_model(root / "model" / system.name / str(seed), seed) for seed in SEEDS),
+                tuple(vectors[level]),
+                90.0,
+                24_960,
+                world.settings,
+            )
+    return Made(world.settings, world.ingested, rows, results, _swept(root / "swept", rows))
+
+
+def _worlds() -> ModuleType:
+    """tests/evaluation/conftest.py, which tests elsewhere cannot import by name."""
+    path = Path(__file__).parents[1] / "evaluation" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("evaluation_worlds", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _vectors(worlds: ModuleType, world: object, out: Path, noise: float, seed: int) -> Path:
+    """A query lies amid the products that were clicked for it, but for the noise."""
+    queries = worlds.random_vectors(world.queries, 1)
+    rng = np.random.default_rng(seed)
+    products = {}
+    for product in world.product_ids:
+        wanted = [queries[q] for q, p in world.clicked if p == product] or [rng.standard_normal(16)]
+        vector = np.sum(wanted, axis=0) / np.linalg.norm(np.sum(wanted, axis=0))
+        vector = vector + noise * rng.standard_normal(16) / 4
+        products[product] = vector / np.linalg.norm(vector)
+    return worlds.write_vectors(out, products, queries)
+
+
+def _model(directory: Path, seed: int) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    loss = 8 - np.linspace(0, 4, 60) + np.random.default_rng(seed).normal(0, 0.1, 60)
+    table = pa.table({"step": np.arange(1, 61), "loss": loss})
+    pq.write_table(table, directory / "history.parquet")
+    return directory
+
+
+def _write_report(ingested: Path) -> None:
+    split = {"first": "2026-01-03", "last": "2026-01-03", "searches": 300, "rows": 2400}
+    report = {
+        "products": {"rows_kept": 60, "categories": 5, "without_image": 6},
+        "rows_written": {"pairs": 45},
+        "splits": {name: {**split, "clicks": 100} for name in ("train", "valid", "test")},
+    }
+    (ingested / "report.json").write_text(json.dumps(report))
+
+
+def _swept(directory: Path, rows: dict[str, tuple[Path, ...]]) -> Path:
+    directory.mkdir()
+    trials = [
+        {
+            "status": "finished",
+            "partitions": partitions,
+            "batches_per_partition": 64 / partitions,
+            "hard_share": 0.9 / partitions,
+            "seed": seed,
+            "test_gauc": 0.6,
+            "test_recall_100": 0.5,
+            "test_row": str(rows[level][seed]),
+        }
+        for partitions, level in ((64, "fair"), (8, "good"), (1, "bad"))
+        for seed in SEEDS
+    ]
+    failed = {**trials[0], "status": "failed", "test_row": None}
+    pq.write_table(pa.Table.from_pylist([*trials, failed]), directory / "trials.parquet")
+    return directory

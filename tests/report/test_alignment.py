@@ -1,0 +1,93 @@
+"""Fig. 7: who is on the picture, and a probe that finds what is there and nothing else."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from acebert.report import words
+from acebert.report.alignment import domain_probe, draw_sample
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_a_probe_is_a_coin_on_one_cloud_and_sure_on_two() -> None:
+    rng = np.random.default_rng(0)
+    cloud = unit(rng.standard_normal((2000, 16)))
+    same = domain_probe(cloud[:1000], cloud[1000:])
+    assert same["linear"] == pytest.approx(0.5, abs=0.06)
+    assert same["mlp"] == pytest.approx(0.5, abs=0.06)
+    apart = domain_probe(cloud[:1000], unit(cloud[1000:] + 0.5))
+    assert apart["linear"] > 0.9
+
+
+def test_only_the_curved_probe_sees_a_shell_around_the_products() -> None:
+    """Queries and products with one mean: no plane parts them, a hidden layer does."""
+    rng = np.random.default_rng(0)
+    axis = np.eye(8)[0]
+    products = unit(rng.standard_normal((1500, 8)))
+    queries = unit(rng.standard_normal((1500, 8)) + 4 * axis * rng.choice([-1, 1], (1500, 1)))
+    found = domain_probe(queries, products)
+    assert found["linear"] < 0.6
+    assert found["mlp"] > 0.8
+
+
+def test_equal_vectors_are_not_held_out_and_trained_on() -> None:
+    """Two products with a thousand copies each would be recalled, not told."""
+    rng = np.random.default_rng(0)
+    products = np.repeat(unit(rng.standard_normal((20, 16))), 100, axis=0)
+    queries = unit(rng.standard_normal((2000, 16)))
+    assert domain_probe(queries, products)["points"] == 20  # half of twenty of either
+
+
+@pytest.mark.parametrize(
+    ("with_adversary", "said"),
+    [
+        ((0.71, 0.72, 0.73), "brings the two closer: -20.0 points"),
+        ((0.97, 0.98, 0.99), "drives the two apart: +6.0 points"),
+        ((0.85, 0.93, 0.97), "is not shown"),
+        ((0.71,), "With one seed nothing may be claimed."),
+    ],
+)
+def test_words_on_the_probe_follow_the_interval_over_seeds(
+    with_adversary: tuple[float, ...], said: str
+) -> None:
+    without = (0.91, 0.92, 0.93)[: len(with_adversary)]
+    assert said in words.probe_words(without, with_adversary)
+
+
+def test_the_sample_is_of_the_categories_clicked_most_and_a_query_of_its_own(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "products").mkdir()
+    category = ["hat", "hat", "bag", None, "shoe", "bag"]
+    pq.write_table(
+        pa.table(
+            {
+                "product": pa.array(range(6), pa.int32()),
+                "product_id": [f"p{i}" for i in range(6)],
+                "category": category,
+            }
+        ),
+        tmp_path / "products" / "part-0.parquet",
+    )
+    pq.write_table(pa.table({"text": ["a", "b", "c", "d"]}), tmp_path / "queries.parquet")
+    pairs = [(0, 0, 5), (0, 2, 1), (1, 2, 2), (1, 5, 2), (1, 0, 3), (2, 3, 9)]
+    query, product, clicks = (pa.array(column, pa.int32()) for column in zip(*pairs, strict=True))
+    pq.write_table(
+        pa.table({"query": query, "product": product, "clicks": clicks}),
+        tmp_path / "test_pairs.parquet",
+    )
+    sample = draw_sample(tmp_path)
+    assert sample.categories == ["hat", "bag"]  # 8 clicks, 5; nobody clicked a shoe
+    asked = zip(sample.queries, sample.of_query, strict=True)
+    assert [(q, sample.categories[c]) for q, c in asked] == [("a", "hat"), ("b", "bag")]
+    shown = zip(sample.products, sample.of_product, strict=True)
+    assert [(p, sample.categories[c]) for p, c in shown] == [
+        *(("p0", "hat"), ("p1", "hat"), ("p2", "bag"), ("p5", "bag"))
+    ]
+    assert len(draw_sample(tmp_path, points=1).products) == 1

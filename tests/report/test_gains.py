@@ -1,0 +1,145 @@
+"""What may be claimed: relative gains against hand-made numbers, and nothing of equal rows."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from acebert.evaluation.significance import (
+    Interval,
+    Ratios,
+    difference,
+    mean_of_queries,
+    relative_gain,
+)
+from acebert.evaluation.tables import Row
+from acebert.report import words
+from acebert.report.gains import Gain, comparisons, relative, value_of
+from acebert.report.parts import TABLE_1, TABLE_3, TABLE_4, Step, Table
+
+
+def test_a_relative_gain_is_the_ratio_and_its_interval_scipys() -> None:
+    rng = np.random.default_rng(0)
+    b = rng.uniform(0.2, 0.8, 400)
+    a = b * 1.1 + rng.normal(0, 0.1, 400)
+    found = relative_gain(mean_of_queries(a), mean_of_queries(b), samples=4000)
+    assert found.value == pytest.approx(a.mean() / b.mean() - 1)
+    by_scipy = stats.bootstrap(
+        (a, b),
+        lambda x, y, axis: x.mean(axis=axis) / y.mean(axis=axis) - 1,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=4000,
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    width = by_scipy.high - by_scipy.low
+    assert found.low == pytest.approx(by_scipy.low, abs=0.05 * width)
+    assert found.high == pytest.approx(by_scipy.high, abs=0.05 * width)
+
+
+def test_a_gain_lies_on_the_side_of_zero_on_which_the_difference_does() -> None:
+    rng = np.random.default_rng(0)
+    for shift in np.linspace(-0.04, 0.04, 9):
+        b = rng.uniform(0.2, 0.8, (3, 300))
+        a = b + shift + rng.normal(0, 0.2, (3, 300))
+        gain, plain = (
+            f(mean_of_queries(a), mean_of_queries(b)) for f in (relative_gain, difference)
+        )
+        assert np.sign(gain.value) == np.sign(plain.value)
+        assert gain.excludes_zero == plain.excludes_zero
+
+
+def test_a_null_comparison_claims_nothing_in_nearly_all_cases() -> None:
+    """Two rows of one recipe, three other seeds each: training noise, query noise, both."""
+    rng = np.random.default_rng(0)
+    claimed = 0
+    cases = 300
+    for _ in range(cases):
+        of_query = rng.uniform(0.2, 0.8, 200)
+        rows = [
+            Ratios(
+                of_query + rng.normal(0, 0.02, (3, 1)) + rng.normal(0, 0.1, (3, 200)), np.ones(200)
+            )
+            for _ in range(2)
+        ]
+        claimed += relative_gain(rows[0], rows[1], samples=400).excludes_zero
+    # 5 % are allowed; more than 8 % of 300 would come by chance once in a hundred times.
+    assert claimed <= 0.08 * cases
+
+
+def test_rows_of_one_level_claim_nothing_and_a_better_one_is_told(made) -> None:
+    bad, as_bad, good = (Row(level, made.rows[level]) for level in ("bad", "as bad", "good"))
+    for metric in ("gauc", "recall_10"):
+        null = relative(as_bad, bad, metric)
+        better = relative(good, bad, metric)
+        assert null is not None
+        assert better is not None
+        assert not null.excludes_zero
+        assert better.low > 0
+        expected = value_of(good, metric) / value_of(bad, metric) - 1
+        assert better.value == pytest.approx(expected)
+
+
+def test_the_papers_gains_are_those_of_its_abstract_numbers() -> None:
+    """ACE-BERT over TwinBERT: GAUC +3.5 %, Recall@10 +44 %, Recall@100 +29 %."""
+    paper = TABLE_1.paper
+    gains = {m: paper["ACE-BERT"][m] / paper["TwinBERT"][m] - 1 for m in TABLE_1.metrics}
+    assert gains["gauc"] == pytest.approx(0.035, abs=5e-4)
+    assert gains["recall_10"] == pytest.approx(0.44, abs=5e-3)
+    assert gains["recall_100"] == pytest.approx(0.29, abs=5e-3)
+
+
+@pytest.mark.parametrize("table", [TABLE_1, TABLE_3, TABLE_4], ids=lambda table: table.key)
+def test_every_row_with_a_number_of_the_papers_is_trained_and_compared(table: Table) -> None:
+    names = [system.name for system in table.systems]
+    assert set(table.paper) <= set(names)
+    beside = {step.row for step in table.steps} | {step.beside for step in table.steps}
+    assert set(names) <= beside
+
+
+def test_comparisons_are_those_of_measured_rows_with_seen_and_unseen_queries(made) -> None:
+    found = comparisons(TABLE_1, made.results.of_rows)
+    steps = [comparison.step for comparison in found]
+    assert steps == list(TABLE_1.steps)  # the rival is there, its zero-shot row is in no step
+    groups = {(gain.metric, gain.group) for gain in found[0].gains}
+    assert {("gauc", None), ("recall_100", "unseen"), ("gauc", "seen")} <= groups
+    without = {k: v for k, v in made.results.of_rows.items() if k != "ACE-BERT"}
+    assert not [
+        c for c in comparisons(TABLE_1, without) if "ACE-BERT" in (c.step.row, c.step.beside)
+    ]
+
+
+def gain(low: float, high: float, paper: float | None) -> Gain:
+    return Gain("gauc", None, Interval((low + high) / 2, low, high, 2), paper)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "paper", "said"),
+    [
+        (0.01, 0.02, 0.03, "reproduced"),
+        (-0.02, -0.01, 0.03, "the opposite"),
+        (-0.01, 0.02, 0.03, "not shown"),
+        (0.01, 0.02, None, "better"),
+        (-0.02, -0.01, None, "worse"),
+        (-0.01, 0.02, None, "no difference shown"),
+    ],
+)
+def test_words_follow_the_interval(low: float, high: float, paper: float | None, said: str) -> None:
+    assert words.verdict(gain(low, high, paper)) == said
+
+
+def test_a_sentence_names_gain_interval_and_the_papers_number() -> None:
+    step = Step("ACE-BERT", "TwinBERT")
+    from acebert.report.gains import Comparison
+
+    told = words.step_words(Comparison(step, (gain(0.01, 0.03, 0.035),)))
+    assert told == "ACE-BERT beside TwinBERT: GAUC +2.0 % [+1.0, +3.0] (paper +3.5 %): reproduced."
+
+
+def test_the_order_is_told_only_where_every_step_is_shown(made) -> None:
+    found = comparisons(TABLE_1, made.results.of_rows)
+    told = words.order_words(found, "gauc")
+    assert "FashionBERT-Finetune over TwinBERT: not shown" in told  # of one level
+    assert "CE-BERT-Finetune over FashionBERT-Finetune" not in told
+    rest = [c for c in found if c.step.row != "FashionBERT-Finetune"]
+    assert words.order_words(rest, "gauc") == ""

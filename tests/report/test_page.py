@@ -1,0 +1,110 @@
+"""The page of all parts, opened in Chromium as a reader would."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acebert.report.parts import PARTS, TABLES
+from acebert.report.report import Given, report_stage
+from acebert.workdir import Stage
+
+GIVEN = Given(PARTS, dict.fromkeys(PARTS, (0, 1)), ("--train.max_steps", "8"))
+
+
+@pytest.fixture(scope="module")
+def stage(made) -> Stage:
+    return report_stage(made.settings, made.ingested, GIVEN, made.results, made.swept)
+
+
+@pytest.fixture(scope="module", params=[1280, 390], ids=["desktop", "phone"])
+def opened(stage: Stage, request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[str]]]:
+    """The page, and what went wrong while it was opened."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on the PATH (apt-get install chromium)")
+    wrong: list[str] = []
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=chromium)
+        page = browser.new_page(viewport={"width": request.param, "height": 900})
+        page.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on(
+            "request",
+            lambda asked: (
+                wrong.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None
+            ),
+        )
+        page.goto((stage.path / "report.html").as_uri())
+        yield page, wrong
+        browser.close()
+
+
+def test_it_opens_without_an_error_and_asks_no_other_host(opened) -> None:
+    page, wrong = opened
+    assert page.title() == "ACE-BERT, reproduced"
+    assert wrong == []
+
+
+def test_all_pictures_are_there(opened) -> None:
+    page, _ = opened
+    widths = page.eval_on_selector_all("img", "all => all.map(i => [i.id, i.naturalWidth, i.alt])")
+    names = {name for name, _, _ in widths}
+    assert {"fig5_gauc", "fig6_loss", "fig7_0", "fig7_1", "table1_recall_100"} <= names
+    assert all(width > 500 and alt for _, width, alt in widths)
+
+
+def test_the_page_itself_never_scrolls_sideways(opened) -> None:
+    page, _ = opened
+    width = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    assert width[0] <= width[1]
+
+
+def test_the_tables_are_complete(opened, made) -> None:
+    """Every row and column of each, and no empty cell."""
+    page, _ = opened
+    tables = [table for part in PARTS for table in TABLES.get(part, ())]
+    for table in tables:
+        names = [table.aliases.get(s.name, s.name) for s in table.systems]
+        after = page.locator(f"#{table.key} ~ .scroll").first
+        rows = [row.split("\t") for row in after.locator("tbody tr").all_inner_texts()]
+        shown = [row[0].strip() for row in rows]
+        assert shown[-len(names) :] == names
+        assert {len(row) for row in rows} == {4 + len(table.metrics)}
+        assert all(cell.strip() for row in rows for cell in row)
+    everything = page.locator("body").inner_text()
+    for sentence in json.loads((_path(page) / "numbers.json").read_text())["summary"]:
+        assert sentence in everything
+    assert "no model <is> given" in everything  # escaped, not swallowed
+
+
+def _path(page: Any) -> Path:
+    return Path(page.url.removeprefix("file://")).parent
+
+
+def test_numbers_of_the_page_are_there_for_programs(stage: Stage, made) -> None:
+    numbers = json.loads((stage.path / "numbers.json").read_text())
+    row = made.rows["good"]
+    measured = [json.loads((d / "metrics.json").read_text())["overall"]["gauc"] for d in row]
+    told = numbers["tables"]["table1"]["rows"]["gauc"]["ACE-BERT"]["value"]
+    assert told == pytest.approx(sum(measured) / len(measured))
+    (null,) = [
+        gain
+        for gain in numbers["tables"]["table1"]["gains"]
+        if (gain["row"], gain["beside"]) == ("FashionBERT-Finetune", "TwinBERT")
+        and (gain["metric"], gain["queries"]) == ("gauc", "all")
+    ]
+    assert null["verdict"] == "not shown"
+    assert [point["partitions"] for point in numbers["partitions"]] == [64, 8, 1]
+    figures = {path.stem for path in (stage.path / "figures").glob("*.png")}
+    assert {"fig5_hard_share", "fig6_loss_end", "fig7_legend"} <= figures
+
+
+def test_the_same_results_are_the_same_page(stage: Stage, made) -> None:
+    again = report_stage(made.settings, made.ingested, GIVEN, made.results, made.swept)
+    assert again.reused
+    assert again.path == stage.path

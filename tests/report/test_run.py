@@ -1,0 +1,114 @@
+"""Rows trained and measured for real, at the smallest size: mined, shortened, left out, reused."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from acebert.config import Settings, load_settings
+from acebert.data.hard_negatives import HardNegatives
+from acebert.data.lookups import Lookups
+from acebert.evaluation.evaluate import read_vectors
+from acebert.report.rows import ACEBERT, MATRYOSHKA, MATRYOSHKA_64, MINED, System
+from acebert.report.run import Results, measure_rival, measure_systems
+
+SMALL = [
+    *["--demo.products", "120", "--demo.searches_per_day", "300", "--demo.days", "4"],
+    *["--model.width", "32", "--model.heads", "2", "--model.layers", "1"],
+    *["--image.pixel_side", "35", "--text.vocab_size", "400", "--eval.bootstrap", "50"],
+    *["--train.batch_size", "32", "--train.max_steps", "4", "--train.valid_products", "100"],
+    *["--loss.hard_negative_ranks", "3", "--loss.hard_negative_ranks", "20"],
+]
+TOO_DEEP = System(
+    "too deep",
+    "acebert",
+    ("--loss.hard_negatives", "1"),
+)
+WANTED = {"table4": [ACEBERT], "beyond": [ACEBERT, MINED, MATRYOSHKA, MATRYOSHKA_64, TOO_DEEP]}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[Results, ...]:
+    """The results, and those of the same call once more."""
+    workdir = str(tmp_path_factory.mktemp("work"))
+
+    def make(system: System, seed: int, tag: str) -> Settings:
+        own = ["--recipe", f"{system.recipe}_tiny", "--workdir", workdir, "--seed", str(seed)]
+        deep = ["--loss.hard_negative_ranks", "500", "--loss.hard_negative_ranks", "900"]
+        return load_settings([*SMALL, *own, *system.changed, *(deep if system is TOO_DEEP else [])])
+
+    both = Results(), Results()
+    for results in both:
+        measure_systems(WANTED, {"table4": (0,), "beyond": (0,)}, make, results)
+    return both
+
+
+@pytest.mark.slow
+def test_every_row_has_its_metrics_cost_and_pairs(trained: tuple[Results, ...]) -> None:
+    results, _ = trained
+    assert list(results.rows) == ["ACE-BERT", MINED.name, MATRYOSHKA.name, MATRYOSHKA_64.name]
+    for measured in results.rows.values():
+        assert measured.row.measured("gauc") is not None
+        assert measured.row.measured("recall_100") is not None
+        assert measured.seconds is not None
+        assert measured.seconds > 0
+        assert measured.pairs == 4 * 32
+
+
+@pytest.mark.slow
+def test_a_row_that_cannot_be_trained_is_left_out_with_the_reason(
+    trained: tuple[Results, ...],
+) -> None:
+    for results in trained:
+        assert list(results.left_out) == ["too deep"]
+        assert "--loss.hard_negative_ranks 500 900: of 120 products" in results.left_out["too deep"]
+
+
+@pytest.mark.slow
+def test_the_same_call_again_reuses_every_row(trained: tuple[Results, ...]) -> None:
+    first, again = trained
+    assert {n: m.models for n, m in first.rows.items()} == {
+        n: m.models for n, m in again.rows.items()
+    }
+    stage = first.rows["ACE-BERT"].models[0] / "stage.json"
+    assert stage.stat().st_mtime < (first.rows[MINED.name].models[0] / "stage.json").stat().st_mtime
+
+
+@pytest.mark.slow
+def test_a_shortened_row_has_the_first_dimensions_of_the_same_model(
+    trained: tuple[Results, ...],
+) -> None:
+    whole, short = (trained[0].rows[system.name] for system in (MATRYOSHKA, MATRYOSHKA_64))
+    assert whole.models == short.models
+    ids = pq.read_table(whole.embedded[0] / "products.parquet")["product_id"].to_pylist()
+    v, v_64 = (
+        read_vectors(one.embedded[0] / "products.parquet", "product_id", ids)
+        for one in (whole, short)
+    )
+    expected = v[:, :64] / np.linalg.norm(v[:, :64], axis=1, keepdims=True)
+    np.testing.assert_allclose(v_64, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_mined_products_were_never_clicked_for_their_query_in_training(
+    trained: tuple[Results, ...],
+) -> None:
+    measured = trained[0].rows[MINED.name]
+    assert measured.settings is not None
+    workdir = measured.settings.workdir
+    (stage,) = (workdir / "hard_negatives").glob("[!.]*")
+    (ingested,) = (workdir / "ingest").glob("[!.]*")
+    negatives, clicked = HardNegatives.open(stage), Lookups.open(ingested).clicked
+    asked = np.flatnonzero(np.diff(clicked.offsets))
+    assert len(asked) > 20
+    for query in asked:
+        row = negatives.mined[query].tolist()
+        assert len(set(row)) == 18
+        assert not set(row) & set(clicked[query].tolist())
+
+
+def test_without_a_model_of_its_own_the_rival_is_left_out_with_a_line(tmp_path: Path) -> None:
+    results = Results()
+    measure_rival(load_settings(["--workdir", str(tmp_path)]), None, (0,), 5e-5, results)
+    assert set(results.left_out.values()) == {"no model is given (--sentence_transformer DIR)"}
