@@ -25,7 +25,7 @@ def ray_cluster() -> Iterator[None]:
         address="local",
         num_cpus=2,
         object_store_memory=300 * 2**20,
-        include_dashboard=False,
+        include_dashboard=True,  # Ray Train asks it whether a killed trial's controller lives
         log_to_driver=True,
     )
     yield

@@ -3,7 +3,7 @@
 A row of the results is a directory, the same for a model and for a baseline:
 
 * `metrics.json`: `name`, `overall`, `interval` (95 %), `counts`, `breakdown`, `notes`; `judged`
-  where there are judgements; of a model also `ann` and `beyond_bm25`
+  where there are judgements; of a model also `ann`, `beyond_bm25` and `domain_probe`
 * `per_query.parquet`: `query` str, `n_targets`, `impressions` int64; `recall_K`, `rr`, `ndcg_K`
   float64 (null without a target); `seen`, `head` bool
 * `per_target.parquet`: `query`, `product_id` str, `greater`, `equal` int64 (see `recall.Found`),
@@ -39,6 +39,7 @@ from acebert.config import Settings
 from acebert.errors import UserError
 from acebert.evaluation import baselines, figures
 from acebert.evaluation.breakdown import Groups, breakdown, make_groups
+from acebert.evaluation.domain_probe import domain_probe
 from acebert.evaluation.gauc import GroupAuc, auc_by_group, weighted_mean
 from acebert.evaluation.ranking import ndcg, reciprocal_rank
 from acebert.evaluation.recall import (
@@ -59,11 +60,12 @@ from acebert.workdir import Stage, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 BASELINES = ("bm25_titles", "bm25_titles_hot", "click_lookup", "popularity", "position")
 LEXICAL = "bm25_titles_hot"  # the lexical engine that a model is set beside: the stronger one
 RUN_DEPTH = 100  # products a query in run.trec; more where eval.ks asks for more
 ANN_QUERIES = 1000
+PROBE_ROWS = 2000
 READ_ROWS = 65_536
 
 
@@ -111,6 +113,7 @@ def evaluate_embeddings(
         extra = {
             "beyond_bm25": _beyond(ranks, bm25_ranks, max(settings.eval.ks)),
             "ann": _ann(index, queries, row.depth),
+            "domain_probe": domain_probe(_some(queries), _some(products)),
         }
         row.write(out, ranks, found.top, found.top_score, searches, extra)
 
@@ -120,6 +123,11 @@ def evaluate_embeddings(
         figures.breakdown_figure([out, out / "hybrid_bm25", lexical], out / "breakdown.png")
 
     return run_stage(settings.workdir, "evaluate", key, build)
+
+
+def _some(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """PROBE_ROWS of them at most, at random."""
+    return np.random.default_rng(0).permutation(vectors)[:PROBE_ROWS]
 
 
 def evaluate_baselines(settings: Settings, ingested: Stage) -> Stage:

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from acebert.evaluation.domain_probe import domain_probe
 from acebert.report import words
-from acebert.report.alignment import domain_probe, draw_sample
+from acebert.report.alignment import draw_sample
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
