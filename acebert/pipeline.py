@@ -137,8 +137,8 @@ def model_settings(settings: Settings, model: Path) -> Settings:
     if not (model / "settings.yaml").is_file():
         raise UserError(f"--model {model}: no model directory (it has no settings.yaml)")
     own = settings_from(read_recipe(str(model / "settings.yaml")))
-    ours = {"workdir": settings.workdir, "eval": settings.eval, "tracking": settings.tracking}
-    return own.model_copy(update=ours)
+    sections = ("workdir", "eval", "serve", "tracking")
+    return own.model_copy(update={name: getattr(settings, name) for name in sections})
 
 
 def _tracked(settings: Settings, stage: Stage) -> Stage:
