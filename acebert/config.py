@@ -430,12 +430,6 @@ class ServeSettings(Section):
     """requests in a replica at a time; above, 503 with Retry-After"""
     follow_seconds: float = Field(0.5, gt=0)
     """how often a replica asks for changes of products and for a newer bundle [s]"""
-    max_query_chars: int = Field(256, ge=1)
-    """longer queries are refused"""
-    max_k: int = Field(500, ge=1)
-    """most hits of a search"""
-    max_batch: int = Field(256, ge=1)
-    """most queries, or products, in one request"""
     max_body_mb: float = Field(16, gt=0)
     """larger request bodies are refused unread [MiB]"""
     max_megapixels: float = Field(16, gt=0)

@@ -18,6 +18,7 @@ from acebert.evaluation.embed import embed
 from acebert.evaluation.evaluate import evaluate_baselines, evaluate_embeddings
 from acebert.evaluation.look_inside import look_inside
 from acebert.evaluation.testset import evaluation_queries
+from acebert.serving.bundle import build_bundle, hot_queries
 from acebert.tracking import start_run
 from acebert.training.finetune import finetune
 from acebert.training.pretrain import pretrain
@@ -125,6 +126,15 @@ def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
     name = Path(settings.recipe).stem
     evaluated = evaluate_embeddings(settings, ingested, embedded.path, name)
     return embedded, _tracked(settings, evaluated)
+
+
+def bundle_stage(settings: Settings, model: Path, query_encoder: Path) -> Stage:
+    """What the service needs of a model directory and a query encoder that fits it."""
+    settings = model_settings(settings, model)
+    ingested = ingest_stage(settings)
+    hot = hot_queries(ingested, settings.serve.hot_queries)
+    embedded = embed_stage(settings, model, hot)
+    return _tracked(settings, build_bundle(settings, model, query_encoder, ingested, embedded))
 
 
 def baselines_stage(settings: Settings) -> Stage:
