@@ -300,7 +300,7 @@ def small_photo(data: bytes, max_megapixels: float) -> bytes:
     """
     image = decode(data, max_megapixels)
     scale = PHOTO_SIDE / max(image.shape[:2])
-    if len(data) <= PHOTO_BYTES and data[:2] == b"\xff\xd8":
+    if scale >= 1 and len(data) <= PHOTO_BYTES and data[:2] == b"\xff\xd8":
         return data
     if scale < 1:
         size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))

@@ -41,9 +41,11 @@ from acebert.serving.service import SearchService
 
 KEY_VARIABLE = "ACEBERT_API_KEY"
 BUNDLES = 2  # whose encoders are kept: the old and the new one of a swap
+# So that all of it fits on two cores; serve/config.yaml gives a cluster's replicas whole ones.
+SOME, LITTLE = {"num_cpus": 0.5}, {"num_cpus": 0.2}
 
 
-@serve.deployment
+@serve.deployment(ray_actor_options=LITTLE)
 class ProductEncoding:
     """Products → vectors, by the model of the bundle that is asked for."""
 
@@ -59,7 +61,7 @@ class ProductEncoding:
             return await asyncio.to_thread(lambda: self._encoder(bundle).encode(titles, photos))
 
 
-@serve.deployment
+@serve.deployment(ray_actor_options=SOME)
 class QueryEncoding:
     """Queries → vectors, with the version of the model that made them."""
 
@@ -89,7 +91,7 @@ class QueryEncoding:
         return await self._batched((bundle, text))
 
 
-@serve.deployment
+@serve.deployment(ray_actor_options=LITTLE)
 class Changes:
     """The one writer: `Catalogue` behind a handle."""
 
@@ -167,7 +169,7 @@ async def _asked(response: Any) -> Any:
         raise Unavailable("a part of the service restarts: try again") from error
 
 
-@serve.deployment
+@serve.deployment(ray_actor_options=SOME)
 @serve.ingress()
 class Search:
     """The ingress: HTTP, and all that a search needs."""
@@ -199,8 +201,9 @@ class Search:
         await self.service.stop()
 
 
-def build(settings: Settings) -> serve.Application:
-    """The application; replicas and their resources are in serve/config.yaml.
+def build(settings: Settings, replicas: int = 1) -> serve.Application:
+    """The application with so many Search replicas; serve/config.yaml sets them, and resources, for
+    a cluster.
 
     Raises:
         UserError: there is no bundle to serve, or it is broken.
@@ -212,5 +215,7 @@ def build(settings: Settings) -> serve.Application:
     queries = QueryEncoding.bind(settings) if apart else None  # type: ignore[attr-defined]
     # The gate refuses what is too much, with Retry-After; Serve lets it come that far.
     slots = 2 * settings.serve.max_requests
-    search = Search.options(max_ongoing_requests=slots, max_queued_requests=slots)  # type: ignore[attr-defined]
+    search = Search.options(
+        num_replicas=replicas, max_ongoing_requests=slots, max_queued_requests=slots
+    )  # type: ignore[attr-defined]
     return search.bind(settings, changes, encoding, queries)

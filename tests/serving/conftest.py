@@ -1,15 +1,22 @@
-"""A bundle of an untrained model on 80 drawn products, made without Ray."""
+"""A bundle of an untrained model on 80 drawn products, and a service over it in this process: made
+without Ray, asked without a socket."""
 
+import asyncio
 import shutil
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import httpx2 as httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import uvicorn
 import yaml
 
 from acebert.config import Settings, load_settings
@@ -18,8 +25,13 @@ from acebert.data.ingest import ingest
 from acebert.data.tokens import tokenize
 from acebert.evaluation import embed
 from acebert.models.dual import DualEncoder
-from acebert.serving.bundle import build_bundle, hot_queries, publish
-from acebert.serving.query_encoder import QueryEncoder
+from acebert.serving.api import make_api
+from acebert.serving.bundle import build_bundle, hot_queries, publish, published
+from acebert.serving.catalogue import Catalogue
+from acebert.serving.changes import ChangeLog
+from acebert.serving.product_encoder import ProductEncoder
+from acebert.serving.query_encoder import QueryEncoder, product_side_version
+from acebert.serving.service import SearchService
 from acebert.training.finetune import new_model
 from acebert.training.pairs import StagePaths
 from acebert.workdir import Stage
@@ -100,3 +112,96 @@ def world(shared_world: World, tmp_path: Path) -> World:
     settings = shared_world.settings.model_copy(update={"workdir": tmp_path})
     publish(tmp_path, shared_world.bundle)
     return World(**{**vars(shared_world), "settings": settings})
+
+
+class LocalEncoder:
+    """`catalogue.Encode` in this process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings.serve
+        self._known: dict[Path, ProductEncoder] = {}
+
+    async def __call__(
+        self, bundle: Path, titles: Sequence[str], photos: Sequence[bytes | None]
+    ) -> np.ndarray:
+        if bundle not in self._known:
+            self._known[bundle] = ProductEncoder(bundle, 1, self._settings.max_megapixels)
+        return self._known[bundle].encode(titles, photos)
+
+
+def local_catalogue(settings: Settings) -> Catalogue:
+    def bundle() -> tuple[Path, str]:
+        path = published(settings.workdir)
+        return path, product_side_version(path / "model")
+
+    log = ChangeLog(settings.workdir / "serving" / "changes.sqlite")
+    return Catalogue(log, LocalEncoder(settings), bundle, settings.serve.max_megapixels)
+
+
+class LocalService:
+    """`async with LocalService(settings) as client`: requests to a service in this process."""
+
+    def __init__(self, settings: Settings, key: str | None = None) -> None:
+        self.catalogue = local_catalogue(settings)
+        self.service = SearchService(settings, self.catalogue)
+        self._key = key
+
+    async def __aenter__(self) -> httpx.AsyncClient:
+        await self.service.start()
+        self.app = make_api(self.service, self._key)
+        transport = httpx.ASGITransport(app=self.app)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://service")
+        return self.client
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.client.aclose()
+        await self.service.stop()
+        self.catalogue._log.close()
+
+
+Test = Callable[[httpx.AsyncClient, LocalService], Awaitable[None]]
+
+
+@pytest.fixture
+def with_service(world: World) -> Callable[..., None]:
+    """`with_service(test, key=None, **serve)`: awaits test(client, local) beside a service with
+    these settings."""
+
+    def run(test: Test, key: str | None = None, **serve: object) -> None:
+        changed = world.settings.serve.model_copy(update=serve)
+        settings = world.settings.model_copy(update={"serve": changed})
+
+        async def beside() -> None:
+            local = LocalService(settings, key)
+            async with local as client:
+                await test(client, local)
+
+        asyncio.run(beside())
+
+    return run
+
+
+@pytest.fixture
+def address(world: World) -> Iterator[str]:
+    """A service on a socket of 127.0.0.1, by uvicorn in a thread."""
+    ready = threading.Event()
+    made: dict[str, Any] = {}
+
+    async def serve() -> None:
+        local = LocalService(world.settings)
+        async with local:
+            config = uvicorn.Config(local.app, port=0, log_level="error", lifespan="off")
+            made["server"] = server = uvicorn.Server(config)
+            running = asyncio.create_task(server.serve())
+            while not server.started:
+                await asyncio.sleep(0.02)
+            made["port"] = server.servers[0].sockets[0].getsockname()[1]
+            ready.set()
+            await running
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    assert ready.wait(120)
+    yield f"http://127.0.0.1:{made['port']}"
+    made["server"].should_exit = True
+    thread.join(30)
