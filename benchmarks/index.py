@@ -3,8 +3,8 @@
     python benchmarks/index.py [--products 1000000] [--dimensions 128] [--kinds hnsw-fp32 ...]
 
 Unit vectors around 1,000 centres, queries around the same ones, as embeddings of categories lie;
-each index at the search effort that its build set for recall 0.95. `filtered` is the recall@100 among
-the 2 % of products that a filter allows. One query at a time, one thread.
+each index at the search effort that its build set for recall 0.95. `filtered` is the recall@100
+among the 2 % of products that a filter allows. One query at a time, one thread.
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
     python benchmarks/serve.py --bundle DIR [--seconds 10] [--servers plain default haproxy apart]
 
-One worker each, the same code, bundle, runtime, batching and index. `plain`: uvicorn in one process.
-`default`: Ray Serve's own proxy, no hop behind it. `haproxy`: Ray's HAProxy in its place. `apart`:
-HAProxy, the query encoder a deployment of its own (one hop). Closed loop: each of 1, 8 and 64 clients,
-in a second process, asks again when it has its answer. `noop` is /health, `hot` asks for queries of the
-bundle's table, `tail` for others, each of them once.
+One worker each: the same code, bundle, runtime, batching and index. `plain`: uvicorn in one
+process. `default`: Ray Serve's own proxy, no hop behind it. `haproxy`: Ray's HAProxy in its place.
+`apart`: HAProxy, and the query encoder a deployment of its own (one hop). Closed loop: each of 1, 8
+and 64 clients, in a second process, asks again when it has its answer. `noop` is /health, `hot`
+asks for queries of the bundle's table, `tail` for others, each of them once.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from acebert import __version__
 from acebert.data.image import BrokenImage
+from acebert.errors import UserError
 from acebert.serving import schema
 from acebert.serving.catalogue import Unavailable
 from acebert.serving.changes import Source
@@ -238,6 +239,10 @@ def _problems(app: FastAPI) -> None:
     @app.exception_handler(BrokenImage)
     async def broken(request: HttpRequest, error: BrokenImage) -> Response:
         return JSONResponse({"error": f"photo: {error}"}, 422)
+
+    @app.exception_handler(UserError)
+    async def refused(request: HttpRequest, error: UserError) -> Response:
+        return JSONResponse({"error": str(error)}, 422)
 
     @app.exception_handler(Unavailable)
     async def unavailable(request: HttpRequest, error: Unavailable) -> Response:

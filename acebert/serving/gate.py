@@ -3,6 +3,7 @@
 A refusal costs nothing of what is scarce: it is written before a body is read or parsed.
 """
 
+import contextlib
 import hmac
 import json
 
@@ -62,7 +63,8 @@ class Gate:
         return int(length) if length.isdigit() else 0
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count the bytes of a body that does not say its length beforehand."""
+        """Count the bytes of a body that does not say its length beforehand; whatever the app
+        makes of its end, the answer is then 413."""
         received, started = 0, False
 
         async def counted() -> Message:
@@ -75,14 +77,14 @@ class Gate:
 
         async def noted(message: Message) -> None:
             nonlocal started
-            started = True
-            await send(message)
+            if started or received <= self.max_body:
+                started = True
+                await send(message)
 
-        try:
+        with contextlib.suppress(_TooLargeError):
             await self.app(scope, counted, noted)
-        except _TooLargeError:
-            if not started:
-                await self._refuse(send, 413, f"the body is larger than {self.max_body:,} bytes")
+        if not started and received > self.max_body:
+            await self._refuse(send, 413, f"the body is larger than {self.max_body:,} bytes")
 
     async def _refuse(self, send: Send, status: int, reason: str) -> None:
         self.metrics.refused.inc(1, {"status": str(status)})

@@ -38,8 +38,13 @@ def jpeg(colour: tuple[int, int, int] = (200, 30, 30), side: int = 64) -> str:
     return base64.b64encode(cv2.imencode(".jpg", pixels)[1].tobytes()).decode()
 
 
-def best(world: Any, vector: np.ndarray, k: int) -> list[str]:
-    return [world.ids[row] for row in np.argsort(-(world.vectors @ vector), kind="stable")[:k]]
+def assert_best(world: Any, hits: list[dict[str, Any]], vector: np.ndarray, k: int) -> None:
+    """The hits are numpy's best k, in order; products of the same text score the same."""
+    scores = dict(zip(world.ids, (world.vectors @ vector).tolist(), strict=True))
+    expected = sorted(scores.values(), reverse=True)[:k]
+    np.testing.assert_allclose([hit["score"] for hit in hits], expected, atol=1e-5)
+    np.testing.assert_allclose([scores[hit["product_id"]] for hit in hits], expected, atol=1e-5)
+    assert len({hit["product_id"] for hit in hits}) == len(hits)
 
 
 def test_hot_and_tail_queries_find_numpys_best_and_say_which_they_were(world, with_service) -> None:
@@ -49,7 +54,7 @@ def test_hot_and_tail_queries_find_numpys_best_and_say_which_they_were(world, wi
         hot = next(iter(local.service.current().bundle.hot))
         for query, path in [(hot, "hot"), (f"  {hot.upper()} ", "hot"), ("purple zebra", "tail")]:
             answer = await client.get("/search", params={"q": query, "k": 20})
-            assert ids(answer) == best(world, encoder.encode([query])[0], 20)
+            assert_best(world, answer.json()["hits"], encoder.encode([query])[0], 20)
             assert answer.json()["path"] == path
             assert answer.json()["version"] == encoder.version
 
@@ -88,8 +93,10 @@ def test_filters_and_the_score_threshold_hold_for_every_hit(world, with_service)
 def test_similar_items_are_the_nearest_without_the_product_itself(world, with_service) -> None:
     async def test(client: httpx.AsyncClient, local: Any) -> None:
         name = world.ids[5]
-        expected = [other for other in best(world, world.vectors[5], 12) if other != name][:10]
-        assert ids(await client.get(f"/similar/{name}")) == expected
+        hits = (await client.get(f"/similar/{name}")).json()["hits"]
+        assert name not in [hit["product_id"] for hit in hits]
+        itself = {"product_id": name, "score": 1.0}
+        assert_best(world, [itself, *hits], world.vectors[5], 11)
         assert (await client.get("/similar/nobody")).status_code == 404
 
     with_service(test)
@@ -171,7 +178,7 @@ def test_photos_of_old_and_of_new_products_are_served_as_jpegs(world, with_servi
         old = await client.get(hit["photo"])
         assert old.headers["content-type"] == "image/jpeg"
         with Image.open(io.BytesIO(old.content)) as picture:
-            assert picture.size == (64, 64)
+            assert max(picture.size) == 64
         await client.put("/products/new", json={"title": "x", "photo": jpeg(side=900)})
 
         async def known() -> bool:
@@ -211,7 +218,7 @@ def test_what_is_no_photo_is_refused_by_name_and_nothing_is_stored(world, with_s
                 send = client.put if path.startswith("/products") else client.post
                 answer = await send(path, json=body)
                 assert answer.status_code == 422
-                assert reason in answer.json()["error"]
+                assert reason in answer.json()["error"].lower()
         assert local.catalogue._log.last() == 0
 
     with_service(test)

@@ -119,10 +119,11 @@ def test_a_second_writer_is_refused(
 
 WRITER = """
 import sys
+from pathlib import Path
 import numpy as np
 from acebert.serving.changes import ChangeLog, Source
 from acebert.serving.products import Product
-log = ChangeLog(sys.argv[1])
+log = ChangeLog(Path(sys.argv[1]))
 for i in range(100_000):
     name = f"p{i % 50}"
     log.put([Source(Product(name, str(i)), None)], np.full((1, 4), i, np.float32), "v")
