@@ -9,6 +9,7 @@ from fastapi import Path as InPath
 from fastapi import Query as InQuery
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
@@ -30,6 +31,7 @@ SAFE = {
     "referrer-policy": "no-referrer",
 }
 PROBLEMS: dict[int | str, dict[str, Any]] = {
+    400: {"model": schema.Problem, "description": "The body cannot be read"},
     401: {"model": schema.Problem, "description": "The API key is missing or wrong"},
     413: {"model": schema.Problem, "description": "The body is too large"},
     422: {"model": schema.Problem, "description": "The request is not what it should be"},
@@ -235,6 +237,10 @@ def _problems(app: FastAPI) -> None:
         ]
         text = "; ".join(reasons).encode(errors="replace").decode()
         return JSONResponse({"error": text[:1000]}, 422)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: HttpRequest, error: HTTPException) -> Response:
+        return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
 
     @app.exception_handler(BrokenImage)
     async def broken(request: HttpRequest, error: BrokenImage) -> Response:

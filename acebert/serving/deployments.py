@@ -43,9 +43,10 @@ KEY_VARIABLE = "ACEBERT_API_KEY"
 BUNDLES = 2  # whose encoders are kept: the old and the new one of a swap
 # So that all of it fits on two cores; serve/config.yaml gives a cluster's replicas whole ones.
 SOME, LITTLE = {"num_cpus": 0.5}, {"num_cpus": 0.2}
+QUIET = {"enable_access_log": False}  # replicas ask for changes twice a second
 
 
-@serve.deployment(ray_actor_options=LITTLE)
+@serve.deployment(ray_actor_options=LITTLE, logging_config=QUIET)
 class ProductEncoding:
     """Products → vectors, by the model of the bundle that is asked for."""
 
@@ -91,7 +92,7 @@ class QueryEncoding:
         return await self._batched((bundle, text))
 
 
-@serve.deployment(ray_actor_options=LITTLE)
+@serve.deployment(ray_actor_options=LITTLE, logging_config=QUIET)
 class Changes:
     """The one writer: `Catalogue` behind a handle."""
 

@@ -57,7 +57,7 @@ def pids(deployment: str) -> list[int]:
     return found
 
 
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+def until(condition: Callable[[], bool], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
