@@ -198,9 +198,6 @@ class Search:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_api(self.service, os.environ.get(KEY_VARIABLE) or None)
 
-    async def stop_following(self) -> None:
-        await self.service.stop()
-
 
 def build(settings: Settings, replicas: int = 1) -> serve.Application:
     """The application with so many Search replicas; serve/config.yaml sets them, and resources, for

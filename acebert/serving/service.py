@@ -26,7 +26,7 @@ from acebert.data.schema import normalize_query
 from acebert.errors import UserError
 from acebert.serving.batcher import Batcher
 from acebert.serving.bundle import Bundle, published
-from acebert.serving.catalogue import Products
+from acebert.serving.catalogue import Products, Unavailable
 from acebert.serving.live_index import LiveIndex, LiveProducts, fuse
 from acebert.serving.metrics import Metrics
 from acebert.serving.products import Filter, Hit
@@ -166,8 +166,10 @@ class SearchService:
                 wanted = self._wanted()
                 if wanted != current.bundle.directory:
                     self.loaded = await self._load(wanted)
-            except Exception:  # the writer restarts, a bundle is broken: serve what there is
-                log.exception("cannot follow; goes on with what it has")
+            except Unavailable as error:
+                log.warning("cannot follow, goes on with what it has: %s", error)
+            except Exception:  # a bundle is broken: serve what there is
+                log.exception("cannot follow, goes on with what it has")
             self.metrics.behind.set(self.behind)
 
     async def search(
