@@ -70,6 +70,7 @@ def test_on_a_phone_two_products_stand_beside_each_other_and_nothing_runs_over(
     page, _ = opened(browser, f"{address}/?q=blue+bag", 390, 844)
     cards = page.locator(".card")
     expect(cards.first).to_be_visible()
+    expect(page.locator("#query")).to_have_value("blue bag")
     boxes = [cards.nth(i).bounding_box() for i in range(3)]
     assert all(boxes)
     assert boxes[0]["y"] == boxes[1]["y"] < boxes[2]["y"]  # type: ignore[index]

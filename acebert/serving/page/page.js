@@ -35,7 +35,7 @@ async function show() {
   const now = state();
   const like = now.get("like");
   const q = (now.get("q") || "").trim();
-  if (document.activeElement !== $("query") || like) $("query").value = q;
+  if (like || $("query").value.trim() !== q) $("query").value = q; // not while a space is typed
   $("category").value = now.get("category") || "";
   $("hybrid").checked = now.has("hybrid");
   if (running) running.abort();
