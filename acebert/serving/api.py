@@ -38,9 +38,12 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     503: {"model": schema.Problem, "description": "Overloaded, or a part restarts: try again"},
 }
 MISSING: dict[int | str, dict[str, Any]] = {
-    404: {"model": schema.Problem, "description": "There is no such product"}
+    404: {
+        "model": schema.Problem,
+        "description": "There is no such product, or it is no product's id",
+    }
 }
-ProductId = Annotated[str, InPath(min_length=1, max_length=200)]
+ProductId = Annotated[str, InPath(min_length=1, max_length=200, pattern=schema.PRODUCT_ID)]
 
 
 def make_api(service: SearchService, key: str | None) -> ASGIApp:
@@ -137,12 +140,11 @@ def _products(app: FastAPI, service: SearchService) -> None:
         "/products/{product_id:path}",
         status_code=202,
         response_model=schema.Accepted,
+        responses=MISSING,
         operation_id="put_product",
     )
     async def put_product(
-        product_id: Annotated[
-            str, InPath(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")
-        ],
+        product_id: ProductId,
         body: schema.ProductIn,
     ) -> Any:
         """Add a product, or replace it whole."""
@@ -160,6 +162,7 @@ def _products(app: FastAPI, service: SearchService) -> None:
         "/products/{product_id:path}",
         status_code=202,
         response_model=schema.Accepted,
+        responses=MISSING,
         operation_id="delete_product",
     )
     async def delete_product(product_id: ProductId) -> Any:

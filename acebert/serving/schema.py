@@ -10,7 +10,8 @@ MAX_BATCH = 256  # queries, or products, in one request
 
 Query = Annotated[str, Field(min_length=1, max_length=MAX_QUERY)]
 """what a shopper types"""
-ProductId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+PRODUCT_ID = r"^[^\x00-\x1f\x7f]+$"
+ProductId = Annotated[str, Field(min_length=1, max_length=200, pattern=PRODUCT_ID)]
 K = Annotated[int, Field(ge=1, le=MAX_K)]
 Price = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Score = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
