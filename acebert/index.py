@@ -173,7 +173,8 @@ class ProductIndex:
         share, selector = 1.0, None
         if among is not None:
             share = float(among.mean())
-            selector = faiss.IDSelectorBitmap(np.packbits(among, bitorder="little"))
+            bits: Any = np.packbits(among, bitorder="little")
+            selector = faiss.IDSelectorBitmap(bits)  # type: ignore[call-arg]
             exact = exact or share**2 * n < self._looked_at()
         # A selector is looked at on the CPU; HNSW's own store is searched by itself.
         on = self._exact if selector is None else self._exact_on_cpu
@@ -182,7 +183,7 @@ class ProductIndex:
             return on.search(queries, k, params=chosen)
         if kind == "hnsw":
             effort = min(n, math.ceil(max(self.info.effort, k) / share))
-            chosen = faiss.SearchParametersHNSW(efSearch=effort, sel=selector)  # type: ignore[call-arg]
+            chosen = faiss.SearchParametersHNSW(efSearch=effort, sel=selector)  # type: ignore[attr-defined]
             return self._approximate.search(queries, k, params=chosen)
         lists = self._stored.nlist
         probed = lists if exact else min(lists, math.ceil(self.info.effort / share))
@@ -263,7 +264,7 @@ def _ivf(vectors: NDArray[np.float32], codec: Codec) -> Any:
 def _made(vectors: NDArray[np.float32], factory: str, train: int = 100_000) -> Any:
     """The index that FAISS's `factory` string names, trained on `train` of the vectors."""
     n, d = vectors.shape
-    index = faiss.index_factory(d, factory, faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(d, factory, faiss.METRIC_INNER_PRODUCT)
     if factory.startswith("HNSW"):
         index.hnsw.efConstruction = HNSW_BUILD
     if not index.is_trained:

@@ -12,6 +12,7 @@ asks for queries of the bundle's table, `tail` for others, each of them once.
 import argparse
 import asyncio
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,7 @@ import urllib.request
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -62,7 +64,7 @@ def measure(paths: list[str], clients: int, seconds: float) -> tuple[float, floa
     return len(times) / seconds, *np.percentile(times, [50, 99]).tolist()
 
 
-def generate(bundle: Path, seconds: float, results: "multiprocessing.Queue[object]") -> None:
+def generate(bundle: Path, seconds: float, results: "multiprocessing.Queue[Any]") -> None:
     """The second process."""
     hot = pq.read_table(bundle / "hot_queries.parquet")["query"].to_pylist()[:500]
     words = sorted({word for query in hot for word in query.split()})
@@ -107,7 +109,9 @@ def serve_ray(bundle: Path, apart: bool) -> None:
 
     arguments = ["--serve.bundle", str(bundle), "--serve.encoder_apart", str(apart)]
     with tempfile.TemporaryDirectory() as folder:
-        ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="warning")
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=False, logging_level=logging.WARNING
+        )
         serve.start(http_options={"port": PORT})
         serve.run(build(load_settings([*arguments, "--workdir", folder])), blocking=True)
 
@@ -125,13 +129,13 @@ def main(arguments: argparse.Namespace) -> None:
             process = subprocess.Popen(command, env=env, stdout=nothing, start_new_session=True)
         try:
             wait(process)
-            results: multiprocessing.Queue[object] = multiprocessing.Queue()
+            results: multiprocessing.Queue[Any] = multiprocessing.Queue()
             generator = multiprocessing.Process(
                 target=generate, args=(arguments.bundle, arguments.seconds, results)
             )
             generator.start()
             while (row := results.get()) is not None:
-                name, clients, rate, p50, p99 = row  # type: ignore[misc]
+                name, clients, rate, p50, p99 = row
                 print(
                     f"{server:8} {name:5} {clients:3} {rate:8.1f} {p50:8.2f} {p99:8.2f}", flush=True
                 )

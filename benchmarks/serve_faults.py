@@ -11,6 +11,7 @@ At the end every change has to be as it was acknowledged, on every replica that 
 import argparse
 import asyncio
 import json
+import logging
 import os
 import random
 import signal
@@ -79,7 +80,9 @@ async def scenario(arguments: argparse.Namespace, workdir: Path) -> None:
 
     info = json.loads((arguments.bundle / "bundle.json").read_text())
     queries = [f"red shoe {i}" for i in range(200)]
-    left, seen, truth = [arguments.requests], Counter(), {}
+    left = [arguments.requests]
+    seen: Counter[object] = Counter()
+    truth: dict[str, str | None] = {}
     limits = httpx.Limits(max_connections=arguments.clients + 4)
     async with httpx.AsyncClient(base_url=URL, timeout=60, limits=limits) as client:
         for _ in range(600):
@@ -138,7 +141,9 @@ def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         publish(Path(folder), arguments.bundle)
         settings = load_settings(["--workdir", folder])
-        ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="warning")
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=False, logging_level=logging.WARNING
+        )
         serve.start(http_options={"port": 8000})
         serve.run(build(settings, replicas=2), blocking=False)
         asyncio.run(scenario(arguments, Path(folder)))

@@ -6,7 +6,7 @@ the service does, so that the benchmark's plain twin differs from it by Ray alon
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -23,7 +23,7 @@ class Batcher:
 
     def __init__(
         self,
-        work: Callable[[Sequence[Any]], Sequence[Any]],
+        work: Callable[[Sequence[Any]], Iterable[Any]],
         executor: Executor,
         batch_size: int,
         wait: float = 0.0,

@@ -71,8 +71,9 @@ class QueryEncoding:
         self._encoder = lru_cache(BUNDLES)(
             lambda bundle: QueryEncoder.load(bundle / "query_encoder", *options)
         )
-        self._batched.set_max_batch_size(settings.serve.batch_size)
-        self._batched.set_batch_wait_timeout_s(settings.serve.batch_wait_ms / 1000)
+        batched: Any = self._batched
+        batched.set_max_batch_size(settings.serve.batch_size)
+        batched.set_batch_wait_timeout_s(settings.serve.batch_wait_ms / 1000)
 
     @serve.batch
     async def _batched(self, asked: list[tuple[Path, str]]) -> list[tuple[str, Any]]:
@@ -175,7 +176,7 @@ async def _asked(response: Any) -> Any:
 class Search:
     """The ingress: HTTP, and all that a search needs."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,
         settings: Settings,
         changes: DeploymentHandle,
@@ -213,7 +214,7 @@ def build(settings: Settings, replicas: int = 1) -> serve.Application:
     queries = QueryEncoding.bind(settings) if apart else None  # type: ignore[attr-defined]
     # The gate refuses what is too much, with Retry-After; Serve lets it come that far.
     slots = 2 * settings.serve.max_requests
-    search = Search.options(
+    search = Search.options(  # type: ignore[attr-defined]
         num_replicas=replicas, max_ongoing_requests=slots, max_queued_requests=slots
-    )  # type: ignore[attr-defined]
+    )
     return search.bind(settings, changes, encoding, queries)
