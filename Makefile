@@ -3,7 +3,7 @@ EXTRA ?= cpu
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test lint demo
+.PHONY: install test lint demo serve
 
 install: .venv/.installed-$(EXTRA)
 
@@ -25,3 +25,8 @@ lint: install
 # Everything on a small catalogue of its own; results lie under $$ACEBERT_HOME (~/.acebert).
 demo: install
 	$(BIN)/python ray_jobs/compare.py --recipes twinbert_tiny acebert_tiny
+
+# The search page of the demo's model on http://127.0.0.1:8000; what is missing is made first.
+serve: install
+	$(BIN)/python ray_jobs/publish.py --model "$$($(BIN)/python ray_jobs/finetune.py --recipe acebert_tiny | tail -n 1)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/serve run serve.app:app

@@ -475,6 +475,51 @@ class EvalSettings(Section):
         return self
 
 
+class ServeSettings(Section):
+    """The search service (paper section 4.7) and the bundle that it serves."""
+
+    bundle: Path | None = None
+    """bundle directory to serve (none: the one that ray_jobs/publish.py published last in the work
+    directory; a newer one is taken over while serving)"""
+    hot_queries: int = Field(100_000, ge=0)
+    """most clicked queries whose vectors are computed beforehand"""
+    index: Literal["auto", "flat", "hnsw", "ivf"] = "auto"
+    """kind of FAISS index (auto: flat up to 10,000 products, hnsw up to eval.ann_from, then ivf)"""
+    codec: Literal["fp32", "fp16", "int8", "pq"] = "fp32"
+    """how the index keeps vectors: 4, 2, 1 or ½ byte a dimension; pq needs index ivf. Candidates
+    of codes are scored again by the exact vectors, which are mapped from disk"""
+    target_recall: float = Field(0.95, gt=0, le=1)
+    """recall@100 against exact search that the search effort is set for"""
+    milvus_uri: str | None = None
+    """Milvus server, or file of Milvus Lite, that searches in place of FAISS"""
+    runtime: Literal["torch", "onnx", "onnx_int8"] = "torch"
+    """what computes query vectors; the ONNX ones need a query encoder of ray_jobs/distill.py"""
+    encoder_apart: bool = False
+    """query encoder as a deployment of its own (one hop more), else in the ingress"""
+    threads: int = Field(1, ge=1)
+    """threads of the query encoder and of the index in a replica"""
+    batch_size: int = Field(32, ge=1)
+    """queries in one forward at most"""
+    batch_wait_ms: float = Field(0.0, ge=0)
+    """how long a forward waits for more queries; 0: those that came during the last one [ms]"""
+    max_requests: int = Field(100, ge=1)
+    """requests in a replica at a time; above, 503 with Retry-After"""
+    follow_seconds: float = Field(0.5, gt=0)
+    """how often a replica asks for changes of products and for a newer bundle [s]"""
+    max_body_mb: float = Field(16, gt=0)
+    """larger request bodies are refused unread [MiB]"""
+    max_megapixels: float = Field(16, gt=0)
+    """photos in requests that claim to be larger are refused undecoded [10^6 px]"""
+    good_score: float | None = Field(None, ge=-1, le=1)
+    """below this best score an answer says `no_good_match` (none: never)"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.codec == "pq" and self.index != "ivf":
+            raise ValueError(f"codec pq needs index ivf, got {self.index}")
+        return self
+
+
 class TrackingSettings(Section):
     """MLflow."""
 
@@ -529,6 +574,7 @@ class Settings(BaseSettings):
     train: TrainSettings = TrainSettings()
     distill: DistillSettings = DistillSettings()
     eval: EvalSettings = EvalSettings()
+    serve: ServeSettings = ServeSettings()
     tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")

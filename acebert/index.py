@@ -4,6 +4,13 @@ One FAISS index serves both. HNSW keeps the vectors in a flat store that can be 
 IVF with every list probed is exact. HNSW up to `ann_from` products, since it is fast and needs no
 training; IVF from there, since it is built in minutes and takes no memory for links. Score is the
 inner product: cosine, for vectors of length 1.
+
+Codes (fp16, int8, PQ) take less memory and score less exactly; where the exact vectors are at hand,
+mapped from a file, more candidates than asked for are taken by codes and scored again by these.
+
+A search among some products only (`among`) looks through all of these where they are few, which is
+cheaper than to walk a graph or lists in which hardly anything counts, and raises the search effort
+by their share where they are many.
 """
 
 import dataclasses
@@ -29,11 +36,16 @@ HNSW_BUILD = 100
 TRAIN_A_LIST = 64  # vectors to train each list of IVF on; FAISS warns below 39
 TUNE_QUERIES = 500
 EFFORT_STEP = 1.4
+RESCORED = 3  # candidates by codes for each hit that is asked for
+
+Kind = Literal["flat", "hnsw", "ivf"]
+Codec = Literal["fp32", "fp16", "int8", "pq"]
+_CODES = {"fp32": "Flat", "fp16": "SQfp16", "int8": "SQ8"}
 
 
 @dataclass(frozen=True)
 class IndexInfo:
-    kind: Literal["hnsw", "ivf"]
+    kind: Kind
     products: int
     dimensions: int
     effort: int
@@ -43,18 +55,28 @@ class IndexInfo:
     target_recall: float
     tuned_recall: float
     """what it reached on the queries that it was set on"""
+    codec: Codec = "fp32"
 
 
 class ProductIndex:
     """n products; build or load one, then search it."""
 
-    def __init__(self, index: Any, product_ids: list[str], info: IndexInfo) -> None:
+    def __init__(
+        self,
+        index: Any,
+        product_ids: list[str],
+        info: IndexInfo,
+        vectors: NDArray[np.float32] | None = None,
+    ) -> None:
+        """`vectors`: float32 [n, D], those that were indexed, to score candidates of codes by."""
         self.product_ids = product_ids
         self.info = info
         self._stored = index
+        self._vectors = vectors if info.codec != "fp32" else None
         flat = faiss.downcast_index(index.storage) if info.kind == "hnsw" else index
         self._exact = _on_gpu(flat)
-        self._approximate = self._exact if info.kind == "ivf" else index  # HNSW has no GPU form
+        self._approximate = index if info.kind == "hnsw" else self._exact  # HNSW has no GPU form
+        self._exact_on_cpu = flat
 
     @classmethod
     def build(
@@ -66,6 +88,8 @@ class ProductIndex:
         ann_from: int,
         k: int = 100,
         target_recall: float = 0.95,
+        kind: Kind | None = None,
+        codec: Codec = "fp32",
     ) -> Self:
         """Index the vectors; set the search effort on a sample of real queries.
 
@@ -75,6 +99,8 @@ class ProductIndex:
             queries: float32 [m, D], m > 0; queries lie elsewhere than products do.
             ann_from: products from which the index is IVF.
             k: neighbours at which `target_recall` of the exact ones are to be found.
+            kind: which index, whatever the number of products (none: by `ann_from`).
+            codec: what a vector is kept as.
 
         Raises:
             UserError: no product, no query, or shapes that do not fit.
@@ -87,15 +113,17 @@ class ProductIndex:
             raise UserError("index: no query to set the search effort on")
         n, d = vectors.shape
         k = min(k, n)
-        kind: Literal["hnsw", "ivf"] = "hnsw" if n < ann_from else "ivf"
-        index = _hnsw(vectors) if kind == "hnsw" else _ivf(vectors)
-        most = n if kind == "hnsw" else index.nlist
-        effort = min(k if kind == "hnsw" else 1, most)
+        kind = kind or ("hnsw" if n < ann_from else "ivf")
+        index = {"flat": _flat, "hnsw": _hnsw, "ivf": _ivf}[kind](vectors, codec)
+        most = index.nlist if kind == "ivf" else n
+        effort = {"flat": n, "hnsw": min(k, n), "ivf": 1}[kind]
         step = max(1, len(queries) // TUNE_QUERIES)
         sample = queries[::step][:TUNE_QUERIES]
-        info = IndexInfo(kind, n, d, effort, k, target_recall, tuned_recall=0.0)
-        built = cls(index, product_ids, info)
-        exact, _ = built.search(sample, k, exact=True)
+        info = IndexInfo(kind, n, d, effort, k, target_recall, tuned_recall=0.0, codec=codec)
+        built = cls(index, product_ids, info, vectors)
+        exact = built.search(sample, k, exact=True)[0] if codec == "fp32" else None
+        if exact is None:
+            exact, _ = faiss.knn(sample, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
         while True:
             reached = _found(*built.search(sample, k), exact)
             built.info = dataclasses.replace(built.info, tuned_recall=reached)
@@ -107,25 +135,66 @@ class ProductIndex:
         return built
 
     def search(
-        self, queries: NDArray[np.float32], k: int, *, exact: bool = False
+        self,
+        queries: NDArray[np.float32],
+        k: int,
+        *,
+        exact: bool = False,
+        among: NDArray[np.bool_] | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The best k products of each query, best first.
 
         Args:
             queries: float32 [m, D].
+            exact: look at all products (of codes, where vectors are kept as such).
+            among: bool [n]: only these (none: all).
 
         Returns:
             Scores [m, k] and rows of `product_ids` [m, k]; row -1 where fewer were found.
         """
         queries = np.ascontiguousarray(queries, np.float32)
-        if exact and self.info.kind == "hnsw":
-            return self._exact.search(queries, k)
+        if self._vectors is None or exact:
+            return self._search(queries, k, exact, among)
+        _, rows = self._search(queries, min(RESCORED * k, self.info.products), exact, among)
+        scores = np.einsum("md,mkd->mk", queries, self._vectors[rows])
+        scores[rows < 0] = -np.inf
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        missing = ((0, 0), (0, k - order.shape[1]))
+        best = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+        return (
+            np.pad(best[0], missing, constant_values=-np.inf),
+            np.pad(best[1], missing, constant_values=-1),
+        )
+
+    def _search(
+        self, queries: NDArray[np.float32], k: int, exact: bool, among: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        kind, n = self.info.kind, self.info.products
+        share, selector = 1.0, None
+        if among is not None:
+            share = float(among.mean())
+            bits: Any = np.packbits(among, bitorder="little")
+            selector = faiss.IDSelectorBitmap(bits)  # type: ignore[call-arg]
+            exact = exact or share**2 * n < self._looked_at()
+        # A selector is looked at on the CPU; HNSW's own store is searched by itself.
+        on = self._exact if selector is None else self._exact_on_cpu
+        if kind == "flat" or (kind == "hnsw" and exact):
+            chosen: Any = selector and faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
+            return on.search(queries, k, params=chosen)
+        if kind == "hnsw":
+            effort = min(n, math.ceil(max(self.info.effort, k) / share))
+            chosen = faiss.SearchParametersHNSW(efSearch=effort, sel=selector)  # type: ignore[attr-defined]
+            return self._approximate.search(queries, k, params=chosen)
+        lists = self._stored.nlist
+        probed = lists if exact else min(lists, math.ceil(self.info.effort / share))
+        chosen = faiss.SearchParametersIVF(nprobe=probed, sel=selector)  # type: ignore[call-arg]
+        return on.search(queries, k, params=chosen)
+
+    def _looked_at(self) -> float:
+        """About how many products a search without a filter compares with a query."""
         if self.info.kind == "hnsw":
-            effort = faiss.SearchParametersHNSW(efSearch=max(self.info.effort, k))  # type: ignore[attr-defined]
-        else:
-            probed = self._stored.nlist if exact else self.info.effort
-            effort = faiss.SearchParametersIVF(nprobe=probed)  # type: ignore[call-arg]
-        return self._approximate.search(queries, k, params=effort)
+            return self.info.effort * HNSW_LINKS
+        return self.info.products * self.info.effort / getattr(self._stored, "nlist", 1)
 
     def recall(self, queries: NDArray[np.float32], k: int) -> float:
         """Share of the exact k best that the approximate search finds, over m queries.
@@ -146,8 +215,8 @@ class ProductIndex:
         )
 
     @classmethod
-    def load(cls, directory: Path) -> Self:
-        """Read what `save` wrote.
+    def load(cls, directory: Path, vectors: NDArray[np.float32] | None = None) -> Self:
+        """Read what `save` wrote; `vectors` as the constructor takes them.
 
         Raises:
             UserError: a file is missing, or the files do not belong together.
@@ -167,7 +236,7 @@ class ProductIndex:
                 f"products.parquet {len(ids)} ids, index.json says {info.products} and "
                 f"{info.dimensions}: they do not belong together"
             )
-        return cls(index, ids, info)
+        return cls(index, ids, info, vectors)
 
 
 def _found(
@@ -178,20 +247,29 @@ def _found(
     return float(good.mean())
 
 
-def _hnsw(vectors: NDArray[np.float32]) -> Any:
-    index = faiss.IndexHNSWFlat(vectors.shape[1], HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
-    index.hnsw.efConstruction = HNSW_BUILD
-    index.add(vectors)
-    return index
+def _flat(vectors: NDArray[np.float32], codec: Codec) -> Any:
+    return _made(vectors, _CODES[codec])
 
 
-def _ivf(vectors: NDArray[np.float32]) -> Any:
+def _hnsw(vectors: NDArray[np.float32], codec: Codec) -> Any:
+    return _made(vectors, f"HNSW{HNSW_LINKS}_{_CODES[codec]}")
+
+
+def _ivf(vectors: NDArray[np.float32], codec: Codec) -> Any:
     n, d = vectors.shape
     nlist = max(1, min(round(4 * n**0.5), n // TRAIN_A_LIST))
-    coarse = faiss.IndexFlatIP(d)
-    index = faiss.IndexIVFFlat(coarse, d, nlist, faiss.METRIC_INNER_PRODUCT)
-    sample = np.random.default_rng(0).choice(n, min(n, nlist * TRAIN_A_LIST), replace=False)
-    index.train(vectors[np.sort(sample)])
+    return _made(vectors, f"IVF{nlist},{_CODES.get(codec, f'PQ{d // 2}')}", nlist * TRAIN_A_LIST)
+
+
+def _made(vectors: NDArray[np.float32], factory: str, train: int = 100_000) -> Any:
+    """The index that FAISS's `factory` string names, trained on `train` of the vectors."""
+    n, d = vectors.shape
+    index: Any = faiss.index_factory(d, factory, faiss.METRIC_INNER_PRODUCT)
+    if factory.startswith("HNSW"):
+        index.hnsw.efConstruction = HNSW_BUILD
+    if not index.is_trained:
+        sample = np.random.default_rng(0).choice(n, min(n, train), replace=False)
+        index.train(vectors[np.sort(sample)])
     index.add(vectors)
     return index
 

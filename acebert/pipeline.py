@@ -21,6 +21,7 @@ from acebert.evaluation.look_inside import look_inside
 from acebert.evaluation.mine import mine
 from acebert.evaluation.teach import teach
 from acebert.evaluation.testset import evaluation_queries
+from acebert.serving.bundle import build_bundle, hot_queries
 from acebert.serving.onnx_export import export
 from acebert.serving.student_table import TEACHER, students_table
 from acebert.tracking import finished_run, start_run
@@ -31,7 +32,7 @@ from acebert.training.pretrain import pretrain
 from acebert.training.train_cnn import WEIGHTS, crop_settings, train_cnn
 from acebert.workdir import Stage
 
-NOT_THE_MODELS = ("workdir", "data", "eval", "tracking")
+NOT_THE_MODELS = ("workdir", "data", "eval", "serve", "tracking")
 """settings that do not come with a trained model"""
 
 
@@ -173,6 +174,15 @@ def distill_stages(settings: Settings, teacher: Path) -> tuple[list[Stage], Stag
     return list(exports.values()), table
 
 
+def bundle_stage(settings: Settings, model: Path, query_encoder: Path) -> Stage:
+    """What the service needs of a model directory and a query encoder that fits it."""
+    settings = model_settings(settings, model)
+    ingested = ingest_stage(settings)
+    hot = hot_queries(ingested, settings.serve.hot_queries)
+    embedded = embed_stage(settings, model, hot)
+    return tracked(settings, build_bundle(settings, model, query_encoder, ingested, embedded))
+
+
 def baselines_stage(settings: Settings) -> Stage:
     """Metrics of the rows that need no training, each a run of its own."""
     stage = evaluate_baselines(settings, ingest_stage(settings))
@@ -183,8 +193,8 @@ def baselines_stage(settings: Settings) -> Stage:
 
 
 def model_settings(settings: Settings, model: Path) -> Settings:
-    """The settings that a model was trained with, but for what `settings` say of data, work
-    directory, evaluation and tracking."""
+    """The settings that a model was trained with, but for NOT_THE_MODELS, which are those of
+    `settings`."""
     own = settings_from(read_recipe(str(_settings_file(model))))
     ours = {name: getattr(settings, name) for name in NOT_THE_MODELS}
     return own.model_copy(update=ours)

@@ -29,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from acebert import __version__
 from acebert.config import Settings, flatten
+from acebert.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +211,23 @@ def log_model(settings: Settings, run: Run, directory: Path) -> None:
     version = mlflow.register_model(logged.model_uri, name).version
     run.client.set_registered_model_alias(name, settings.tracking.alias, version)
     log.info("mlflow: model %s version %s, alias %s", name, version, settings.tracking.alias)
+
+
+def registered_model(settings: Settings, address: str) -> Path:
+    """The model directory behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        UserError: the registry has no such model.
+    """
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking_uri(settings))
+    try:
+        found = mlflow.artifacts.download_artifacts(address)
+    except MlflowException as error:
+        raise UserError(f"--model {address}: not in {tracking_uri(settings)}: {error}") from error
+    (directory,) = (Path(found) / "artifacts").iterdir()
+    return directory
 
 
 def _provenance() -> dict[str, str]:

@@ -143,10 +143,22 @@ JOB_SPEC = OBJECT | {
     }
 }
 
+SERVICE_SPEC = OBJECT | {
+    "properties": {
+        "serveConfigV2": {"type": "string"},
+        "excludeHeadPodFromServeSvc": {"type": "boolean"},
+        "rayClusterConfig": CLUSTER_SPEC,
+    }
+}
+
 
 @pytest.mark.parametrize(
     ("file", "kind", "schema"),
-    [("raycluster", "RayCluster", CLUSTER_SPEC), ("rayjob", "RayJob", JOB_SPEC)],
+    [
+        ("raycluster", "RayCluster", CLUSTER_SPEC),
+        ("rayjob", "RayJob", JOB_SPEC),
+        ("rayservice", "RayService", SERVICE_SPEC),
+    ],
 )
 def test_the_manifests_are_what_kuberay_takes(file: str, kind: str, schema: dict[str, Any]) -> None:
     manifest = read(KUBERAY / f"{file}.yaml")
@@ -154,7 +166,7 @@ def test_the_manifests_are_what_kuberay_takes(file: str, kind: str, schema: dict
     assert schema_faults(manifest["spec"], schema) == []
 
 
-@pytest.mark.parametrize("kind", ["raycluster", "rayjob"])
+@pytest.mark.parametrize("kind", ["raycluster", "rayjob", "rayservice"])
 def test_the_manifests_are_what_the_operators_own_schema_takes(kind: str) -> None:
     """ACEBERT_KUBERAY_CRDS names a directory with the operator's ray.io_*.yaml
     (docs/cluster.md, 'KubeRay')."""
@@ -198,6 +210,31 @@ def test_the_jobs_command_line_is_one_that_the_script_takes(tmp_path: Path) -> N
     assert (ROOT / Path(script).relative_to("/home/ray/acebert")).is_file()
     settings = load_settings([*arguments, "--workdir", str(tmp_path)])
     assert settings.train.num_workers <= 8
+
+
+def serve_configs() -> dict[str, dict[str, Any]]:
+    service = read(KUBERAY / "rayservice.yaml")["spec"]["serveConfigV2"]
+    return {"serve": read(ROOT / "serve" / "config.yaml"), "kuberay": yaml.safe_load(service)}
+
+
+@pytest.mark.parametrize("name", ["serve", "kuberay"])
+def test_the_service_is_what_ray_serve_takes(name: str) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config = ServeDeploySchema.model_validate(serve_configs()[name])
+    (application,) = config.applications
+    module, attribute = application.import_path.split(":")
+    assert f"def {attribute}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    load_settings([f"--{key}={value}" for key, value in application.args.items()])
+    written = (ROOT / "acebert" / "serving" / "deployments.py").read_text()
+    for deployment in application.deployments:
+        assert f"class {deployment.name}:" in written
+
+
+def test_the_services_pods_are_what_kubernetes_takes() -> None:
+    for template in pods(read(KUBERAY / "rayservice.yaml")["spec"]["rayClusterConfig"]).values():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, **template}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
 def test_all_pods_share_the_work_directory_and_mount_what_they_declare(

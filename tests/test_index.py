@@ -95,3 +95,42 @@ def test_files_that_do_not_belong_together_are_refused(index: ProductIndex, tmp_
 def test_ids_that_do_not_fit_the_vectors_are_refused():
     with pytest.raises(UserError, match="3 product ids"):
         ProductIndex.build(PRODUCTS, IDS[:3], QUERIES, ann_from=1)
+
+
+FILTERS = {"few": 0.01, "some": 0.2, "most": 0.9}
+
+
+@pytest.mark.parametrize("share", FILTERS.values(), ids=FILTERS)
+@pytest.mark.parametrize(
+    ("kind", "codec"),
+    [("flat", "fp32"), ("flat", "int8"), ("hnsw", "fp32"), ("hnsw", "fp16"), ("ivf", "int8")],
+)
+def test_a_filtered_search_finds_numpys_best_among_the_allowed(kind, codec, share: float):
+    index = ProductIndex.build(
+        PRODUCTS, IDS, QUERIES, ann_from=1, k=20, target_recall=0.97, kind=kind, codec=codec
+    )
+    among = np.random.default_rng(5).random(len(PRODUCTS)) < share
+    scores, rows = index.search(QUERIES, 20, among=among)
+    exact = np.where(among, QUERIES @ PRODUCTS.T, -np.inf)
+    best = np.argsort(-exact, axis=1)[:, :20]
+    recall = np.mean([len(set(a) & set(b)) / 20 for a, b in zip(rows, best, strict=True)])
+    assert among[rows].all()
+    assert recall >= (0.999 if kind == "flat" or share < 0.1 else 0.95)
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, rows, 1), atol=1e-5)
+
+
+def test_a_filter_that_few_pass_leaves_rows_of_minus_one(index: ProductIndex):
+    among = np.zeros(len(PRODUCTS), bool)
+    among[[7, 70, 700]] = True
+    _, rows = index.search(QUERIES[:3], 5, among=among)
+    assert [sorted(row[:3]) for row in rows] == [[7, 70, 700]] * 3
+    assert (rows[:, 3:] == -1).all()
+
+
+@pytest.mark.slow
+def test_pq_codes_rescored_by_exact_vectors_reach_the_recall_of_the_target():
+    products, queries = clustered(4000, 1, 8), clustered(300, 2, 8)
+    index = ProductIndex.build(products, IDS, queries, ann_from=1, k=20, kind="ivf", codec="pq")
+    scores, rows = index.search(queries, 20)
+    assert index.info.tuned_recall >= 0.95
+    np.testing.assert_allclose(scores, np.take_along_axis(queries @ products.T, rows, 1), atol=1e-5)

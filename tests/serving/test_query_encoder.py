@@ -1,19 +1,60 @@
 """The query encoder in each runtime, against the dual encoder on one query at a time."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from acebert.config import load_settings
+from acebert.data.tokens import train_wordpiece
 from acebert.errors import UserError
 from acebert.models.dual import DualEncoder
 from acebert.models.encoder import HOT_QUERY, TextInputs
+from acebert.models.student import new_student
+from acebert.serving.onnx_export import write_onnx
 from acebert.serving.query_encoder import QueryEncoder
+
+WORDS = ("red", "blue", "summer", "winter", "dress", "shirt", "shoes", "jeans", "men", "nike")
+
+
+def write_model(directory: Path, model: DualEncoder, queries: list[str]) -> None:
+    model.save(directory)
+    tokenizer = train_wordpiece(queries * 3, vocab_size=200)
+    tokenizer.save_pretrained(directory / "tokenizer")
+    tree = {"text": {"query_tokens": 6}}
+    (directory / "settings.yaml").write_text(yaml.safe_dump(tree))
+
+
+@pytest.fixture(scope="module")
+def queries() -> list[str]:
+    """150 of one to eight words; the longest are cut."""
+    draw = random.Random(0)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 8))) for _ in range(150)]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, queries: list[str]) -> Path:
+    directory = tmp_path_factory.mktemp("teacher")
+    settings = load_settings(["--model.width", "64", "--model.heads", "4", "--model.layers", "3"])
+    model = DualEncoder.new(settings.model, vocab_size=200, sep_token_id=3)
+    write_model(directory, model, queries)
+    write_onnx(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory, queries: list[str], teacher: Path) -> Path:
+    directory = tmp_path_factory.mktemp("student")
+    write_model(directory, new_student(DualEncoder.load(teacher), layers=1), queries)
+    write_onnx(directory)
+    return directory
 
 
 @torch.inference_mode()

@@ -1,0 +1,283 @@
+"""The search API over HTTP (FastAPI), and the page at `/`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+from fastapi import FastAPI
+from fastapi import Path as InPath
+from fastapi import Query as InQuery
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.types import ASGIApp
+
+from acebert import __version__
+from acebert.data.image import BrokenImage
+from acebert.errors import UserError
+from acebert.serving import schema
+from acebert.serving.catalogue import Unavailable
+from acebert.serving.changes import Source
+from acebert.serving.gate import RETRY_SECONDS, Gate
+from acebert.serving.products import Filter, Product
+from acebert.serving.service import Found, SearchService
+
+PAGE = Path(__file__).parent / "page"
+PAGE_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+SAFE = {
+    "content-security-policy": "default-src 'self'; img-src 'self' blob: data:",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    400: {"model": schema.Problem, "description": "The body cannot be read"},
+    401: {"model": schema.Problem, "description": "The API key is missing or wrong"},
+    413: {"model": schema.Problem, "description": "The body is too large"},
+    422: {"model": schema.Problem, "description": "The request is not what it should be"},
+    503: {"model": schema.Problem, "description": "Overloaded, or a part restarts: try again"},
+}
+MISSING: dict[int | str, dict[str, Any]] = {
+    404: {
+        "model": schema.Problem,
+        "description": "There is no such product, or it is no product's id",
+    }
+}
+ProductId = Annotated[str, InPath(min_length=1, max_length=200, pattern=schema.PRODUCT_ID)]
+
+
+def make_api(service: SearchService, key: str | None) -> ASGIApp:
+    """The routes of `service`; requests have to carry `key` unless it is None."""
+    app = FastAPI(
+        title="ACE-BERT search",
+        version=__version__,
+        description="Products by text, by photo, by example; changes of products.",
+        responses=PROBLEMS,
+        docs_url=None,  # its page loads scripts from another host
+        redoc_url=None,
+    )
+    _searches(app, service)
+    _products(app, service)
+    _states(app, service)
+    _page(app)
+    _problems(app)
+    settings = service.settings
+    body = int(settings.max_body_mb * 2**20)
+    return Gate(app, settings.max_requests, body, key, service.metrics)
+
+
+def _searches(app: FastAPI, service: SearchService) -> None:
+    @app.get("/search", responses={200: {"model": schema.Answer}}, operation_id="search")
+    async def search(
+        q: Annotated[str, InQuery(min_length=1, max_length=schema.MAX_QUERY)],
+        k: schema.K = 10,
+        category: schema.Category | None = None,
+        min_price: schema.Price | None = None,
+        max_price: schema.Price | None = None,
+        in_stock: bool | None = None,
+        min_score: schema.Score | None = None,
+        hybrid: bool = False,
+    ) -> Response:
+        """Products for a query, best first. `min_score` leaves worse hits out; `hybrid` fuses the
+        ranks with those of BM25 on titles."""
+        where = Filter(category, min_price, max_price, in_stock)
+        found = await service.search(q, k, where, hybrid=hybrid, min_score=min_score)
+        return JSONResponse(_answer(found))
+
+    @app.post(
+        "/search/batch", responses={200: {"model": schema.Answers}}, operation_id="search_batch"
+    )
+    async def search_batch(body: schema.BatchIn) -> Response:
+        """As many searches in one request."""
+        where = Filter(**body.filter.model_dump())
+        answers = await service.search_many(body.queries, body.k, where)
+        return JSONResponse({"answers": [_answer(found) for found in answers]})
+
+    @app.post(
+        "/search/photo", responses={200: {"model": schema.Answer}}, operation_id="search_photo"
+    )
+    async def search_photo(body: schema.PhotoIn) -> Response:
+        """Products that look like a photo, and fit a text."""
+        where = Filter(**body.filter.model_dump())
+        return JSONResponse(
+            _answer(await service.search_photo(body.photo, body.text, body.k, where))
+        )
+
+    @app.get(
+        "/similar/{product_id:path}",
+        responses={200: {"model": schema.Answer}, **MISSING},
+        operation_id="similar",
+    )
+    async def similar(
+        product_id: ProductId,
+        k: schema.K = 10,
+        category: schema.Category | None = None,
+        min_price: schema.Price | None = None,
+        max_price: schema.Price | None = None,
+        in_stock: bool | None = None,
+    ) -> Response:
+        """The products nearest to a product."""
+        where = Filter(category, min_price, max_price, in_stock)
+        found = await service.similar(product_id, k, where)
+        return _no_product(product_id) if found is None else JSONResponse(_answer(found))
+
+
+def _products(app: FastAPI, service: SearchService) -> None:
+    def source(product_id: str, body: schema.ProductIn) -> Source:
+        product = Product(product_id, body.title, body.category, body.price, body.in_stock)
+        return Source(product, body.photo)
+
+    @app.get(
+        "/products/{product_id:path}",
+        responses={200: {"model": schema.ProductOut}, **MISSING},
+        operation_id="get_product",
+    )
+    async def get_product(product_id: ProductId) -> Response:
+        product = service.current().index.product(product_id)
+        return _no_product(product_id) if product is None else JSONResponse(_shown(product))
+
+    @app.put(
+        "/products/{product_id:path}",
+        status_code=202,
+        response_model=schema.Accepted,
+        responses=MISSING,
+        operation_id="put_product",
+    )
+    async def put_product(
+        product_id: ProductId,
+        body: schema.ProductIn,
+    ) -> Any:
+        """Add a product, or replace it whole."""
+        return {"seq": await service.products.put([source(product_id, body)])}
+
+    @app.post(
+        "/products", status_code=202, response_model=schema.Accepted, operation_id="put_products"
+    )
+    async def put_products(body: schema.ProductsIn) -> Any:
+        """Add or replace products: all of them, or none."""
+        sources = [source(product.product_id, product) for product in body.products]
+        return {"seq": await service.products.put(sources)}
+
+    @app.delete(
+        "/products/{product_id:path}",
+        status_code=202,
+        response_model=schema.Accepted,
+        responses=MISSING,
+        operation_id="delete_product",
+    )
+    async def delete_product(product_id: ProductId) -> Any:
+        """Delete a product; nothing happens where there is none."""
+        return {"seq": await service.products.delete(product_id)}
+
+    @app.get(
+        "/photos/{product_id:path}",
+        responses={200: {"content": {"image/jpeg": {}}, "description": "The photo"}, **MISSING},
+        response_class=Response,
+        operation_id="photo",
+    )
+    async def photo(product_id: ProductId) -> Response:
+        found = await service.photo(product_id)
+        if found is None:
+            return JSONResponse({"error": f"no photo of {product_id!r}"}, 404)
+        cached = {"cache-control": "public, max-age=300"}
+        return Response(found, media_type="image/jpeg", headers=SAFE | cached)
+
+
+def _states(app: FastAPI, service: SearchService) -> None:
+    @app.get("/categories", response_model=schema.Categories, operation_id="categories")
+    async def categories() -> Any:
+        return {"categories": service.current().index.categories()}
+
+    @app.get("/health", response_model=schema.Status, operation_id="health")
+    async def health() -> Any:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", response_model=schema.Status, operation_id="ready")
+    async def ready() -> Any:
+        """A bundle is loaded, with all changes that there were then."""
+        if service.loaded is None:
+            raise Unavailable("no bundle is loaded yet")
+        return {"status": "ok"}
+
+    @app.get("/version", response_model=schema.Version, operation_id="version")
+    async def version() -> Any:
+        loaded = service.current()
+        info = loaded.bundle.info
+        return {
+            "model": loaded.version,
+            "bundle": loaded.bundle.directory.name,
+            "products": info["products"],
+            "dimensions": info["dimensions"],
+            "hot_queries": info["hot_queries"],
+            "changes": loaded.seq,
+            "behind_s": round(service.behind, 3),
+        }
+
+
+def _page(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return Response((PAGE / "index.html").read_bytes(), media_type="text/html", headers=SAFE)
+
+    files = {path.name: path for path in PAGE.iterdir() if path.suffix in PAGE_TYPES}
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def file(name: str) -> Response:
+        if name not in files:
+            return JSONResponse({"error": "no such file"}, 404)
+        kind = PAGE_TYPES[files[name].suffix]
+        return Response(files[name].read_bytes(), media_type=kind, headers=SAFE)
+
+
+def _problems(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: HttpRequest, error: RequestValidationError) -> Response:
+        """The place and the reason; not the input, which may be what JSON cannot say."""
+        reasons = [
+            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+            for item in error.errors()[:5]
+        ]
+        text = "; ".join(reasons).encode(errors="replace").decode()
+        return JSONResponse({"error": text[:1000]}, 422)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: HttpRequest, error: HTTPException) -> Response:
+        return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+    @app.exception_handler(BrokenImage)
+    async def broken(request: HttpRequest, error: BrokenImage) -> Response:
+        return JSONResponse({"error": f"photo: {error}"}, 422)
+
+    @app.exception_handler(UserError)
+    async def refused(request: HttpRequest, error: UserError) -> Response:
+        return JSONResponse({"error": str(error)}, 422)
+
+    @app.exception_handler(Unavailable)
+    async def unavailable(request: HttpRequest, error: Unavailable) -> Response:
+        return JSONResponse({"error": str(error)}, 503, headers={"retry-after": str(RETRY_SECONDS)})
+
+
+def _no_product(product_id: str) -> Response:
+    return JSONResponse({"error": f"there is no product {product_id!r}"}, 404)
+
+
+def _answer(found: Found) -> dict[str, Any]:
+    return {
+        "hits": [_shown(hit.product) | {"score": round(hit.score, 6)} for hit in found.hits],
+        "path": found.path,
+        "no_good_match": found.no_good_match,
+        "version": found.version,
+        "took_ms": round(1000 * found.seconds, 3),
+    }
+
+
+def _shown(product: Product) -> dict[str, Any]:
+    return {
+        "product_id": product.product_id,
+        "title": product.title,
+        "category": product.category,
+        "price": product.price,
+        "in_stock": product.in_stock,
+        "photo": "/photos/" + quote(product.product_id, safe=""),
+    }

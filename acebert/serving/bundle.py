@@ -1,0 +1,309 @@
+"""A bundle: all that the service needs of one model and one catalogue, in one directory.
+
+| file | holds |
+|---|---|
+| `bundle.json` | `version` (of the model: `product_side_version`), numbers, expected hit rate |
+| `vectors.npy` | product vectors, float32 [n, d], mapped |
+| `index/` | the FAISS index of these (`acebert.index.ProductIndex`) |
+| `products.sqlite` | `product` (row, product_id, title, category, price, photo), `words` (FTS5) |
+| `hot.npy`, `hot_queries.parquet` | vectors of the most frequent queries, float32 [h, d]; texts |
+| `model/`, `query_encoder/` | model directory (products are encoded by it), query encoder |
+
+Vectors of products, hot queries and the query encoder are of one model: `version` says which, and
+what does not carry it is refused. A bundle never changes; what happens to products later is in the
+change log (`acebert.serving.changes`).
+"""
+
+import json
+import logging
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from acebert.config import Settings
+from acebert.data.image import BrokenImage, decode
+from acebert.data.photos import PhotoStorage, Rows
+from acebert.errors import UserError
+from acebert.index import TUNE_QUERIES, Kind, ProductIndex
+from acebert.serving.products import Product
+from acebert.serving.query_encoder import product_side_version
+from acebert.workdir import Stage, run_stage
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+FLAT_UP_TO = 10_000  # products up to which exact search takes less than a millisecond
+PHOTO_SIDE = 320  # photos of hits are not shown larger [px]
+PHOTO_BYTES = 40_000  # smaller files are kept as they are
+CNN_WEIGHTS = "cnn.safetensors"
+TOKENS = "porter unicode61 remove_diacritics 2"
+
+
+def build_bundle(
+    settings: Settings, model: Path, query_encoder: Path, ingested: Stage, embedded: Stage
+) -> Stage:
+    """The 'bundle' stage, from a model's vectors of the catalogue and of the hot queries.
+
+    Args:
+        settings: the model's own, with this machine's `serve`.
+        model: model directory.
+        query_encoder: directory of a query encoder of the same version, e.g. `model`.
+        embedded: products in catalogue order; queries by falling frequency.
+
+    Raises:
+        UserError: the query encoder is another model's.
+    """
+    version = product_side_version(model)
+    if product_side_version(query_encoder) != version:
+        raise UserError(
+            f"{query_encoder}: the query encoder of another model than {model}; distil it from "
+            "this one, or leave it out"
+        )
+    serve = settings.serve
+    key = {
+        "version": VERSION,
+        "model": version,
+        "query_encoder": [query_encoder.parent.name, query_encoder.name],
+        "embed": embedded.digest,
+        "ingest": ingested.digest,
+        "index": [serve.index, serve.codec, serve.target_recall, settings.eval.ann_from],
+        "hot_queries": serve.hot_queries,
+    }
+
+    def build(out: Path) -> None:
+        ids, vectors = _read_vectors(embedded.path / "products.parquet", "product_id")
+        np.save(out / "vectors.npy", vectors)
+        queries, hot = _read_vectors(embedded.path / "queries.parquet", "query")
+        index = ProductIndex.build(
+            vectors,
+            ids,
+            hot,
+            ann_from=settings.eval.ann_from,
+            target_recall=serve.target_recall,
+            kind=_kind(settings, len(ids)),
+            codec=serve.codec,
+        )
+        index.save(out / "index")
+        queries, hot = queries[: serve.hot_queries], hot[: serve.hot_queries]
+        np.save(out / "hot.npy", hot)
+        pq.write_table(pa.table({"query": queries}), out / "hot_queries.parquet")
+        storage = PhotoStorage(settings.data.products, int(settings.image.max_megapixels * 3e6))
+        photos = _write_products(ingested.path / "products", storage, settings, out)
+        shutil.copytree(model, out / "model")
+        weights = Path(settings.image.cnn_weights)
+        if settings.model.patches and weights.is_file():
+            shutil.copyfile(weights, out / CNN_WEIGHTS)
+        shutil.copytree(query_encoder, out / "query_encoder")
+        info = {
+            "version": version,
+            "products": len(ids),
+            "dimensions": vectors.shape[1],
+            "photos": photos,
+            "hot_queries": len(queries),
+            "hot_share_of_test_searches": round(_hit_rate(ingested.path, set(queries)), 4),
+            "index_recall_at_100": round(index.info.tuned_recall, 4),
+        }
+        (out / "bundle.json").write_text(json.dumps(info, indent=2) + "\n")
+        log.info("bundle: %s", info)
+
+    return run_stage(settings.workdir, "bundle", key, build)
+
+
+def hot_queries(ingested: Stage, count: int) -> list[str]:
+    """The queries with most clicks in the training days, most clicked first; a few hundred at
+    least, for the index's effort is set on them."""
+    table = pq.read_table(ingested.path / "queries.parquet")
+    ranked = table.sort_by([("clicks", "descending"), ("query", "ascending")])
+    return ranked["text"].slice(0, max(TUNE_QUERIES, count)).to_pylist()
+
+
+def publish(workdir: Path, bundle: Path) -> None:
+    """Make `bundle` the one that services of this work directory serve, from their next look on."""
+    pointer = _pointer(workdir)
+    pointer.parent.mkdir(parents=True, exist_ok=True)
+    aside = pointer.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps({"bundle": str(bundle)}) + "\n")
+    aside.replace(pointer)
+
+
+def published(workdir: Path) -> Path:
+    """The bundle that `publish` named last.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return Path(json.loads(_pointer(workdir).read_text())["bundle"])
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{workdir}: nothing to serve there; `python ray_jobs/publish.py --model MODEL_DIR "
+            f"--workdir {workdir}` makes a bundle of a model"
+        ) from error
+
+
+def _pointer(workdir: Path) -> Path:
+    return workdir / "serving" / "published.json"
+
+
+class Bundle:
+    """A bundle that is read.
+
+    Attributes:
+        directory: where it lies.
+        version: of the model, see the module's docstring.
+        info: bundle.json.
+        vectors: float32 [n, d], mapped.
+        index: the FAISS index of these.
+        hot: text of a hot query → its row of `hot_vectors`.
+        hot_vectors: float32 [h, d], mapped.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """
+        Raises:
+            UserError: no bundle, or files that do not belong together.
+        """
+        self.directory = directory
+        try:
+            self.info = json.loads((directory / "bundle.json").read_text())
+            self.vectors = np.load(directory / "vectors.npy", mmap_mode="r", allow_pickle=False)
+            self.hot_vectors = np.load(directory / "hot.npy", mmap_mode="r", allow_pickle=False)
+            texts = pq.read_table(directory / "hot_queries.parquet")["query"].to_pylist()
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{directory}: no bundle that can be read ({error})") from error
+        self.version: str = self.info["version"]
+        of_model = product_side_version(directory / "model")
+        if of_model != self.version:
+            raise UserError(f"{directory}: model {of_model} in a bundle of model {self.version}")
+        self.hot = {text: row for row, text in enumerate(texts)}
+        self.index = ProductIndex.load(directory / "index", self.vectors)
+        address = f"file:{directory / 'products.sqlite'}?mode=ro&immutable=1"
+        self._db = sqlite3.connect(address, uri=True, check_same_thread=False)
+        n = len(self.vectors)
+        if not n == self.index.info.products == self.info["products"]:
+            raise UserError(
+                f"{directory}: {n} vectors, an index of {self.index.info.products} and "
+                f"{self.info['products']} products do not belong together"
+            )
+
+    def columns(self) -> tuple[list[str | None], NDArray[np.float32]]:
+        """Category and price (NaN: none) of every row [n]."""
+        rows = self._db.execute("SELECT category, price FROM product ORDER BY row").fetchall()
+        prices = np.array([row[1] for row in rows], np.float32)
+        return [row[0] for row in rows], prices
+
+    def products(self, rows: Sequence[int]) -> list[Product]:
+        """The products of `rows`, in this order."""
+        marks = ",".join("?" * len(rows))
+        found = self._db.execute(
+            f"SELECT row, product_id, title, category, price FROM product WHERE row IN ({marks})",
+            [int(row) for row in rows],
+        )
+        by_row = {row: Product(*values) for row, *values in found}
+        return [by_row[row] for row in rows]
+
+    def row_of(self, product_id: str) -> int | None:
+        found = self._db.execute("SELECT row FROM product WHERE product_id = ?", (product_id,))
+        return next((row for (row,) in found), None)
+
+    def photo(self, row: int) -> bytes | None:
+        return self._db.execute("SELECT photo FROM product WHERE row = ?", (row,)).fetchone()[0]
+
+    def by_words(self, query: str) -> Iterator[tuple[int, float]]:
+        """Rows whose titles share a word with `query` and their BM25 scores, best first."""
+        return match_words(self._db, query)
+
+
+def create_words(db: sqlite3.Connection) -> None:
+    db.execute(f"CREATE VIRTUAL TABLE words USING fts5(title, content='', tokenize='{TOKENS}')")
+
+
+def match_words(db: sqlite3.Connection, query: str) -> Iterator[tuple[int, float]]:
+    """Rowids of the FTS5 table `words` and BM25 scores (higher is better), best first."""
+    words = ["".join(c for c in word if c.isalnum()) for word in query.split()]
+    wanted = " OR ".join(f'"{word}"' for word in words if word)
+    if not wanted:
+        return iter(())
+    found = db.execute("SELECT rowid, rank FROM words WHERE words MATCH ? ORDER BY rank", (wanted,))
+    return ((row, -rank) for row, rank in found)
+
+
+def _kind(settings: Settings, n: int) -> Kind:
+    if settings.serve.index != "auto":
+        return settings.serve.index
+    return "flat" if n <= FLAT_UP_TO else "hnsw" if n < settings.eval.ann_from else "ivf"
+
+
+def _read_vectors(path: Path, name: str) -> tuple[list[str], NDArray[np.float32]]:
+    table = pq.read_table(path)
+    flat = table["embedding"].combine_chunks().flatten().to_numpy()
+    return table[name].to_pylist(), flat.reshape(table.num_rows, -1)
+
+
+def _hit_rate(ingested: Path, hot: set[str]) -> float:
+    """Share of the test day's searches whose query is hot."""
+    shown = pq.read_table(ingested / "test_impressions.parquet", columns=["search", "query"])
+    searches = shown.group_by(["search", "query"]).aggregate([])
+    texts = pq.read_table(ingested / "queries.parquet")["text"].take(searches["query"])
+    return float(np.mean([text in hot for text in texts.to_pylist()])) if len(texts) else 0.0
+
+
+def _write_products(folder: Path, storage: PhotoStorage, settings: Settings, out: Path) -> int:
+    """Write products.sqlite; returns how many products have a photo to show."""
+    db = sqlite3.connect(out / "products.sqlite")
+    db.execute(
+        "CREATE TABLE product (row INTEGER PRIMARY KEY, product_id TEXT NOT NULL, "
+        "title TEXT NOT NULL, category TEXT, price REAL, photo BLOB)"
+    )
+    create_words(db)
+    photos = 0
+    columns = ["product", "product_id", "title", "category", "price"]
+    for path in sorted(folder.glob("part-*.parquet")):
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=columns)
+                run = Rows(str(path), group, 0, table.num_rows)
+                shown = [_small(photo.data, settings) for photo in storage.read(run)]
+                photos += sum(photo is not None for photo in shown)
+                rows = zip(*(table[name].to_pylist() for name in columns), shown, strict=True)
+                db.executemany("INSERT INTO product VALUES (?, ?, ?, ?, ?, ?)", rows)
+                texts = zip(table["product"].to_pylist(), table["title"].to_pylist(), strict=True)
+                db.executemany("INSERT INTO words (rowid, title) VALUES (?, ?)", texts)
+    db.execute("CREATE UNIQUE INDEX by_id ON product (product_id)")
+    db.commit()
+    db.close()
+    return photos
+
+
+def _small(data: bytes | None, settings: Settings) -> bytes | None:
+    """A photo as it is shown: a JPEG of at most PHOTO_SIDE; None where it cannot be read."""
+    try:
+        return None if data is None else small_photo(data, settings.image.max_megapixels)
+    except BrokenImage:
+        return None
+
+
+def small_photo(data: bytes, max_megapixels: float) -> bytes:
+    """JPEG with a longest side of at most PHOTO_SIDE; a small JPEG is kept as it is.
+
+    Raises:
+        BrokenImage: `data` is no photo.
+    """
+    image = decode(data, max_megapixels)
+    scale = PHOTO_SIDE / max(image.shape[:2])
+    if scale >= 1 and len(data) <= PHOTO_BYTES and data[:2] == b"\xff\xd8":
+        return data
+    if scale < 1:
+        size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    encoded: Any = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
+    return encoded.tobytes()

@@ -1,0 +1,163 @@
+"""The change log: what happened to products since the bundle was made, in SQLite.
+
+One row a product, its last change, numbered by `seq`; whoever asks for what came after the last
+number it saw gets every product's newest state, in order. WAL with synchronous=FULL: when `put`
+or `delete` returns, the change is on the disk. One process writes (the lock is exclusive, which is
+also what lets WAL work on a network file system); replicas follow by asking it.
+
+Vectors are kept by model version, beside the product and its photo: for another model the same
+products are encoded again.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from acebert.errors import UserError
+from acebert.serving.products import Change, Product
+
+WAIT_SECONDS = 30.0  # for the process that had the log before to end
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS change (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, product_id TEXT NOT NULL UNIQUE,
+    deleted INTEGER NOT NULL, title TEXT, category TEXT, price REAL, in_stock INTEGER, photo BLOB
+);
+CREATE TABLE IF NOT EXISTS vector (
+    seq INTEGER NOT NULL, version TEXT NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (seq, version)
+);
+CREATE TRIGGER IF NOT EXISTS forget AFTER DELETE ON change BEGIN
+    DELETE FROM vector WHERE seq = old.seq;
+END;
+"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A product as it was sent: what a vector is made from."""
+
+    product: Product
+    photo: bytes | None
+
+
+class ChangeLog:
+    def __init__(self, path: Path) -> None:
+        """Open or create the log at `path`, waiting for a process that is about to leave it.
+
+        Raises:
+            UserError: another process has it, or the file is no SQLite database.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(path, timeout=WAIT_SECONDS, check_same_thread=False)
+        try:
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA recursive_triggers=ON")  # REPLACE deletes the old row's vector
+            self._db.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{path}: the change log cannot be opened: {error}") from error
+
+    def put(self, sources: Sequence[Source], vectors: NDArray[np.float32], version: str) -> int:
+        """Add or replace products; durable when it returns. The last one's `seq`.
+
+        Args:
+            vectors: float32 [n, d] by the model `version`.
+        """
+        seq = 0
+        with self._lock, self._db:
+            for source, vector in zip(sources, vectors, strict=True):
+                product = source.product
+                row = (product.product_id, product.title, product.category, product.price)
+                seq = self._insert("(?, 0, ?, ?, ?, ?, ?)", (*row, product.in_stock, source.photo))
+                self._set_vector(seq, version, vector)
+        return seq
+
+    def delete(self, product_id: str) -> int:
+        """Mark a product as deleted; durable when it returns. Its `seq`."""
+        with self._lock, self._db:
+            return self._insert("(?, 1, NULL, NULL, NULL, NULL, NULL)", (product_id,))
+
+    def _insert(self, values: str, row: tuple[object, ...]) -> int:
+        columns = "product_id, deleted, title, category, price, in_stock, photo"
+        found = self._db.execute(f"REPLACE INTO change ({columns}) VALUES {values}", row)
+        assert found.lastrowid is not None
+        return found.lastrowid
+
+    def since(self, seq: int, version: str, limit: int) -> list[Change]:
+        """The next changes after `seq`, at most `limit`, up to the first that has no vector of
+        `version` yet (`lacking` names these)."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT seq, product_id, deleted, title, category, price, in_stock, vector "
+                "FROM change LEFT JOIN vector USING (seq) "
+                "WHERE seq > ? AND (version = ? OR (version IS NULL AND deleted)) "
+                "ORDER BY seq LIMIT ?",
+                (seq, version, limit),
+            ).fetchall()
+            first = self._db.execute(
+                f"SELECT min(seq) FROM change WHERE seq > ? AND {_LACKS}", (seq, version)
+            ).fetchone()[0]
+        return [
+            Change(
+                at,
+                product_id,
+                None if deleted else Product(product_id, title, category, price, bool(in_stock)),
+                None if deleted else np.frombuffer(vector, np.float32),
+            )
+            for at, product_id, deleted, title, category, price, in_stock, vector in rows
+            if first is None or at < first
+        ]
+
+    def lacking(self, version: str, limit: int) -> list[tuple[int, Source]]:
+        """Products, by `seq`, that have no vector of `version`, at most `limit`."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT seq, product_id, title, category, price, in_stock, photo FROM change "
+                f"WHERE {_LACKS} ORDER BY seq LIMIT ?",
+                (version, limit),
+            ).fetchall()
+        return [
+            (seq, Source(Product(product_id, title, category, price, bool(in_stock)), photo))
+            for seq, product_id, title, category, price, in_stock, photo in rows
+        ]
+
+    def add_vectors(self, seqs: Sequence[int], vectors: NDArray[np.float32], version: str) -> None:
+        """Vectors of products as they were at `seqs`; a product that changed since is passed by."""
+        with self._lock, self._db:
+            for seq, vector in zip(seqs, vectors, strict=True):
+                known = self._db.execute("SELECT 1 FROM change WHERE seq = ?", (seq,)).fetchone()
+                if known:
+                    self._set_vector(seq, version, vector)
+
+    def _set_vector(self, seq: int, version: str, vector: NDArray[np.float32]) -> None:
+        blob = np.ascontiguousarray(vector, np.float32).tobytes()
+        self._db.execute("REPLACE INTO vector VALUES (?, ?, ?)", (seq, version, blob))
+
+    def photo(self, product_id: str) -> bytes | None:
+        """The photo that a changed product was sent with."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT photo FROM change WHERE product_id = ?", (product_id,)
+            ).fetchone()
+        return row and row[0]
+
+    def last(self) -> int:
+        """`seq` of the last change; 0: there is none."""
+        with self._lock:
+            return self._db.execute("SELECT coalesce(max(seq), 0) FROM change").fetchone()[0]
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+
+_LACKS = """NOT deleted AND NOT EXISTS (
+    SELECT 1 FROM vector WHERE vector.seq = change.seq AND version = ?
+)"""

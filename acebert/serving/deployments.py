@@ -1,0 +1,220 @@
+"""The service on Ray Serve.
+
+    Search (ingress, N replicas: HTTP, hot queries, index, query encoder)
+      ├─ Changes (one: the change log)
+      │    └─ ProductEncoding (N)
+      ├─ ProductEncoding, for search by photo
+      └─ QueryEncoding (N), only where `serve.encoder_apart`
+
+A search makes no hop: what each hop costs is in docs/decisions.md. Changes, which may wait some
+milliseconds, go to the one writer.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from acebert.config import Settings
+from acebert.data.image import BrokenImage
+from acebert.errors import UserError
+from acebert.job import set_up_logging
+from acebert.serving.api import make_api
+from acebert.serving.bundle import Bundle, published
+from acebert.serving.catalogue import Catalogue, Unavailable
+from acebert.serving.changes import ChangeLog, Source
+from acebert.serving.product_encoder import ProductEncoder
+from acebert.serving.products import Change
+from acebert.serving.query_encoder import QueryEncoder, product_side_version
+from acebert.serving.service import SearchService
+
+KEY_VARIABLE = "ACEBERT_API_KEY"
+BUNDLES = 2  # whose encoders are kept: the old and the new one of a swap
+# So that all of it fits on two cores; serve/config.yaml gives a cluster's replicas whole ones.
+SOME, LITTLE = {"num_cpus": 0.5}, {"num_cpus": 0.2}
+QUIET = {"enable_access_log": False}  # replicas ask for changes twice a second
+
+
+@serve.deployment(ray_actor_options=LITTLE, logging_config=QUIET)
+class ProductEncoding:
+    """Products → vectors, by the model of the bundle that is asked for."""
+
+    def __init__(self, settings: Settings) -> None:
+        options = settings.serve.threads, settings.serve.max_megapixels
+        self._encoder = lru_cache(BUNDLES)(lambda bundle: ProductEncoder(bundle, *options))
+        self._one = asyncio.Lock()  # torch's threads are there for one batch
+
+    async def encode(
+        self, bundle: Path, titles: Sequence[str], photos: Sequence[bytes | None]
+    ) -> NDArray[np.float32]:
+        async with self._one:
+            return await asyncio.to_thread(lambda: self._encoder(bundle).encode(titles, photos))
+
+
+@serve.deployment(ray_actor_options=SOME)
+class QueryEncoding:
+    """Queries → vectors, with the version of the model that made them."""
+
+    def __init__(self, settings: Settings) -> None:
+        options = settings.serve.runtime, settings.serve.threads
+        self._encoder = lru_cache(BUNDLES)(
+            lambda bundle: QueryEncoder.load(bundle / "query_encoder", *options)
+        )
+        batched: Any = self._batched
+        batched.set_max_batch_size(settings.serve.batch_size)
+        batched.set_batch_wait_timeout_s(settings.serve.batch_wait_ms / 1000)
+
+    @serve.batch
+    async def _batched(self, asked: list[tuple[Path, str]]) -> list[tuple[str, Any]]:
+        return await asyncio.to_thread(self._encode, asked)
+
+    def _encode(self, asked: list[tuple[Path, str]]) -> list[tuple[str, Any]]:
+        answers: list[Any] = [None] * len(asked)
+        for bundle in {bundle for bundle, _ in asked}:
+            rows = [i for i, (of, _) in enumerate(asked) if of == bundle]
+            encoder = self._encoder(bundle)
+            vectors = encoder.encode([asked[i][1] for i in rows])
+            for i, vector in zip(rows, vectors, strict=True):
+                answers[i] = encoder.version, vector
+        return answers
+
+    async def encode(self, bundle: Path, text: str) -> tuple[str, NDArray[np.float32]]:
+        return await self._batched((bundle, text))
+
+
+@serve.deployment(ray_actor_options=LITTLE, logging_config=QUIET)
+class Changes:
+    """The one writer: `Catalogue` behind a handle."""
+
+    def __init__(self, settings: Settings, encoding: DeploymentHandle) -> None:
+        set_up_logging()
+
+        def bundle() -> tuple[Path, str]:
+            path = settings.serve.bundle or published(settings.workdir)
+            return path, self._version(path)
+
+        async def encode(*arguments: Any) -> NDArray[np.float32]:
+            return await _asked(encoding.encode.remote(*arguments))
+
+        self._version = lru_cache(BUNDLES)(lambda path: product_side_version(path / "model"))
+        self._log = ChangeLog(settings.workdir / "serving" / "changes.sqlite")
+        self._catalogue = Catalogue(self._log, encode, bundle, settings.serve.max_megapixels)
+
+    async def put(self, sources: Sequence[Source]) -> int:
+        return await self._catalogue.put(sources)
+
+    async def delete(self, product_id: str) -> int:
+        return await self._catalogue.delete(product_id)
+
+    async def changes(self, since: int, bundle: Path, version: str) -> list[Change]:
+        return await self._catalogue.changes(since, bundle, version)
+
+    async def photo(self, product_id: str) -> bytes | None:
+        return await self._catalogue.photo(product_id)
+
+    def __del__(self) -> None:
+        self._log.close()
+
+
+class RemoteProducts:
+    """`catalogue.Products` by deployments."""
+
+    def __init__(self, changes: DeploymentHandle, encoding: DeploymentHandle) -> None:
+        self._changes, self._encoding = changes, encoding
+
+    async def put(self, sources: Sequence[Source]) -> int:
+        return await _asked(self._changes.put.remote(sources))
+
+    async def delete(self, product_id: str) -> int:
+        return await _asked(self._changes.delete.remote(product_id))
+
+    async def changes(self, since: int, bundle: Path, version: str) -> list[Change]:
+        return await _asked(self._changes.changes.remote(since, bundle, version))
+
+    async def photo(self, product_id: str) -> bytes | None:
+        return await _asked(self._changes.photo.remote(product_id))
+
+    async def encode(
+        self, bundle: Path, titles: Sequence[str], photos: Sequence[bytes | None]
+    ) -> NDArray[np.float32]:
+        return await _asked(self._encoding.encode.remote(bundle, titles, photos))
+
+
+async def _asked(response: Any) -> Any:
+    """What a deployment answered, with its own exceptions and not Ray's around them.
+
+    Raises:
+        BrokenImage, UserError: as the deployment raised them.
+        Unavailable: it is not there, or has too much to do.
+    """
+    try:
+        return await response
+    except RayTaskError as error:
+        cause: BaseException = error
+        while isinstance(cause, RayTaskError) and cause.cause is not None:
+            cause = cause.cause
+        if isinstance(cause, BrokenImage | UserError | Unavailable):
+            raise cause from None
+        raise
+    except (RayError, RayServeException, BackPressureError) as error:
+        raise Unavailable("a part of the service restarts: try again") from error
+
+
+@serve.deployment(ray_actor_options=SOME)
+@serve.ingress()
+class Search:
+    """The ingress: HTTP, and all that a search needs."""
+
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self,
+        settings: Settings,
+        changes: DeploymentHandle,
+        encoding: DeploymentHandle,
+        queries: DeploymentHandle | None,
+    ) -> None:
+        set_up_logging()
+        logging.getLogger("acebert").info("starts in process %d", os.getpid())
+
+        async def encode(bundle: Path, texts: Sequence[str]) -> tuple[str, NDArray[np.float32]]:
+            assert queries is not None
+            asked = [_asked(queries.encode.remote(bundle, text)) for text in texts]
+            answers = await asyncio.gather(*asked)
+            return answers[0][0], np.stack([vector for _, vector in answers])
+
+        products = RemoteProducts(changes, encoding)
+        self.service = SearchService(settings, products, encode if queries else None)
+        await self.service.start()
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return make_api(self.service, os.environ.get(KEY_VARIABLE) or None)
+
+
+def build(settings: Settings, replicas: int = 1) -> serve.Application:
+    """The application with so many Search replicas; serve/config.yaml sets them, and resources, for
+    a cluster.
+
+    Raises:
+        UserError: there is no bundle to serve, or it is broken.
+    """
+    Bundle(settings.serve.bundle or published(settings.workdir))  # an error here, not in a replica
+    encoding = ProductEncoding.bind(settings)  # type: ignore[attr-defined]
+    changes = Changes.bind(settings, encoding)  # type: ignore[attr-defined]
+    apart = settings.serve.encoder_apart
+    queries = QueryEncoding.bind(settings) if apart else None  # type: ignore[attr-defined]
+    # The gate refuses what is too much, with Retry-After; Serve lets it come that far.
+    slots = 2 * settings.serve.max_requests
+    search = Search.options(  # type: ignore[attr-defined]
+        num_replicas=replicas, max_ongoing_requests=slots, max_queued_requests=slots
+    )
+    return search.bind(settings, changes, encoding, queries)

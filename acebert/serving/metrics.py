@@ -1,0 +1,25 @@
+"""Counts and times of the service, as Ray exports them to Prometheus.
+
+`acebert_queries` by `path` (hot, tail, product, photo), so the hit rate is hot over hot + tail;
+`acebert_stage_ms` by `stage` (encode, index, products, total) and `path`;
+`acebert_refused` by `status`; `acebert_changes_applied`; gauge `acebert_behind_s`, how long ago a
+replica last heard of changes.
+"""
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+BOUNDARIES = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self.queries = Counter("acebert_queries", "searches", ("path",))
+        self.stage_ms = Histogram(
+            "acebert_stage_ms", "time by stage [ms]", BOUNDARIES, ("stage", "path")
+        )
+        self.refused = Counter("acebert_refused", "requests refused", ("status",))
+        self.changes = Counter("acebert_changes_applied", "changes of products applied")
+        self.behind = Gauge("acebert_behind_s", "since changes were last asked for [s]")
+
+    def stage(self, stage: str, path: str, seconds: float) -> None:
+        self.stage_ms.observe(max(1e-6, 1000 * seconds), {"stage": stage, "path": path})

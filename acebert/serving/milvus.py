@@ -1,0 +1,161 @@
+"""The same products in Milvus, for catalogues that one machine does not hold.
+
+A bundle is a collection, filled when it is first opened; changes are written to it. The change log
+stays the truth: whoever opens the collection writes its changes again, each product's last one, so
+a lost or doubled write mends itself. Milvus Lite (a file in place of a server) takes one process;
+which index types are real in it is in docs/serving.md.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pymilvus import DataType, MilvusClient
+from pymilvus.exceptions import MilvusException
+
+from acebert.errors import UserError
+from acebert.serving.bundle import Bundle
+from acebert.serving.products import Change, Filter, Hit, Product
+
+log = logging.getLogger(__name__)
+
+ROWS = 1000  # of an insert
+FIELDS = ["product_id", "title", "category", "price", "in_stock"]
+NO_PRICE = -1.0  # Milvus Lite has no nulls to compare with
+
+
+class MilvusIndex:
+    """`live_index.LiveProducts` on Milvus."""
+
+    def __init__(self, bundle: Bundle, uri: str) -> None:
+        """
+        Raises:
+            UserError: Milvus cannot be reached.
+        """
+        self._name = f"acebert_{bundle.directory.name}"
+        self._changed: set[str] = set()
+        self._categories = {name for name in bundle.columns()[0] if name is not None}
+        try:
+            self._client = MilvusClient(uri)
+            if not self._client.has_collection(f"{self._name}_filled"):
+                self._fill(bundle)
+            self._client.load_collection(self._name)
+        except MilvusException as error:
+            raise UserError(f"serve.milvus_uri {uri}: {error}") from error
+
+    def _fill(self, bundle: Bundle) -> None:
+        if self._client.has_collection(self._name):
+            self._client.drop_collection(self._name)
+        n, d = bundle.vectors.shape
+        schema = self._client.create_schema()
+        schema.add_field("product_id", DataType.VARCHAR, is_primary=True, max_length=800)
+        schema.add_field("title", DataType.VARCHAR, max_length=8000)
+        schema.add_field("category", DataType.VARCHAR, max_length=800)
+        schema.add_field("price", DataType.FLOAT)
+        schema.add_field("in_stock", DataType.BOOL)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=d)
+        index = self._client.prepare_index_params()
+        kind = {"flat": "FLAT", "hnsw": "HNSW", "ivf": "IVF_FLAT"}[bundle.index.info.kind]
+        params = {"hnsw": {"M": 32, "efConstruction": 200}, "ivf": {"nlist": round(4 * n**0.5)}}
+        index.add_index(
+            "vector",
+            index_type=kind,
+            metric_type="IP",
+            params=params.get(bundle.index.info.kind, {}),
+        )
+        self._client.create_collection(
+            self._name, schema=schema, index_params=index, consistency_level="Strong"
+        )
+        for start in range(0, n, ROWS):
+            rows = list(range(start, min(start + ROWS, n)))
+            self._write(bundle.products(rows), np.asarray(bundle.vectors[rows]))
+        self._client.create_collection(f"{self._name}_filled", dimension=2)  # whole from here on
+        log.info("milvus: %d products in %s", n, self._name)
+
+    def _write(self, products: Sequence[Product], vectors: NDArray[np.float32]) -> None:
+        rows = [
+            {
+                "product_id": product.product_id,
+                "title": product.title,
+                "category": product.category or "",
+                "price": NO_PRICE if product.price is None else product.price,
+                "in_stock": product.in_stock,
+                "vector": vector,
+            }
+            for product, vector in zip(products, vectors, strict=True)
+        ]
+        self._client.upsert(self._name, rows)
+
+    def search(self, queries: NDArray[np.float32], k: int, where: Filter) -> list[list[Hit]]:
+        found = self._client.search(
+            self._name,
+            data=list(queries),
+            limit=k,
+            filter=_expression(where),
+            output_fields=FIELDS,
+            search_params={"metric_type": "IP", "params": {"ef": max(2 * k, 64), "nprobe": 32}},
+        )
+        return [[Hit(_product(hit["entity"]), hit["distance"]) for hit in hits] for hits in found]
+
+    def by_words(self, query: str, k: int, where: Filter) -> list[Hit]:
+        """
+        Raises:
+            UserError: always; words are matched by the FAISS index's own tables.
+        """
+        raise UserError("hybrid search needs the products here, not in Milvus (serve.milvus_uri)")
+
+    def product(self, product_id: str) -> Product | None:
+        rows = self._get(product_id, FIELDS)
+        return _product(rows[0]) if rows else None
+
+    def vector(self, product_id: str) -> NDArray[np.float32] | None:
+        rows = self._get(product_id, ["vector"])
+        return np.asarray(rows[0]["vector"], np.float32) if rows else None
+
+    def _get(self, product_id: str, fields: list[str]) -> list[dict[str, Any]]:
+        return self._client.get(self._name, ids=[product_id], output_fields=fields)
+
+    def is_changed(self, product_id: str) -> bool:
+        return product_id in self._changed
+
+    def categories(self) -> list[str]:
+        return sorted(self._categories)
+
+    def apply(self, changes: Sequence[Change]) -> None:
+        last = {change.product_id: change for change in changes}
+        kept = [(c.product, c.vector) for c in last.values() if c.vector is not None]
+        products = [product for product, _ in kept if product is not None]
+        if products:
+            self._write(products, np.stack([vector for _, vector in kept]))
+        gone = [name for name, change in last.items() if change.product is None]
+        if gone:
+            self._client.delete(self._name, ids=gone)
+        self._changed |= last.keys()
+        self._categories |= {p.category for p in products if p.category is not None}
+
+
+def _expression(where: Filter) -> str:
+    parts = []
+    if where.category is not None:
+        parts.append(f"category == {json.dumps(where.category)}")
+    if where.min_price is not None or where.max_price is not None:
+        parts.append(f"price >= {max(0.0, where.min_price or 0.0)}")
+    if where.max_price is not None:
+        parts.append(f"price <= {where.max_price}")
+    if where.in_stock is not None:
+        parts.append(f"in_stock == {str(where.in_stock).lower()}")
+    return " and ".join(parts)
+
+
+def _product(row: dict[str, Any]) -> Product:
+    price = row["price"]
+    return Product(
+        row["product_id"],
+        row["title"],
+        row["category"] or None,
+        None if price == NO_PRICE else float(price),
+        bool(row["in_stock"]),
+    )

@@ -1,0 +1,118 @@
+"""Requests and answers of the search API, as OpenAPI describes them."""
+
+from typing import Annotated
+
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
+
+MAX_QUERY = 256
+MAX_K = 500
+MAX_BATCH = 256  # queries, or products, in one request
+
+Query = Annotated[str, Field(min_length=1, max_length=MAX_QUERY)]
+"""what a shopper types"""
+PRODUCT_ID = r"^[^\x00-\x1f\x7f]+$"
+ProductId = Annotated[str, Field(min_length=1, max_length=200, pattern=PRODUCT_ID)]
+K = Annotated[int, Field(ge=1, le=MAX_K)]
+Price = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Score = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+Category = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class FilterIn(Request):
+    category: Category | None = None
+    min_price: Price | None = None
+    max_price: Price | None = None
+    in_stock: bool | None = None
+
+
+class BatchIn(Request):
+    queries: list[Query] = Field(min_length=1, max_length=MAX_BATCH)
+    k: K = 10
+    filter: FilterIn = FilterIn()
+
+
+class PhotoIn(Request):
+    photo: Base64Bytes
+    """JPEG, PNG, WebP, GIF, BMP or TIFF, in base64"""
+    text: str = Field("", max_length=MAX_QUERY)
+    """what the photo does not say"""
+    k: K = 10
+    filter: FilterIn = FilterIn()
+
+
+class ProductIn(Request):
+    title: str = Field(max_length=2000)
+    category: Category | None = None
+    price: Price | None = None
+    in_stock: bool = True
+    photo: Base64Bytes | None = None
+    """JPEG, PNG, WebP, GIF, BMP or TIFF, in base64"""
+
+
+class NamedProductIn(ProductIn):
+    product_id: ProductId
+
+
+class ProductsIn(Request):
+    products: list[NamedProductIn] = Field(min_length=1, max_length=MAX_BATCH)
+
+
+class ProductOut(BaseModel):
+    product_id: str
+    title: str
+    category: str | None
+    price: float | None
+    in_stock: bool
+    photo: str
+    """address of its photo, below this server"""
+
+
+class HitOut(ProductOut):
+    score: float
+
+
+class Answer(BaseModel):
+    hits: list[HitOut]
+    path: str
+    """how the query's vector was found: hot, tail, product or photo"""
+    no_good_match: bool
+    version: str
+    """of the model"""
+    took_ms: float
+
+
+class Answers(BaseModel):
+    answers: list[Answer]
+
+
+class Accepted(BaseModel):
+    """The change is on the disk; replicas have it within seconds."""
+
+    seq: int
+
+
+class Version(BaseModel):
+    model: str
+    bundle: str
+    products: int
+    dimensions: int
+    hot_queries: int
+    changes: int
+    """`seq` of the last change that this replica has"""
+    behind_s: float
+
+
+class Status(BaseModel):
+    status: str
+
+
+class Categories(BaseModel):
+    categories: list[str]
+
+
+class Problem(BaseModel):
+    error: str

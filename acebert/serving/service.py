@@ -1,0 +1,270 @@
+"""One replica of the search service: a bundle in memory, kept up to date, swapped when a newer one
+is published. Plain asyncio: Ray stands around it (`deployments`), HTTP before it (`api`).
+
+Hot path: a query whose text, normalised as in training, is in the bundle's table has its vector
+there; the index is searched at once. All others share forwards of the query encoder (`Batcher`).
+Both kinds end in one thread pool, so that the event loop is free for health checks and refusals.
+
+Swap: `_follow` loads the new bundle with its encoder and index beside the old, applies all changes
+to it, and then puts it in place at once. A request keeps the bundle that it began with.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from acebert.config import Settings
+from acebert.data.schema import normalize_query
+from acebert.errors import UserError
+from acebert.serving.batcher import Batcher
+from acebert.serving.bundle import Bundle, published
+from acebert.serving.catalogue import Products, Unavailable
+from acebert.serving.live_index import LiveIndex, LiveProducts, fuse
+from acebert.serving.metrics import Metrics
+from acebert.serving.products import Filter, Hit
+from acebert.serving.query_encoder import QueryEncoder
+
+log = logging.getLogger(__name__)
+
+EncodeQueries = Callable[[Path, Sequence[str]], Awaitable[tuple[str, NDArray[np.float32]]]]
+"""bundle, texts [n] → version of the model, vectors [n, d]: a query encoder elsewhere"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Hits of one search."""
+
+    hits: list[Hit]
+    path: str
+    """hot, tail, product or photo"""
+    version: str
+    """of the model"""
+    no_good_match: bool
+    seconds: float
+
+
+class Loaded:
+    """A bundle that can be searched: its index with changes up to `seq`, its encoder."""
+
+    def __init__(self, directory: Path, settings: Settings, pool: ThreadPoolExecutor) -> None:
+        """
+        Raises:
+            UserError: the bundle is broken, or its parts are of different models.
+        """
+        serve = settings.serve
+        self.bundle = Bundle(directory)
+        self.version = self.bundle.version
+        self.seq = 0
+        self.index: LiveProducts
+        if serve.milvus_uri is None:
+            self.index = LiveIndex(self.bundle)
+        else:
+            from acebert.serving.milvus import MilvusIndex
+
+            self.index = MilvusIndex(self.bundle, serve.milvus_uri)
+        self.batcher: Batcher | None = None
+        if not serve.encoder_apart:
+            encoder = QueryEncoder.load(
+                directory / "query_encoder", serve.runtime, threads=serve.threads
+            )
+            check_version(encoder.version, self.version, directory)
+            self.batcher = Batcher(
+                encoder.encode, pool, serve.batch_size, serve.batch_wait_ms / 1000
+            )
+
+
+def check_version(found: str, expected: str, where: object) -> None:
+    """
+    Raises:
+        UserError: vectors of two models would be compared.
+    """
+    if found != expected:
+        raise UserError(f"{where}: query encoder of model {found} beside vectors of {expected}")
+
+
+class SearchService:
+    """See the module's docstring.
+
+    Args:
+        settings: `serve` and `workdir` are read.
+        products: the writer and the product encoder.
+        encode: the query encoder, where `serve.encoder_apart`.
+    """
+
+    def __init__(
+        self, settings: Settings, products: Products, encode: EncodeQueries | None = None
+    ) -> None:
+        self.settings = settings.serve
+        self._all = settings
+        self.products = products
+        self._encode_apart = encode
+        self.metrics = Metrics()
+        self._pool = ThreadPoolExecutor(self.settings.threads + 1, "search")
+        self.loaded: Loaded | None = None
+        self._heard = 0.0
+        self._task: asyncio.Task[None] | None = None
+        faiss.omp_set_num_threads(self.settings.threads)
+
+    async def start(self) -> None:
+        """Load the bundle, apply all changes to it, and follow both from then on.
+
+        Raises:
+            UserError: there is no bundle, or it is broken.
+        """
+        self.loaded = await self._load(self._wanted())
+        self._task = asyncio.create_task(self._follow())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        self._pool.shutdown(wait=False)
+
+    @property
+    def behind(self) -> float:
+        """Seconds since the writer last said what changed."""
+        return time.monotonic() - self._heard
+
+    def current(self) -> Loaded:
+        assert self.loaded is not None, "start() was not awaited"
+        return self.loaded
+
+    def _wanted(self) -> Path:
+        return self.settings.bundle or published(self._all.workdir)
+
+    async def _load(self, directory: Path) -> Loaded:
+        loaded = await asyncio.to_thread(Loaded, directory, self._all, self._pool)
+        while await self._catch_up(loaded):
+            pass
+        log.info("serves %s, %d changes", directory, loaded.seq)
+        return loaded
+
+    async def _catch_up(self, loaded: Loaded) -> int:
+        """Apply the next changes; how many there were."""
+        changes = await self.products.changes(loaded.seq, loaded.bundle.directory, loaded.version)
+        if changes:
+            await asyncio.to_thread(loaded.index.apply, changes)
+            loaded.seq = changes[-1].seq
+            self.metrics.changes.inc(len(changes))
+        self._heard = time.monotonic()
+        return len(changes)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.follow_seconds)
+            try:
+                current = self.current()
+                while await self._catch_up(current):
+                    pass
+                wanted = self._wanted()
+                if wanted != current.bundle.directory:
+                    self.loaded = await self._load(wanted)
+            except Unavailable as error:
+                log.warning("cannot follow, goes on with what it has: %s", error)
+            except Exception:  # a bundle is broken: serve what there is
+                log.exception("cannot follow, goes on with what it has")
+            self.metrics.behind.set(self.behind)
+
+    async def search(
+        self, query: str, k: int, where: Filter, *, hybrid: bool = False, min_score: float | None
+    ) -> Found:
+        """The best k products for a query.
+
+        Args:
+            hybrid: fuse the ranks with BM25's on titles.
+            min_score: hits below are left out (none: `serve.good_score` only judges the best).
+        """
+        start = time.perf_counter()
+        loaded = self.current()
+        text = normalize_query(query)
+        row = loaded.bundle.hot.get(text)
+        path = "tail" if row is None else "hot"
+        if row is not None:
+            vector = np.asarray(loaded.bundle.hot_vectors[row])
+        else:
+            vector = await self._vector(loaded, text)
+            self.metrics.stage("encode", path, time.perf_counter() - start)
+        return await self._nearest(
+            loaded, vector, k, where, path, start, text if hybrid else None, min_score
+        )
+
+    async def search_many(self, queries: Sequence[str], k: int, where: Filter) -> list[Found]:
+        """As many searches at once."""
+        searches = [self.search(query, k, where, min_score=None) for query in queries]
+        return list(await asyncio.gather(*searches))
+
+    async def similar(self, product_id: str, k: int, where: Filter) -> Found | None:
+        """The products nearest to a product, without it; None: there is no such product."""
+        start = time.perf_counter()
+        loaded = self.current()
+        vector = loaded.index.vector(product_id)
+        if vector is None:
+            return None
+        found = await self._nearest(loaded, vector, k + 1, where, "product", start, None, None)
+        others = [hit for hit in found.hits if hit.product.product_id != product_id][:k]
+        return Found(others, found.path, found.version, False, found.seconds)
+
+    async def search_photo(self, photo: bytes, text: str, k: int, where: Filter) -> Found:
+        """The products nearest to one that looks like `photo` and is called `text`.
+
+        Raises:
+            BrokenImage: `photo` is none, or too large.
+        """
+        start = time.perf_counter()
+        loaded = self.current()
+        vectors = await self.products.encode(loaded.bundle.directory, [text], [photo])
+        self.metrics.stage("encode", "photo", time.perf_counter() - start)
+        return await self._nearest(loaded, vectors[0], k, where, "photo", start, None, None)
+
+    async def photo(self, product_id: str) -> bytes | None:
+        """JPEG of a product, or None."""
+        loaded = self.current()
+        if loaded.index.is_changed(product_id):
+            return await self.products.photo(product_id)
+        row = loaded.bundle.row_of(product_id)
+        return None if row is None else loaded.bundle.photo(row)
+
+    async def _vector(self, loaded: Loaded, text: str) -> NDArray[np.float32]:
+        if loaded.batcher is not None:
+            return await loaded.batcher(text)
+        assert self._encode_apart is not None
+        version, vectors = await self._encode_apart(loaded.bundle.directory, [text])
+        check_version(version, loaded.version, loaded.bundle.directory)
+        return vectors[0]
+
+    async def _nearest(
+        self,
+        loaded: Loaded,
+        vector: NDArray[np.float32],
+        k: int,
+        where: Filter,
+        path: str,
+        start: float,
+        hybrid: str | None,
+        min_score: float | None,
+    ) -> Found:
+        loop = asyncio.get_running_loop()
+        asked = time.perf_counter()
+        (hits,) = await loop.run_in_executor(
+            self._pool, loaded.index.search, vector[None], k, where
+        )
+        good = self.settings.good_score if min_score is None else min_score
+        no_good_match = not hits or (good is not None and hits[0].score < good)
+        if min_score is not None:
+            hits = [hit for hit in hits if hit.score >= min_score]
+        if hybrid is not None:
+            words = await loop.run_in_executor(self._pool, loaded.index.by_words, hybrid, k, where)
+            hits = fuse(k, hits, words)
+            no_good_match = no_good_match and not words
+        end = time.perf_counter()
+        self.metrics.stage("index", path, end - asked)
+        self.metrics.stage("total", path, end - start)
+        self.metrics.queries.inc(1, {"path": path})
+        return Found(hits, path, loaded.version, no_good_match, end - start)

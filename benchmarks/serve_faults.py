@@ -1,0 +1,160 @@
+"""Does a request fail while replicas die, the model is swapped and products change?
+
+    python benchmarks/serve_faults.py --bundle A --other B [--requests 20000] [--clients 8]
+
+A and B are bundles of one catalogue by two models. Two Search replicas behind Ray's HAProxy, which
+asks the other replica when one is gone. In the middle of constant load a replica is killed with -9,
+B is published, another replica is killed; all the while products are added, replaced and deleted.
+At the end every change has to be as it was acknowledged, on every replica that answers.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
+# Every request of this API may be sent twice: searches read, changes say what a product then is.
+os.environ.setdefault("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response response-timeout")
+
+import httpx2 as httpx
+
+URL = "http://127.0.0.1:8000"
+
+
+def replica_pids() -> list[int]:
+    """Processes of the Search replicas."""
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
+    lines = [line.split(None, 1) for line in listed.stdout.splitlines()]
+    return [
+        int(pid)
+        for pid, name in lines
+        if name.startswith("ray::ServeReplica:") and ":Search" in name
+    ]
+
+
+async def load(
+    client: httpx.AsyncClient, queries: list[str], left: list[int], seen: Counter
+) -> None:
+    """Searches until `left` is used up; statuses and model versions are counted in `seen`."""
+    while left[0] > 0:
+        left[0] -= 1
+        try:
+            answer = await client.get("/search", params={"q": random.choice(queries), "k": 20})
+            seen[answer.status_code] += 1
+            if answer.status_code == 200:
+                seen[f"model {answer.json()['version']}"] += 1
+            elif answer.status_code == 503:
+                await asyncio.sleep(float(answer.headers.get("retry-after", 1)))
+        except httpx.HTTPError as error:
+            seen[type(error).__name__] += 1
+
+
+async def change(client: httpx.AsyncClient, truth: dict[str, str | None], left: list[int]) -> None:
+    """Changes of 50 products; `truth` holds what was acknowledged last."""
+    number = 0
+    while left[0] > 0:
+        number += 1
+        name = f"fault-{number % 50}"
+        if random.random() < 0.3:
+            answer = await client.delete(f"/products/{name}")
+            value = None
+        else:
+            value = f"thing {number}"
+            answer = await client.put(f"/products/{name}", json={"title": value})
+        if answer.status_code == 202:
+            truth[name] = value
+        await asyncio.sleep(0.05)
+
+
+async def scenario(arguments: argparse.Namespace, workdir: Path) -> None:
+    from acebert.serving.bundle import publish
+
+    info = json.loads((arguments.bundle / "bundle.json").read_text())
+    queries = [f"red shoe {i}" for i in range(200)]
+    left = [arguments.requests]
+    seen: Counter[object] = Counter()
+    truth: dict[str, str | None] = {}
+    limits = httpx.Limits(max_connections=arguments.clients + 4)
+    async with httpx.AsyncClient(base_url=URL, timeout=60, limits=limits) as client:
+        for _ in range(600):
+            try:
+                if (await client.get("/ready")).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            await asyncio.sleep(0.5)
+        start = time.perf_counter()
+        tasks = [load(client, queries, left, seen) for _ in range(arguments.clients)]
+        running = asyncio.gather(*tasks, change(client, truth, left))
+
+        async def when(share: float) -> None:
+            while left[0] > (1 - share) * arguments.requests:
+                await asyncio.sleep(0.1)
+
+        await when(0.25)
+        victim = replica_pids()[0]
+        os.kill(victim, signal.SIGKILL)
+        print(f"killed replica {victim}", flush=True)
+        await when(0.5)
+        publish(workdir, arguments.other)
+        print(f"published {arguments.other.name}", flush=True)
+        await when(0.75)
+        victim = replica_pids()[-1]
+        os.kill(victim, signal.SIGKILL)
+        print(f"killed replica {victim}", flush=True)
+        await running
+        seconds = time.perf_counter() - start
+        await asyncio.sleep(3)
+        wrong = 0
+        for _ in range(4):  # whichever replica answers
+            for name, title in truth.items():
+                found = await client.get(f"/products/{name}")
+                held = found.json()["title"] if found.status_code == 200 else None
+                wrong += held != title
+        print(
+            f"{arguments.requests} searches in {seconds:.0f} s beside changes of "
+            f"{len(truth)} products; {info['products']} products",
+            flush=True,
+        )
+        for what, count in sorted(seen.items(), key=str):
+            print(f"{what}: {count}")
+        print(f"products that are not as acknowledged: {wrong}")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from ray import serve
+
+    from acebert.cluster import ray
+    from acebert.config import load_settings
+    from acebert.serving.bundle import publish
+    from acebert.serving.deployments import build
+
+    with tempfile.TemporaryDirectory() as folder:
+        publish(Path(folder), arguments.bundle)
+        settings = load_settings(["--workdir", folder])
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=False, logging_level=logging.WARNING
+        )
+        serve.start(http_options={"port": 8000})
+        serve.run(build(settings, replicas=2), blocking=False)
+        asyncio.run(scenario(arguments, Path(folder)))
+        serve.shutdown()
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--other", type=Path, required=True)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--clients", type=int, default=8)
+    main(parser.parse_args())

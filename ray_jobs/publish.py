@@ -1,0 +1,36 @@
+"""Make a bundle of a model (vectors of products and hot queries, index, photos) and publish it.
+
+    python ray_jobs/publish.py --workdir W --model MODEL_DIR [--query_encoder DIR]
+
+Services of this work directory take it over while they serve. `--model` also takes the address of
+a registered model, e.g. models:/acebert@candidate.
+"""
+
+import argparse
+from pathlib import Path
+
+from acebert.cluster import leave
+from acebert.config import Settings
+from acebert.job import run_job
+from acebert.pipeline import bundle_stage, settings_for
+from acebert.serving.bundle import publish
+from acebert.tracking import registered_model
+
+
+def work(settings: Settings, arguments: argparse.Namespace) -> None:
+    model = arguments.model
+    directory = registered_model(settings, model) if model.startswith("models:/") else Path(model)
+    settings = settings_for(directory, arguments.settings)
+    stage = bundle_stage(settings, directory, arguments.query_encoder or directory)
+    publish(settings.workdir, stage.path)
+    leave()
+    print(stage.path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--model", required=True, help="directory that finetune printed, or models:/"
+    )
+    parser.add_argument("--query_encoder", type=Path, help="directory that distill printed")
+    run_job(work, __doc__, parser)

@@ -1,0 +1,332 @@
+"""The API, over ASGI in this process, against the vectors of the embed stage and numpy."""
+
+import asyncio
+import base64
+import io
+import json
+import struct
+import zlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import cv2
+import httpx2 as httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from acebert.serving.bundle import publish
+from acebert.serving.gate import Gate
+from acebert.serving.query_encoder import QueryEncoder
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20) -> None:
+    for _ in range(int(seconds / 0.05)):
+        if await condition():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("it did not come true in time")
+
+
+def ids(answer: httpx.Response) -> list[str]:
+    assert answer.status_code == 200, answer.text
+    return [hit["product_id"] for hit in answer.json()["hits"]]
+
+
+def jpeg(colour: tuple[int, int, int] = (200, 30, 30), side: int = 64) -> str:
+    pixels = np.full((side, side, 3), colour, np.uint8)
+    return base64.b64encode(cv2.imencode(".jpg", pixels)[1].tobytes()).decode()
+
+
+def assert_best(world: Any, hits: list[dict[str, Any]], vector: np.ndarray, k: int) -> None:
+    """The hits are numpy's best k, in order; products of the same text score the same."""
+    scores = dict(zip(world.ids, (world.vectors @ vector).tolist(), strict=True))
+    expected = sorted(scores.values(), reverse=True)[:k]
+    np.testing.assert_allclose([hit["score"] for hit in hits], expected, atol=1e-5)
+    np.testing.assert_allclose([scores[hit["product_id"]] for hit in hits], expected, atol=1e-5)
+    assert len({hit["product_id"] for hit in hits}) == len(hits)
+
+
+def test_hot_and_tail_queries_find_numpys_best_and_say_which_they_were(world, with_service) -> None:
+    encoder = QueryEncoder.load(world.model)
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        hot = next(iter(local.service.current().bundle.hot))
+        for query, path in [(hot, "hot"), (f"  {hot.upper()} ", "hot"), ("purple zebra", "tail")]:
+            answer = await client.get("/search", params={"q": query, "k": 20})
+            assert_best(world, answer.json()["hits"], encoder.encode([query])[0], 20)
+            assert answer.json()["path"] == path
+            assert answer.json()["version"] == encoder.version
+
+    with_service(test)
+
+
+def test_a_batch_answers_as_single_searches_do(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        queries = ["red shoe", "blue bag", "hat", "red shoe"]
+        batch = await client.post("/search/batch", json={"queries": queries, "k": 7})
+        for query, answer in zip(queries, batch.json()["answers"], strict=True):
+            single = await client.get("/search", params={"q": query, "k": 7})
+            assert [hit["product_id"] for hit in answer["hits"]] == ids(single)
+
+    with_service(test)
+
+
+def test_filters_and_the_score_threshold_hold_for_every_hit(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        category = (await client.get("/categories")).json()["categories"][0]
+        found = await client.get("/search", params={"q": "shoe", "k": 80, "category": category})
+        assert ids(found)
+        assert {hit["category"] for hit in found.json()["hits"]} == {category}
+        scores = [hit["score"] for hit in (await client.get("/search?q=shoe&k=80")).json()["hits"]]
+        middle = scores[40] - 2e-6  # scores are rounded in answers
+        above = await client.get("/search", params={"q": "shoe", "k": 80, "min_score": middle})
+        assert len(ids(above)) == sum(score >= middle for score in scores)
+        assert not above.json()["no_good_match"]
+        none = await client.get("/search", params={"q": "shoe", "min_score": 1})
+        assert ids(none) == []
+        assert none.json()["no_good_match"]
+
+    with_service(test)
+
+
+def test_similar_items_are_the_nearest_without_the_product_itself(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        name = world.ids[5]
+        hits = (await client.get(f"/similar/{name}")).json()["hits"]
+        assert name not in [hit["product_id"] for hit in hits]
+        itself = {"product_id": name, "score": 1.0}
+        assert_best(world, [itself, *hits], world.vectors[5], 11)
+        assert (await client.get("/similar/nobody")).status_code == 404
+
+    with_service(test)
+
+
+def test_an_upsert_is_found_by_its_own_title_and_a_delete_is_not(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        body = {"title": "zebra striped umbrella", "category": "umbrellas", "price": 12.5}
+        name = "odd id/ä?#"
+        put = await client.put(
+            f"/products/{name}".replace("?", "%3F").replace("#", "%23"), json=body
+        )
+        assert put.status_code == 202, put.text
+
+        async def known() -> bool:
+            asked = {"q": "umbrella", "hybrid": True, "k": 80}
+            return name in ids(await client.get("/search", params=asked))
+
+        await until(known)
+        found = await client.get("/search?q=x&category=umbrellas")
+        assert ids(found) == [name]
+        assert found.json()["hits"][0] | body == found.json()["hits"][0]
+        victim = ids(await client.get("/search?q=shoe"))[0]
+        assert (await client.delete(f"/products/{victim}")).status_code == 202
+
+        async def gone() -> bool:
+            return victim not in ids(await client.get("/search?q=shoe&k=80"))
+
+        await until(gone)
+        assert (await client.get(f"/products/{victim}")).status_code == 404
+
+    with_service(test)
+
+
+def test_a_restarted_service_has_the_changes_it_acknowledged(world, with_service) -> None:
+    async def write(client: httpx.AsyncClient, local: Any) -> None:
+        bodies = [{"product_id": f"n{i}", "title": f"new thing {i}"} for i in range(30)]
+        assert (await client.post("/products", json={"products": bodies})).status_code == 202
+        assert (await client.delete(f"/products/{world.ids[0]}")).status_code == 202
+
+    async def read(client: httpx.AsyncClient, local: Any) -> None:
+        everything = ids(await client.get("/search?q=thing&k=500"))
+        assert set(everything) == {*world.ids[1:], *(f"n{i}" for i in range(30))}
+
+    with_service(write)
+    with_service(read)
+
+
+def test_a_swap_takes_changes_over_to_the_new_model_and_fails_no_request(
+    world, with_service
+) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        await client.put("/products/new", json={"title": "red shoe"})
+        old = (await client.get("/version")).json()["model"]
+        publish(world.settings.workdir, world.other_bundle)
+        versions = []
+
+        async def swapped() -> bool:
+            answer = await client.get("/search?q=red+shoe&k=81")
+            assert answer.status_code == 200
+            versions.append(answer.json()["version"])
+            return versions[-1] != old
+
+        await until(swapped, 60)
+        new = QueryEncoder.load(world.other_bundle / "model")
+        assert versions[-1] == new.version
+        assert "new" in ids(await client.get("/search?q=red+shoe&k=81"))
+        encoded = local.service.current().index.vector("new")
+        assert encoded is not None
+        own = await local.catalogue.encode(world.other_bundle, ["red shoe"], [None])
+        np.testing.assert_allclose(encoded, own[0], atol=1e-5)
+
+    with_service(test)
+
+
+def test_photos_of_old_and_of_new_products_are_served_as_jpegs(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        hit = (await client.get("/search?q=shoe")).json()["hits"][0]
+        old = await client.get(hit["photo"])
+        assert old.headers["content-type"] == "image/jpeg"
+        with Image.open(io.BytesIO(old.content)) as picture:
+            assert max(picture.size) == 64
+        await client.put("/products/new", json={"title": "x", "photo": jpeg(side=900)})
+
+        async def known() -> bool:
+            return (await client.get("/products/new")).status_code == 200
+
+        await until(known)
+        with Image.open(io.BytesIO((await client.get("/photos/new")).content)) as picture:
+            assert picture.size == (320, 320)
+        assert (await client.get("/photos/nobody")).status_code == 404
+
+    with_service(test)
+
+
+def bomb() -> str:
+    """A PNG of a few kilobytes that claims 30,000 × 30,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(10**6))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return base64.b64encode(png).decode()
+
+
+def test_what_is_no_photo_is_refused_by_name_and_nothing_is_stored(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        gif = base64.b64encode(b"GIF89a not really").decode()
+        half = base64.b64encode(base64.b64decode(jpeg())[:300]).decode()
+        for photo, reason in [(gif, ""), (half, "truncated"), (bomb(), "too large")]:
+            for path, body in [
+                ("/products/x", {"title": "x", "photo": photo}),
+                ("/search/photo", {"photo": photo}),
+            ]:
+                send = client.put if path.startswith("/products") else client.post
+                answer = await send(path, json=body)
+                assert answer.status_code == 422
+                assert reason in answer.json()["error"].lower()
+        assert local.catalogue._log.last() == 0
+
+    with_service(test)
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/search", 422),
+        ("/search?q=", 422),
+        ("/search?q=" + "x" * 257, 422),
+        ("/search?q=x&k=0", 422),
+        ("/search?q=x&k=501", 422),
+        ("/search?q=x&min_price=nan", 422),
+        ("/search?q=x&min_score=7", 422),
+        ("/search?q=%00%F0%9F%91%97%E2%80%8B%ED%A0%80", 200),
+        ("/page/..%2F..%2Fconfig.py", 404),
+        ("/page/page.html", 404),
+        ("/photos/..%2F..%2Fbundle.json", 404),
+        ("/docs", 404),
+    ],
+)
+def test_odd_requests_get_a_reason_in_json(world, with_service, path: str, status: int) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        answer = await client.get(path)
+        assert answer.status_code == status
+        assert isinstance(answer.json(), dict)
+
+    with_service(test)
+
+
+def test_bodies_that_are_not_what_they_should_be_are_refused(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        for content in (b"", b"{", b"\xff\xfe", b"[]", b'{"queries": ["\\ud800"]}', b"1e999"):
+            answer = await client.post(
+                "/search/batch", content=content, headers={"content-type": "application/json"}
+            )
+            assert answer.status_code in (400, 422), content
+            assert answer.json()["error"]
+
+        async def endless():  # no content-length
+            for _ in range(64):
+                yield b"x" * 2**16
+
+        for large in (b"x" * (2 * 2**20), endless()):
+            assert (await client.post("/search/batch", content=large)).status_code == 413
+
+    with_service(test, max_body_mb=1.0)
+
+
+def test_a_key_guards_all_but_the_page_photos_and_health(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        for path in ("/", "/page/page.js", "/health", "/ready", f"/photos/{world.ids[0]}"):
+            assert (await client.get(path)).status_code == 200, path
+        for headers in ({}, {"x-api-key": "guess"}, {"x-api-key": "ä".encode()}):
+            assert (await client.get("/search?q=x", headers=headers)).status_code == 401
+            put = await client.put("/products/x", json={"title": "x"}, headers=headers)
+            assert put.status_code == 401
+        good = await client.get("/search?q=x", headers={"x-api-key": "secret"})
+        assert good.status_code == 200
+
+    with_service(test, key="secret")
+
+
+def test_what_is_too_much_is_refused_at_once_and_the_rest_answered(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        asked = [client.get(f"/search?q=query+{i}") for i in range(40)]
+        answers = await asyncio.gather(*asked)
+        refused = [a for a in answers if a.status_code == 503]
+        assert all(int(a.headers["retry-after"]) >= 1 for a in refused)
+        assert len(refused) == 40 - 5
+        assert all(len(ids(a)) == 10 for a in answers if a not in refused)
+        assert (await client.get("/search?q=after")).status_code == 200
+        assert isinstance(local.app, Gate)
+        assert local.app.running == 0
+
+    with_service(test, max_requests=5)
+
+
+def test_vectors_of_two_models_are_refused(world, with_service, tmp_path) -> None:
+    import shutil
+
+    from acebert.errors import UserError
+    from acebert.serving.bundle import Bundle
+
+    mixed = tmp_path / "mixed"
+    shutil.copytree(world.bundle, mixed)
+    shutil.rmtree(mixed / "query_encoder")
+    shutil.copytree(world.other_bundle / "query_encoder", mixed / "query_encoder")
+    publish(world.settings.workdir, mixed)
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        raise AssertionError("it started")
+
+    with pytest.raises(UserError, match="query encoder of model"):
+        with_service(test)
+    info = json.loads((mixed / "bundle.json").read_text())
+    (mixed / "bundle.json").write_text(json.dumps(info | {"version": "another"}))
+    with pytest.raises(UserError, match="in a bundle of model another"):
+        Bundle(mixed)
+
+
+def test_a_query_encoder_of_another_model_makes_no_bundle(world, with_service) -> None:
+    from acebert.errors import UserError
+    from acebert.serving.bundle import build_bundle
+    from acebert.workdir import Stage
+
+    nothing = Stage("embed", world.settings.workdir, "none", 0.0, reused=True)
+    other = world.other_bundle / "model"
+    with pytest.raises(UserError, match="another model"):
+        build_bundle(world.settings, world.model, other, world.ingested, nothing)

@@ -1,0 +1,159 @@
+"""The change log against a plain dict, and against kill -9."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from acebert.errors import UserError
+from acebert.serving import changes as module
+from acebert.serving.changes import ChangeLog, Source
+from acebert.serving.products import Product
+
+
+def source(name: str, title: str = "shoe", photo: bytes | None = None) -> Source:
+    return Source(Product(name, title, "shoes", 9.5, in_stock=True), photo)
+
+
+def vector(value: float) -> np.ndarray:
+    return np.full((1, 4), value, np.float32)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> ChangeLog:
+    return ChangeLog(tmp_path / "changes.sqlite")
+
+
+operations = st.lists(
+    st.tuples(st.sampled_from("abcd"), st.integers(0, 99) | st.none()), min_size=1, max_size=30
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(operations, st.integers(1, 5), st.integers(0, 30))
+def test_a_follower_that_joins_at_any_time_ends_with_what_a_dict_holds(
+    tmp_path_factory: pytest.TempPathFactory,
+    operations: list[tuple[str, int | None]],
+    limit: int,
+    join: int,
+) -> None:
+    log = ChangeLog(tmp_path_factory.mktemp("log") / "changes.sqlite")
+    truth: dict[str, str] = {}
+    seen: dict[str, str] = {}
+    at = 0
+
+    def follow() -> int:
+        last = at
+        while found := log.since(last, "v", limit):
+            for change in found:
+                seen.pop(change.product_id, None)
+                if change.product is not None:
+                    seen[change.product_id] = change.product.title
+                last = change.seq
+        return last
+
+    for i, (name, value) in enumerate(operations):
+        if value is None:
+            log.delete(name)
+            truth.pop(name, None)
+        else:
+            log.put([source(name, str(value))], vector(value), "v")
+            truth[name] = str(value)
+        if i == join:
+            at = follow()
+    follow()
+    log.close()
+    assert seen == truth
+
+
+def test_vectors_of_another_version_are_never_handed_out(log: ChangeLog) -> None:
+    log.put([source("a"), source("b")], np.ones((2, 4), np.float32), "old")
+    assert log.since(0, "new", 10) == []
+    lacking = log.lacking("new", 10)
+    assert [s.product.product_id for _, s in lacking] == ["a", "b"]
+    log.add_vectors([lacking[0][0]], vector(2), "new")
+    (first,) = log.since(0, "new", 10)
+    assert first.product_id == "a"
+    assert first.vector is not None
+    np.testing.assert_array_equal(first.vector, vector(2)[0])
+    assert len(log.since(0, "old", 10)) == 2
+
+
+def test_a_change_behind_one_without_a_vector_waits_for_it(log: ChangeLog) -> None:
+    log.put([source("a")], vector(1), "old")
+    log.put([source("b")], vector(1), "new")
+    assert log.since(0, "new", 10) == []
+
+
+def test_a_vector_for_a_product_that_changed_meanwhile_is_dropped(log: ChangeLog) -> None:
+    log.put([source("a", "old title")], vector(1), "old")
+    ((seq, _),) = log.lacking("new", 10)
+    log.put([source("a", "new title")], vector(1), "old")
+    log.add_vectors([seq], vector(5), "new")
+    ((_, lacks),) = log.lacking("new", 10)
+    assert lacks.product.title == "new title"
+
+
+def test_a_photo_is_kept_until_the_product_is_deleted(log: ChangeLog) -> None:
+    log.put([source("a", photo=b"jpeg")], vector(1), "v")
+    assert log.photo("a") == b"jpeg"
+    log.delete("a")
+    assert log.photo("a") is None
+    assert log.photo("unknown") is None
+
+
+def test_a_second_writer_is_refused(
+    log: ChangeLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.put([source("a")], vector(1), "v")
+    monkeypatch.setattr(module, "WAIT_SECONDS", 0.1)
+    with pytest.raises(UserError, match=r"changes\.sqlite.*locked"):
+        ChangeLog(tmp_path / "changes.sqlite")
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import numpy as np
+from acebert.serving.changes import ChangeLog, Source
+from acebert.serving.products import Product
+log = ChangeLog(Path(sys.argv[1]))
+for i in range(100_000):
+    name = f"p{i % 50}"
+    log.put([Source(Product(name, str(i)), None)], np.full((1, 4), i, np.float32), "v")
+    print(name, i, flush=True)
+"""
+
+
+def test_what_was_acknowledged_is_there_after_kill_9(tmp_path: Path) -> None:
+    path = tmp_path / "changes.sqlite"
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    acknowledged: dict[str, int] = {}
+    for _ in range(120):
+        name, value = process.stdout.readline().split()
+        acknowledged[name] = int(value)
+    os.kill(process.pid, signal.SIGKILL)
+    for line in process.stdout:  # what it said before it died
+        if line.endswith("\n"):
+            name, value = line.split()
+            acknowledged[name] = int(value)
+    process.wait()
+    log = ChangeLog(path)
+    found = {c.product_id: c for c in log.since(0, "v", 1000)}
+    assert set(acknowledged) == set(found)
+    for name, value in acknowledged.items():
+        change = found[name]
+        assert change.product is not None
+        assert change.vector is not None
+        assert int(change.product.title) >= value
+        assert change.vector[0] == float(change.product.title)
+    log.close()

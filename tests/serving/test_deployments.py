@@ -1,0 +1,114 @@
+"""The service on Ray Serve, over HTTP; replicas and the writer are killed with -9."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+
+from acebert.serving.bundle import publish
+from acebert.serving.query_encoder import QueryEncoder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def client(
+    ray_cluster: None, shared_world: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[httpx.Client]:
+    from ray import serve
+
+    from acebert.serving.deployments import build
+
+    workdir: Path = tmp_path_factory.mktemp("deployed")
+    publish(workdir, shared_world.bundle)
+    settings = shared_world.settings.model_copy(update={"workdir": workdir})
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(build(settings, replicas=2))
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as made:
+        yield made
+    serve.shutdown()
+
+
+def pids(deployment: str) -> list[int]:
+    """Processes of a deployment's replicas."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                name = (folder / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if name.startswith("ray::ServeReplica:") and f":{deployment}" in name:
+                found.append(int(folder.name))
+    return found
+
+
+def until(condition: Callable[[], bool], seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.2)
+    raise AssertionError("it did not come true in time")
+
+
+def titles(client: httpx.Client, name: str) -> set[str | None]:
+    """A product's title as several requests in a row find it, so as both replicas have it."""
+    answers = [client.get(f"/products/{name}") for _ in range(8)]
+    return {a.json()["title"] if a.status_code == 200 else None for a in answers}
+
+
+def test_the_top_100_are_numpys_on_the_embed_stages_vectors(
+    client: httpx.Client, shared_world: Any
+) -> None:
+    encoder = QueryEncoder.load(shared_world.model)
+    for query in ["red shoe", "a  BLUE bag", "watch for men"]:
+        answer = client.get("/search", params={"q": query, "k": 100})
+        assert answer.status_code == 200, answer.text
+        scores = shared_world.vectors @ encoder.encode([query])[0]
+        of = dict(zip(shared_world.ids, scores.tolist(), strict=True))
+        found = [of[hit["product_id"]] for hit in answer.json()["hits"]]
+        np.testing.assert_allclose(found, sorted(scores.tolist(), reverse=True), atol=1e-5)
+
+
+def test_changes_reach_both_replicas_and_outlive_a_replica_and_the_writer(
+    client: httpx.Client,
+) -> None:
+    for i in range(10):
+        assert client.put(f"/products/new-{i}", json={"title": f"t{i}"}).status_code == 202
+    assert client.delete("/products/new-3").status_code == 202
+    until(lambda: titles(client, "new-9") == {"t9"} and titles(client, "new-3") == {None})
+
+    victim = pids("Search")[0]
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: len(pids("Search")) == 2 and victim not in pids("Search"))
+    until(lambda: client.get("/ready").status_code == 200)
+    assert titles(client, "new-9") == {"t9"}
+    assert titles(client, "new-3") == {None}
+
+    (writer,) = pids("Changes")
+    os.kill(writer, signal.SIGKILL)
+    assert client.get("/search?q=shoe").status_code == 200  # searches need no writer
+    until(lambda: client.put("/products/new-3", json={"title": "again"}).status_code == 202)
+    until(lambda: titles(client, "new-3") == {"again"})
+    assert titles(client, "new-9") == {"t9"}
+
+
+def test_a_photo_that_is_none_is_refused_through_both_deployments(client: httpx.Client) -> None:
+    answer = client.put("/products/x", json={"title": "x", "photo": "R0lGODlh"})
+    assert answer.status_code == 422
+    assert "photo" in answer.json()["error"]

@@ -1,0 +1,152 @@
+"""The live index against numpy on the catalogue as it then is."""
+
+import numpy as np
+import pytest
+
+from acebert.serving.bundle import Bundle
+from acebert.serving.live_index import LiveIndex, fuse
+from acebert.serving.products import Change, Filter, Hit, Product
+
+
+class Truth:
+    """All products and vectors in a dict, searched by numpy."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        rows = range(len(bundle.vectors))
+        self.products = dict(zip(rows, bundle.products(list(rows)), strict=True))
+        self.found = {
+            p.product_id: (p, np.asarray(bundle.vectors[row])) for row, p in self.products.items()
+        }
+
+    def apply(self, changes: list[Change]) -> None:
+        for change in changes:
+            self.found.pop(change.product_id, None)
+            if change.product is not None and change.vector is not None:
+                self.found[change.product_id] = change.product, change.vector
+
+    def search(self, query: np.ndarray, k: int, where: Filter) -> dict[str, float]:
+        def passes(p: Product) -> bool:
+            return (
+                (where.category is None or p.category == where.category)
+                and (where.in_stock is None or p.in_stock == where.in_stock)
+                and (
+                    where.min_price is None or (p.price is not None and p.price >= where.min_price)
+                )
+                and (
+                    where.max_price is None or (p.price is not None and p.price <= where.max_price)
+                )
+            )
+
+        scores = {name: float(v @ query) for name, (p, v) in self.found.items() if passes(p)}
+        return dict(sorted(scores.items(), key=lambda item: -item[1])[:k])
+
+
+def unit(seed: int, n: int, d: int) -> np.ndarray:
+    v = np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
+    return v / np.linalg.norm(v, axis=1, keepdims=True)
+
+
+def random_changes(bundle: Bundle, seed: int, count: int) -> list[Change]:
+    """Adds, replacements and deletions of old and new products."""
+    rng = np.random.default_rng(seed)
+    d = bundle.vectors.shape[1]
+    vectors = unit(seed, count, d)
+    known = [p.product_id for p in bundle.products(list(range(len(bundle.vectors))))]
+    names = [*known[:20], *(f"new-{i}" for i in range(20))]
+    categories = [p.category for p in bundle.products(list(range(5)))] + ["brand new", None]
+    changes = []
+    for i in range(count):
+        name = str(rng.choice(names))
+        product = Product(
+            name,
+            f"zebra thing {i}",
+            categories[rng.integers(len(categories))],
+            None if rng.random() < 0.2 else float(rng.integers(1, 100)),
+            bool(rng.random() < 0.6),
+        )
+        deleted = rng.random() < 0.3
+        changes.append(
+            Change(i + 1, name, None if deleted else product, None if deleted else vectors[i])
+        )
+    return changes
+
+
+@pytest.fixture(scope="module")
+def bundle(shared_world) -> Bundle:
+    return Bundle(shared_world.bundle)
+
+
+def some_filters(bundle: Bundle) -> list[Filter]:
+    category = bundle.products([0])[0].category
+    return [
+        Filter(),
+        Filter(category=category),
+        Filter(category="brand new"),
+        Filter(category="there is none"),
+        Filter(min_price=20.0),
+        Filter(max_price=40.0, category=category),
+        Filter(in_stock=True),
+        Filter(in_stock=False, min_price=5.0),
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_hits_are_those_of_numpy_on_the_catalogue_as_changed(bundle: Bundle, seed: int) -> None:
+    index, truth = LiveIndex(bundle), Truth(bundle)
+    queries = unit(100 + seed, 5, bundle.vectors.shape[1])
+    changes = random_changes(bundle, seed, 60)
+    for start in range(0, 60, 20):
+        index.apply(changes[start : start + 20])
+        truth.apply(changes[start : start + 20])
+        for where in some_filters(bundle):
+            for query, hits in zip(queries, index.search(queries, 10, where), strict=True):
+                best = truth.search(query, 10, where)
+                own = {name: float(v @ query) for name, (_, v) in truth.found.items()}
+                names = [hit.product.product_id for hit in hits]
+                assert len(set(names)) == len(names)  # equal titles tie, in any order
+                np.testing.assert_allclose([own[n] for n in names], list(best.values()), atol=1e-5)
+                np.testing.assert_allclose([h.score for h in hits], list(best.values()), atol=1e-5)
+    for name, (product, vector) in truth.found.items():
+        assert index.product(name) == product
+        np.testing.assert_array_equal(index.vector(name), vector)
+
+
+def test_changes_applied_twice_change_nothing_more(bundle: Bundle) -> None:
+    once, twice = LiveIndex(bundle), LiveIndex(bundle)
+    changes = random_changes(bundle, 9, 40)
+    once.apply(changes)
+    twice.apply(changes)
+    twice.apply(changes)
+    query = unit(1, 1, bundle.vectors.shape[1])
+    ask = (query, 100, Filter())
+    assert [h.product for h in once.search(*ask)[0]] == [h.product for h in twice.search(*ask)[0]]
+
+
+def test_words_find_new_titles_and_no_deleted_ones(bundle: Bundle) -> None:
+    index = LiveIndex(bundle)
+    old = bundle.products([3])[0]
+    word = old.title.split()[-1]
+    assert old.product_id in [h.product.product_id for h in index.by_words(word, 100, Filter())]
+    vector = unit(0, 1, bundle.vectors.shape[1])[0]
+    index.apply(
+        [
+            Change(1, old.product_id, None, None),
+            Change(2, "n", Product("n", "striped zebras"), vector),
+        ]
+    )
+    found = [h.product.product_id for h in index.by_words(word, 100, Filter())]
+    assert old.product_id not in found
+    assert [h.product.product_id for h in index.by_words("ZEBRA", 9, Filter())] == ["n"]
+    assert index.by_words("zebra", 9, Filter(in_stock=False)) == []
+
+
+@pytest.mark.parametrize("query", ['"', "a OR", "NEAR(", "title:x", "*", "", "()", "x' --", "日本"])
+def test_words_take_any_text(bundle: Bundle, query: str) -> None:
+    assert isinstance(LiveIndex(bundle).by_words(query, 5, Filter()), list)
+
+
+def test_fusion_is_the_sum_of_reciprocal_ranks() -> None:
+    a, b, c = (Hit(Product(name, name), 0.0) for name in "abc")
+    fused = fuse(10, [a, b], [b, c])
+    assert [hit.product.product_id for hit in fused] == ["b", "a", "c"]
+    np.testing.assert_allclose([h.score for h in fused], [1 / 62 + 1 / 61, 1 / 61, 1 / 62])

@@ -1,0 +1,66 @@
+"""Embedded Milvus against the FAISS index: the same bundle, the same changes, the same hits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from acebert.errors import UserError
+from acebert.serving.bundle import Bundle
+from acebert.serving.live_index import LiveIndex
+from acebert.serving.products import Change, Filter, Product
+
+pytest.importorskip("milvus_lite", reason="Milvus Lite is not installed (extra: milvus)")
+
+from acebert.serving.milvus import MilvusIndex
+
+
+def test_milvus_answers_as_faiss_does_also_after_changes_and_when_opened_again(
+    shared_world, tmp_path: Path
+) -> None:
+    bundle = Bundle(shared_world.bundle)
+    first = bundle.products([0])[0]
+    d = bundle.vectors.shape[1]
+    queries = np.random.default_rng(0).standard_normal((4, d)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    filters = [
+        Filter(),
+        Filter(category=first.category),
+        Filter(category='odd " name'),
+        Filter(min_price=10.0, max_price=50.0),
+        Filter(max_price=30.0),
+        Filter(in_stock=False),
+    ]
+    changes = [
+        Change(1, first.product_id, None, None),
+        Change(2, "new", Product("new", "zebra", 'odd " name', 20.0), queries[0]),
+        Change(3, "gone out", Product("gone out", "x", None, None, in_stock=False), queries[1]),
+    ]
+    faiss, uri = LiveIndex(bundle), str(tmp_path / "milvus.db")
+
+    def compare(milvus: MilvusIndex) -> None:
+        for where in filters:
+            ours, theirs = (index.search(queries, 8, where) for index in (faiss, milvus))
+            for a, b in zip(ours, theirs, strict=True):
+                names = [h.product.product_id for h in b]
+                assert len(set(names)) == len(names)
+                assert all(where.allows(h.product) for h in b)
+                np.testing.assert_allclose([h.score for h in b], [h.score for h in a], atol=1e-5)
+        for name in (first.product_id, "new", "gone out", "nobody"):
+            mine, other = faiss.product(name), milvus.product(name)
+            assert (mine and mine.title) == (other and other.title)
+            vectors = faiss.vector(name), milvus.vector(name)
+            if vectors[0] is None:
+                assert vectors[1] is None
+            else:
+                np.testing.assert_allclose(vectors[1], vectors[0], atol=1e-6)
+
+    milvus = MilvusIndex(bundle, uri)
+    compare(milvus)
+    for index in (faiss, milvus):
+        index.apply(changes)
+    compare(milvus)
+    milvus.apply(changes)  # as a replica that starts does
+    compare(milvus)
+    with pytest.raises(UserError, match="hybrid"):
+        milvus.by_words("zebra", 3, Filter())

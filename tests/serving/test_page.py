@@ -1,0 +1,93 @@
+"""The search page in a real Chromium, by keyboard, on a desktop and on a phone."""
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium on the PATH (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=chromium)
+        yield launched
+        launched.close()
+
+
+def opened(browser: Browser, address: str, width: int, height: int) -> tuple[Page, list[str]]:
+    """The page, and the addresses that it asks for and errors that it has, as they come."""
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.set_default_timeout(60_000)
+    expect.set_options(timeout=60_000)
+    seen: list[str] = []
+    page.on("request", lambda request: seen.append(request.url))
+    page.on("pageerror", lambda error: seen.append(f"error: {error}"))
+    page.goto(address)
+    return page, seen
+
+
+@pytest.mark.slow
+def test_a_shopper_searches_filters_and_looks_at_similar_items_by_keyboard_alone(
+    browser: Browser, address: str
+) -> None:
+    page, seen = opened(browser, address, 1280, 900)
+    page.keyboard.press("/")
+    page.keyboard.type("red shoe")
+    cards = page.locator(".card")
+    expect(cards).to_have_count(40)
+    expect(page.locator("#status")).to_contain_text("40 products")
+    expect(page.locator("#status")).to_contain_text("ms in the service")
+    first = cards.first.locator("img")
+    first.evaluate("image => image.decode()")
+    assert first.evaluate("image => image.naturalWidth") == 64
+    page.keyboard.press("ArrowDown")
+    expect(cards.first).to_be_focused()
+    page.keyboard.press("ArrowRight")
+    expect(cards.nth(1)).to_be_focused()
+    title = cards.nth(1).locator(".title").inner_text()
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_contain_text("Similar to")
+    expect(page.locator("#status")).to_contain_text("similar items")
+    assert "like=" in page.url
+    page.go_back()
+    expect(cards.nth(1).locator(".title")).to_have_text(title)
+    page.locator("#category").select_option(index=1)
+    name = page.locator("#category").input_value()
+    expect(page.locator(".category").first).to_have_text(name)
+    assert set(page.locator(".card .category").all_inner_texts()) == {name}
+    assert all(url.startswith((address, "data:")) for url in seen), seen
+    page.close()
+
+
+@pytest.mark.slow
+def test_on_a_phone_two_products_stand_beside_each_other_and_nothing_runs_over(
+    browser: Browser, address: str
+) -> None:
+    page, _ = opened(browser, f"{address}/?q=blue+bag", 390, 844)
+    cards = page.locator(".card")
+    expect(cards.first).to_be_visible()
+    expect(page.locator("#query")).to_have_value("blue bag")
+    boxes = [cards.nth(i).bounding_box() for i in range(3)]
+    assert all(boxes)
+    assert boxes[0]["y"] == boxes[1]["y"] < boxes[2]["y"]  # type: ignore[index]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.close()
+
+
+@pytest.mark.slow
+def test_a_title_is_text_and_no_markup(browser: Browser, address: str) -> None:
+    page, seen = opened(browser, address, 800, 600)
+    page.evaluate(
+        """() => fetch("/products/evil", {method: "PUT",
+            headers: {"content-type": "application/json"},
+            body: JSON.stringify({title: "<img src=x onerror=alert(1)>", category: "evil"})})"""
+    )
+    page.wait_for_timeout(1000)
+    page.goto(f"{address}/?q=x&category=evil")
+    expect(page.locator(".card .title")).to_have_text("<img src=x onerror=alert(1)>")
+    assert not [line for line in seen if line.startswith("error")]
+    page.close()
