@@ -7,8 +7,10 @@ the queries clicked on training days: words of validation and test days stay out
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from acebert.workdir import Stage, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 BATCH = 10_000  # texts tokenised at a time
+MAX_CHARACTERS = 1000  # in a vocabulary trained here
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 @dataclass(frozen=True)
@@ -180,15 +184,40 @@ def _vocabulary(settings: Settings, ingested: Stage) -> Stage:
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer trained on `texts`, lower-casing as bert-base-uncased does."""
+    """A WordPiece tokenizer trained on `texts`, lower-casing as bert-base-uncased does.
+
+    The same texts give the same vocabulary. The trainer settles ties by ids, which it hands out to
+    the characters within words in the random order of a hash map, unless they are there before: so
+    they are given as special tokens, in the order of their code points, and made ordinary ones
+    afterwards.
+    """
     from tokenizers.implementations import BertWordPieceTokenizer
 
     trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(
-        iter(texts), vocab_size=vocab_size, min_frequency=2, show_progress=False
+    normalizer, splitter = trained.normalizer, trained.pre_tokenizer
+    words = Counter(
+        word
+        for text in texts
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
     )
+    characters: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            characters[character] += count
+    frequent = sorted(characters, key=lambda c: (-characters[c], c))[:MAX_CHARACTERS]
+    within = sorted({c for word in words for c in word[1:]}.intersection(frequent))
+    trained.train_from_iterator(
+        chain.from_iterable(repeat(word, count) for word, count in words.items()),
+        vocab_size=vocab_size,
+        min_frequency=2,
+        limit_alphabet=len(frequent),
+        initial_alphabet=sorted(frequent),
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in within)],
+        show_progress=False,
+    )
+    ordinary = BertWordPieceTokenizer(vocab=trained.get_vocab(), lowercase=True)
     return PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer,
+        tokenizer_object=ordinary._tokenizer,
         unk_token="[UNK]",
         sep_token="[SEP]",
         pad_token="[PAD]",

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from acebert.config import Settings, load_settings
-from acebert.data.tokens import Ragged, load_tokenizer, tokenize
+from acebert.data.tokens import Ragged, load_tokenizer, tokenize, train_wordpiece
 from acebert.workdir import Stage
 
 TITLES = ["red cotton shirt", "blue denim trousers", "green wool scarf"] * 5
@@ -52,3 +52,15 @@ def test_a_models_vocabulary_on_its_own_catalogue_is_the_stage_it_was_trained_on
     again = tokenize(settings, ingested, trained_on.path / "tokenizer")
     assert again.reused
     assert again.path == trained_on.path
+
+
+def test_the_same_texts_give_the_same_vocabulary() -> None:
+    """Ties abound: every word comes equally often."""
+    letters = "abcdefghij"
+    texts = [f"{a}{b}{c}{a} {c}{b}" for a in letters for b in letters for c in "xyz"] * 2
+    first, *others = (train_wordpiece(texts, 150) for _ in range(6))
+    vocabulary = first.get_vocab()
+    assert all(other.get_vocab() == vocabulary for other in others)
+    assert len(vocabulary) == 150
+    assert set(first.all_special_tokens) == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
+    assert "[UNK]" not in first.tokenize("AXYB jz")
