@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import time
 import warnings
 from collections.abc import Mapping
@@ -45,14 +46,28 @@ def tracking_uri(settings: Settings) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{settings.workdir / 'mlflow.db'}"
 
 
+def without_password(uri: str) -> str:
+    """For messages."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
 def client(settings: Settings) -> MlflowClient:
-    """A client; the first one in a work directory creates the database, others wait for it."""
+    """A client; the first one in a work directory creates the database, others wait for it.
+
+    Raises:
+        UserError: the server does not answer.
+    """
     settings.workdir.mkdir(parents=True, exist_ok=True)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     with FileLock(settings.workdir / ".mlflow.lock"):
         made = MlflowClient(tracking_uri(settings))
-        made.search_experiments(max_results=1)
+        try:
+            made.search_experiments(max_results=1)
+        except MlflowException as error:
+            raise UserError(
+                f"MLflow at {tracking_uri(settings)} does not answer: {error}"
+            ) from error
     return made
 
 

@@ -23,7 +23,7 @@ from acebert.evaluation.figures import curves_figure, rows_figure
 from acebert.evaluation.tables import Row, differences_table, rows_table
 from acebert.job import run_job
 from acebert.pipeline import baselines_stage, evaluate_stage, finetune_stage
-from acebert.tracking import tracking_uri
+from acebert.tracking import tracking_uri, without_password
 from acebert.workdir import Stage
 
 
@@ -86,7 +86,7 @@ def print_next(settings: Settings, arguments: argparse.Namespace, model: Path) -
     """Three commands to try, on the same data."""
     steps = json.loads((model / "report.json").read_text())["steps"]
     scripts = Path(sys.executable).parent
-    uri = tracking_uri(settings)
+    uri = without_password(tracking_uri(settings))
     seen = uri if uri.startswith("http") else f"{scripts}/mlflow ui --backend-store-uri {uri}"
     same = shlex.join([*arguments.settings, "--recipe", arguments.recipes[-1]])
     print(

@@ -6,6 +6,7 @@ import pytest
 import ray
 
 from acebert.config import Settings, load_settings
+from acebert.errors import UserError
 from acebert.tracking import client, finished_run, metrics_actor, start_run, tracking_uri
 
 
@@ -84,3 +85,12 @@ def test_a_finished_run_is_found_and_put_into_another_table(settings: Settings):
     assert found is not None
     assert found.run_id == run.run_id
     assert client(settings).get_run(run.run_id).data.tags["table"] == "t2"
+
+
+def test_a_server_that_does_not_answer_is_named(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=r"^MLflow at http://127\.0\.0\.1:1 does not answer$"):
+        start_run(settings, "finetune", "d1")
