@@ -65,9 +65,8 @@ def client(settings: Settings) -> MlflowClient:
         try:
             made.search_experiments(max_results=1)
         except MlflowException as error:
-            raise UserError(
-                f"MLflow at {tracking_uri(settings)} does not answer: {error}"
-            ) from error
+            uri = without_password(tracking_uri(settings))
+            raise UserError(f"MLflow at {uri} does not answer") from error
     return made
 
 
