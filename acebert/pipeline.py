@@ -24,7 +24,7 @@ from acebert.evaluation.testset import evaluation_queries
 from acebert.serving.bundle import build_bundle, hot_queries
 from acebert.serving.onnx_export import export
 from acebert.serving.student_table import TEACHER, students_table
-from acebert.tracking import finished_run, start_run
+from acebert.tracking import TABLE_TAG, finished_run, start_run
 from acebert.training.distill import distill
 from acebert.training.finetune import finetune
 from acebert.training.harness import HOW_IT_RUNS
@@ -151,7 +151,7 @@ def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
     embedded = embed_stage(settings, model, evaluation_queries(settings, ingested))
     name = Path(settings.recipe).stem
     evaluated = evaluate_embeddings(settings, ingested, embedded.path, name)
-    return embedded, tracked(settings, evaluated)
+    return embedded, tracked(settings, evaluated, row=True)
 
 
 def distill_stages(settings: Settings, teacher: Path) -> tuple[list[Stage], Stage]:
@@ -187,8 +187,8 @@ def baselines_stage(settings: Settings) -> Stage:
     """Metrics of the rows that need no training, each a run of its own."""
     stage = evaluate_baselines(settings, ingest_stage(settings))
     for name in BASELINES:
-        row = replace(stage, path=stage.path / name, digest=f"{stage.digest}/{name}")
-        tracked(settings, row, name)
+        of_row = replace(stage, path=stage.path / name, digest=f"{stage.digest}/{name}")
+        tracked(settings, of_row, row=True, name=name)
     return stage
 
 
@@ -226,10 +226,14 @@ def _settings_file(model: Path) -> Path:
     return model / "settings.yaml"
 
 
-def tracked(settings: Settings, stage: Stage, name: str | None = None) -> Stage:
+def tracked(
+    settings: Settings, stage: Stage, *, row: bool = False, name: str | None = None
+) -> Stage:
     """Note a stage as an MLflow run, with what it wrote to be seen. One that is reused has its run,
-    unless the job that built it was stopped in between."""
-    if stage.reused and finished_run(settings, stage.name, stage.digest):
+    unless the job that built it was stopped in between; a `row` becomes one of this table too."""
+    if stage.reused and (run := finished_run(settings, stage.name, stage.digest)):
+        if row and settings.tracking.tag:
+            run.set_tags({TABLE_TAG: settings.tracking.tag})
         return stage
     started = time.time() - stage.seconds
     with start_run(settings, stage.name, stage.digest, name=name, started=started) as run:

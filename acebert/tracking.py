@@ -180,7 +180,7 @@ def start_run(
 
 
 def finished_run(settings: Settings, stage: str, digest: str) -> Run | None:
-    """The finished run of this stage and digest, now a row of the table `tracking.tag` too."""
+    """The finished run of this stage and digest."""
     mlflow_client = client(settings)
     found = mlflow_client.search_runs(
         [_experiment(mlflow_client, settings)],
@@ -190,10 +190,7 @@ def finished_run(settings: Settings, stage: str, digest: str) -> Run | None:
     )
     if not found:
         return None
-    run = Run(mlflow_client, found[0].info.run_id)
-    if settings.tracking.tag:
-        run.set_tags({TABLE_TAG: settings.tracking.tag})
-    return run
+    return Run(mlflow_client, found[0].info.run_id)
 
 
 def log_model(settings: Settings, run: Run, directory: Path) -> None:

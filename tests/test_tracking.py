@@ -76,15 +76,14 @@ def test_the_environment_names_another_server(settings: Settings, monkeypatch: p
     assert tracking_uri(settings) == "http://127.0.0.1:9"
 
 
-def test_a_finished_run_is_found_and_put_into_another_table(settings: Settings):
+def test_a_finished_run_is_found_by_its_stage_and_digest(settings: Settings):
     assert finished_run(settings, "finetune", "d1") is None
     with start_run(settings, "finetune", "d1") as run:
         assert finished_run(settings, "finetune", "d1") is None  # it is still running
-    tracking = settings.tracking.model_copy(update={"tag": "t2"})
-    found = finished_run(settings.model_copy(update={"tracking": tracking}), "finetune", "d1")
+    found = finished_run(settings, "finetune", "d1")
     assert found is not None
     assert found.run_id == run.run_id
-    assert client(settings).get_run(run.run_id).data.tags["table"] == "t2"
+    assert finished_run(settings, "evaluate", "d1") is None
 
 
 def test_a_server_that_does_not_answer_is_named(

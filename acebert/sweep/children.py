@@ -34,10 +34,12 @@ class Children:
         own = {"parent_run": self.parent.run_id, "tag": self.table, "register_as": None}
         return settings.model_copy(update={"tracking": settings.tracking.model_copy(update=own)})
 
-    def end(self, name: str | None = None) -> None:
-        """End what is still running, of one trial or of all."""
+    def end(self, name: str | None = None, *, stopped: bool = False) -> None:
+        """End what is still running, of one trial or of all. The process of a `stopped` trial may
+        have taken its end for a failure."""
         wanted = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent.run_id}'"
-        wanted += " AND attributes.status = 'RUNNING'"
+        wanted += f" AND attributes.status {'!=' if stopped else '='} "
+        wanted += "'FINISHED'" if stopped else "'RUNNING'"
         if name is not None:
             wanted += f" AND attributes.run_name = '{name}'"
         for run in self.parent.client.search_runs([self.experiment], wanted, ViewType.ALL):

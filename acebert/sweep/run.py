@@ -120,6 +120,9 @@ class _Sweep:
                 self._run_trials(trials, train, at_once, children)
             finally:
                 children.end()
+            for outcome in self.records.ended():
+                if outcome.status == "stopped":
+                    children.end(outcome.trial.name, stopped=True)
             if evaluate:
                 self._evaluate(run)
             self._write(run)

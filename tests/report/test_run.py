@@ -18,7 +18,6 @@ SMALL = [
     *["--model.width", "32", "--model.heads", "2", "--model.layers", "1"],
     *["--image.pixel_side", "35", "--text.vocab_size", "400", "--eval.bootstrap", "50"],
     *["--train.batch_size", "32", "--train.max_steps", "4", "--train.valid_products", "100"],
-    *["--loss.hard_negative_ranks", "3", "--loss.hard_negative_ranks", "20"],
 ]
 TOO_DEEP = System(
     "too deep",
@@ -35,8 +34,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tupl
 
     def make(system: System, seed: int, tag: str) -> Settings:
         own = ["--recipe", f"{system.recipe}_tiny", "--workdir", workdir, "--seed", str(seed)]
-        deep = ["--loss.hard_negative_ranks", "500", "--loss.hard_negative_ranks", "900"]
-        return load_settings([*SMALL, *own, *system.changed, *(deep if system is TOO_DEEP else [])])
+        ranks = ["--loss.hard_negative_ranks", "500,900" if system is TOO_DEEP else "3,20"]
+        return load_settings([*SMALL, *own, *ranks, *system.changed])
 
     both = Results(), Results()
     for results in both:
