@@ -150,7 +150,9 @@ def test_the_table_has_every_model_in_every_runtime_and_the_student_is_registere
         assert tuple(runtimes) == RUNTIMES
         assert runtimes["onnx"]["max_difference_to_torch"] < 1e-5
         assert runtimes["onnx_int8"]["least_cosine_to_torch"] > 0.97
-        assert runtimes["onnx_int8"]["megabytes"] < 0.5 * runtimes["onnx"]["megabytes"]
+        # Three of four bytes of nearly all weights; the graph itself is not small beside these few.
+        saved = runtimes["onnx"]["megabytes"] - runtimes["onnx_int8"]["megabytes"]
+        assert 0.7 < saved / runtimes["torch"]["megabytes"] < 0.8
     assert report[TEACHER]["torch"]["kept_100"] == pytest.approx(1, abs=1e-3)
     text = (table.path / "table.txt").read_text()
     assert text.count("onnx_int8") >= 2
