@@ -310,11 +310,14 @@ def test_vectors_of_two_models_are_refused(world, with_service, tmp_path) -> Non
     shutil.copytree(world.other_bundle / "query_encoder", mixed / "query_encoder")
     publish(world.settings.workdir, mixed)
 
-    async def test(client: httpx.AsyncClient, local: Any) -> None:
-        raise AssertionError("it started")
+    started: list[str] = []
+
+    async def ask(client: httpx.AsyncClient, local: Any) -> None:
+        started.append(local.service.current().version)
 
     with pytest.raises(UserError, match="query encoder of model"):
-        with_service(test)
+        with_service(ask)
+    assert started == []
     info = json.loads((mixed / "bundle.json").read_text())
     (mixed / "bundle.json").write_text(json.dumps(info | {"version": "another"}))
     with pytest.raises(UserError, match="in a bundle of model another"):
