@@ -82,11 +82,8 @@ def loss_words(difference: Interval | None, means: tuple[float, float]) -> str:
     if difference is None:
         return told + "With one seed nothing may be claimed."
     interval = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-    if difference.high < 0:
-        return told + f"Reproduced: {interval}."
-    if difference.low > 0:
-        return told + f"The opposite here: {interval}."
-    return told + f"Not shown: {interval}."
+    verdict = _verdict(difference, "Reproduced", "The opposite here", "Not shown")
+    return f"{told}{verdict}: {interval}."
 
 
 def probe_words(without: Sequence[float], with_adversary: Sequence[float]) -> str:
@@ -99,8 +96,15 @@ def probe_words(without: Sequence[float], with_adversary: Sequence[float]) -> st
         return told + "With one seed nothing may be claimed."
     low, high = (f"{100 * bound:+.1f}" for bound in (difference.low, difference.high))
     interval = f"{100 * difference.value:+.1f} points [{low}, {high}]"
-    if difference.high < 0:
-        return told + f"The adversary brings the two closer: {interval}."
-    if difference.low > 0:
-        return told + f"The adversary drives the two apart: {interval}."
-    return told + f"That it brings the two closer is not shown: {interval}."
+    verdict = _verdict(
+        difference,
+        "The adversary brings the two closer",
+        "The adversary drives the two apart",
+        "That it brings the two closer is not shown",
+    )
+    return f"{told}{verdict}: {interval}."
+
+
+def _verdict(difference: Interval, below: str, above: str, neither: str) -> str:
+    """By the side of zero that the whole interval is on."""
+    return below if difference.high < 0 else above if difference.low > 0 else neither
