@@ -1,8 +1,9 @@
 """The 'distill' stage: a query-side student on Ray Train, from a teacher to a model directory."""
 
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,10 +13,13 @@ from acebert.models.student import new_student
 from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors
 from acebert.training.distill_loop import run
 from acebert.training.distiller import Distiller
-from acebert.training.harness import run_directory, train_on_ray
-from acebert.training.record import RECORD, write_record
+from acebert.training.harness import trained_stage
+from acebert.training.record import write_record
 from acebert.training.steps import Rank
-from acebert.workdir import Stage, digest_of, run_stage
+from acebert.workdir import Stage
+
+if TYPE_CHECKING:
+    from acebert.tracking import Run
 
 VERSION = 1
 
@@ -44,19 +48,10 @@ def distill(settings: Settings, teacher: Path, layers: int, targets: Stage) -> S
     new_student(DualEncoder.load(teacher), layers, own.width)  # refuses before Ray starts
     config = {"teacher": teacher, "layers": layers, "targets": targets.path}
 
-    def build(out: Path) -> None:
-        from acebert.tracking import start_run  # MLflow, which workers do not need
-
-        name = f"distill {layers} layer{'s' * (layers > 1)}"
-        with start_run(settings, "distill", digest_of(key), name=name) as mlrun:
-            checkpoints = train_on_ray(settings, "distill", key, _worker, config, mlrun)
-            _export(settings, config, checkpoints, mlrun.run_id, out)
-            for artifact in RECORD:
-                mlrun.log_artifact(out / artifact)
-
-    stage = run_stage(settings.workdir, "distill", key, build)
-    shutil.rmtree(run_directory(settings, "distill", key), ignore_errors=True)
-    return stage
+    export, name = partial(_export, settings, config), f"distill {layers} layer{'s' * (layers > 1)}"
+    return trained_stage(
+        settings, "distill", key, _worker, config, export, targets.digest, name=name
+    )
 
 
 def _student(settings: Settings, config: dict[str, Any]) -> DualEncoder:
@@ -78,7 +73,7 @@ def _worker(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
 
 
 def _export(
-    settings: Settings, config: dict[str, Any], checkpoints: Checkpoints, run_id: str, out: Path
+    settings: Settings, config: dict[str, Any], checkpoints: Checkpoints, mlrun: "Run", out: Path
 ) -> None:
     """The model directory of the last checkpoint: distillation uses its budget up."""
     last = checkpoints.newest()
@@ -90,9 +85,8 @@ def _export(
     student.save(out)
     shutil.copytree(config["teacher"] / "tokenizer", out / "tokenizer")
     report = {
-        "mlflow_run": run_id,
         "teacher": str(config["teacher"]),
         "texts": progress.step * settings.distill.batch_size,
         "valid": progress.validations[-1],
     }
-    write_record(out, settings, progress, report)
+    write_record(out, settings, progress, mlrun, report)

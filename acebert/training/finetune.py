@@ -5,8 +5,9 @@ its newest checkpoint, in the same MLflow run (`acebert.training.harness`).
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,12 +17,15 @@ from acebert.data.tokens import backbone_digest, load_tokenizer, special_ids
 from acebert.errors import UserError
 from acebert.models.dual import DualEncoder
 from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors, why_broken
-from acebert.training.harness import HOW_IT_RUNS, run_directory, train_on_ray
+from acebert.training.harness import HOW_IT_RUNS, trained_stage
 from acebert.training.loop import run
 from acebert.training.pairs import StagePaths
-from acebert.training.record import RECORD, write_record
+from acebert.training.record import write_record
 from acebert.training.steps import Rank
-from acebert.workdir import Stage, digest_of, run_stage
+from acebert.workdir import Stage
+
+if TYPE_CHECKING:
+    from acebert.tracking import Run
 
 VERSION = 2
 SETTINGS_THAT_MATTER = ("model", "text", "loss", "adversary")
@@ -84,20 +88,8 @@ def finetune(
         "start": pretrained.path if pretrained else None,
     }
 
-    def build(out: Path) -> None:
-        from acebert.tracking import log_model, start_run  # MLflow, which workers do not need
-
-        tags = {"acebert.data": ingested.digest}
-        with start_run(settings, "finetune", digest_of(key), tags=tags) as mlrun:
-            checkpoints = train_on_ray(settings, "finetune", key, _worker, config, mlrun)
-            _export(settings, config, checkpoints, mlrun.run_id, out)
-            for artifact in RECORD:
-                mlrun.log_artifact(out / artifact)
-            log_model(settings, mlrun, out)
-
-    stage = run_stage(settings.workdir, "finetune", key, build)
-    shutil.rmtree(run_directory(settings, "finetune", key), ignore_errors=True)
-    return stage
+    export = partial(_export, settings, config)
+    return trained_stage(settings, "finetune", key, _worker, config, export, ingested.digest)
 
 
 def new_model(settings: Settings, paths: StagePaths, start: Path | None = None) -> DualEncoder:
@@ -126,9 +118,11 @@ def _worker(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
 
 
 def _export(
-    settings: Settings, config: dict[str, Any], checkpoints: Checkpoints, run_id: str, out: Path
+    settings: Settings, config: dict[str, Any], checkpoints: Checkpoints, mlrun: "Run", out: Path
 ) -> None:
     """The model directory: weights of the best validation, history of the whole run."""
+    from acebert.tracking import log_model  # MLflow, which workers do not need
+
     paths: StagePaths = config["paths"]
     last = checkpoints.newest()
     assert last is not None
@@ -144,9 +138,6 @@ def _export(
     model.save(out)
     shutil.copytree(paths.tokens / "tokenizer", out / "tokenizer")
     (chosen,) = (row for row in progress.validations if row["step"] == progress.best_step)
-    report = {
-        "mlflow_run": run_id,
-        "pairs": progress.step * settings.train.batch_size,
-        "best": chosen,
-    }
-    write_record(out, settings, progress, report)
+    report = {"pairs": progress.step * settings.train.batch_size, "best": chosen}
+    write_record(out, settings, progress, mlrun, report)
+    log_model(settings, mlrun, out)

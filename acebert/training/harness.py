@@ -1,6 +1,6 @@
 """Training on Ray Train, whatever is trained: workers, restarts, checkpoints, MLflow.
 
-    checkpoints = train_on_ray(settings, "finetune", key, worker, config, mlrun)
+    stage = trained_stage(settings, "finetune", key, worker, config, export, ingested.digest)
 
 `worker(settings, config, rank)` is a module's function that trains one rank: it starts from
 `rank.resume`, calls `rank.save(tensors, progress)` on all ranks at the same steps, and returns when
@@ -15,6 +15,7 @@ checkpoint; a job that was stopped does the same when it is started again.
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ from acebert.training.checkpoint import (
     load_tensors,
 )
 from acebert.training.steps import Rank
-from acebert.workdir import digest_of
+from acebert.workdir import Stage, digest_of, run_stage
 
 if TYPE_CHECKING:
     from acebert.tracking import Run
@@ -59,22 +60,21 @@ MLFLOW_SECONDS = 60.0
 
 
 Worker = Callable[[Settings, dict[str, Any], Rank], None]
+Export = Callable[[Checkpoints, "Run", Path], None]
 
 
-def run_directory(settings: Settings, stage: str, key: Mapping[str, Any]) -> Path:
-    """Where a run keeps its checkpoints until its stage is there; to be removed then."""
-    return settings.workdir / "train" / f"{stage}-{digest_of(key)}"
-
-
-def train_on_ray(
+def trained_stage(
     settings: Settings,
     stage: str,
-    key: Mapping[str, Any],
+    key: dict[str, Any],
     worker: Worker,
     config: dict[str, Any],
-    mlrun: "Run",
-) -> Checkpoints:
-    """Run `worker` on `train.num_workers` ranks to its end; the newest checkpoint is the last.
+    export: Export,
+    data: str,
+    *,
+    name: str | None = None,
+) -> Stage:
+    """Run `worker` on `train.num_workers` ranks to its end, and make a stage of what it trained.
 
     Args:
         settings: `train` says how many workers with what, and how often to save
@@ -82,15 +82,38 @@ def train_on_ray(
         key: the stage's key; a checkpoint of another key, or of other code, is refused
         worker: see the module's docstring
         config: handed to each worker; has to pickle
-        mlrun: the run that takes `history` as train/… and `validations` as valid/…
+        export: writes the stage's directory; the newest checkpoint is the last
+        data: the digest of what it learns from
+        name: of the MLflow run, which takes `history` as train/… and `validations` as valid/…
 
     Raises:
         UserError: the cluster lacks what is asked for, a checkpoint is of other code, the disk is
             full, or what the worker raised.
     """
-    from acebert.tracking import metrics_actor  # MLflow: a second that no worker needs
+    digest = digest_of(key)
+    directory = settings.workdir / "train" / f"{stage}-{digest}"
 
-    directory = run_directory(settings, stage, key)
+    def build(out: Path) -> None:
+        from acebert.tracking import start_run  # MLflow: a second that no worker needs
+
+        with start_run(settings, stage, digest, name=name, tags={"acebert.data": data}) as mlrun:
+            export(_train(settings, directory, key, worker, config, mlrun), mlrun, out)
+
+    built = run_stage(settings.workdir, stage, key, build)
+    shutil.rmtree(directory, ignore_errors=True)  # its checkpoints
+    return built
+
+
+def _train(
+    settings: Settings,
+    directory: Path,
+    key: dict[str, Any],
+    worker: Worker,
+    config: dict[str, Any],
+    mlrun: "Run",
+) -> Checkpoints:
+    from acebert.tracking import metrics_actor
+
     identity = {"key": dict(key), "code": code_identity()}
     checkpoints = Checkpoints(directory / "checkpoints", identity, settings.train.checkpoints_kept)
     checkpoints.newest()  # refuses before anything is started

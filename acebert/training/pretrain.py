@@ -5,6 +5,7 @@ What it writes is a Hugging Face directory (config, weights with heads, tokenize
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from acebert.data.feature_cache import open_features
 from acebert.data.tokens import backbone_digest, load_tokenizer, special_ids
 from acebert.models.encoder import HOT_QUERY, TITLE, load_backbone
 from acebert.models.pretraining import CEBertForPreTraining, start_pretraining
-from acebert.tracking import start_run
+from acebert.tracking import Run
 from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors
-from acebert.training.harness import run_directory, train_on_ray
+from acebert.training.harness import trained_stage
 from acebert.training.pairs import StagePaths
 from acebert.training.pretrain_loop import run
-from acebert.training.record import RECORD, write_record
+from acebert.training.record import write_record
 from acebert.training.steps import Rank
-from acebert.workdir import Stage, digest_of, run_stage
+from acebert.workdir import Stage
 
 VERSION = 1
 MODEL_SETTINGS = {
@@ -52,17 +53,8 @@ def pretrain(settings: Settings, ingested: Stage, tokens: Stage, features: Stage
         key["backbone"] = backbone_digest(settings.model.backbone)
     paths = StagePaths(ingested.path, tokens.path, features.path if features else None)
 
-    def build(out: Path) -> None:
-        tags = {"acebert.data": ingested.digest}
-        with start_run(settings, "pretrain", digest_of(key), tags=tags) as mlrun:
-            checkpoints = train_on_ray(settings, "pretrain", key, _worker, {"paths": paths}, mlrun)
-            _export(settings, paths, checkpoints, mlrun.run_id, out)
-            for artifact in RECORD:
-                mlrun.log_artifact(out / artifact)
-
-    stage = run_stage(settings.workdir, "pretrain", key, build)
-    shutil.rmtree(run_directory(settings, "pretrain", key), ignore_errors=True)
-    return stage
+    config, export = {"paths": paths}, partial(_export, settings, paths)
+    return trained_stage(settings, "pretrain", key, _worker, config, export, ingested.digest)
 
 
 def new_model(settings: Settings, paths: StagePaths) -> CEBertForPreTraining:
@@ -91,7 +83,7 @@ def _worker(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
 
 
 def _export(
-    settings: Settings, paths: StagePaths, checkpoints: Checkpoints, run_id: str, out: Path
+    settings: Settings, paths: StagePaths, checkpoints: Checkpoints, mlrun: Run, out: Path
 ) -> None:
     """The directory of the last checkpoint: pre-training uses its budget up."""
     last = checkpoints.newest()
@@ -107,8 +99,7 @@ def _export(
     model.save_pretrained(out)
     shutil.copytree(paths.tokens / "tokenizer", out, dirs_exist_ok=True)
     report = {
-        "mlflow_run": run_id,
         "texts": progress.step * settings.pretrain.batch_size,
         "held_out": progress.validations[-1],
     }
-    write_record(out, settings, progress, report)
+    write_record(out, settings, progress, mlrun, report)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,15 +11,22 @@ import yaml
 from acebert.config import Settings
 from acebert.training.checkpoint import Progress
 
+if TYPE_CHECKING:
+    from acebert.tracking import Run
+
 RECORD = ("settings.yaml", "report.json", "history.parquet", "valid.parquet")
 
 
-def write_record(out: Path, settings: Settings, progress: Progress, report: dict[str, Any]) -> None:
-    """The files of RECORD: settings; `report` with steps and seconds; a row a step; a row a
-    validation."""
+def write_record(
+    out: Path, settings: Settings, progress: Progress, mlrun: "Run", report: dict[str, Any]
+) -> None:
+    """The files of RECORD, in `out` and among the run's artifacts: settings; `report` with steps,
+    seconds and the run's id; a row a step; a row a validation."""
     pq.write_table(progress.history, out / "history.parquet")
     pq.write_table(pa.Table.from_pylist(progress.validations), out / "valid.parquet")
     tree = settings.model_dump(mode="json")
     (out / "settings.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-    report = {"steps": progress.step, "train_seconds": progress.seconds, **report}
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    about = {"steps": progress.step, "train_seconds": progress.seconds, "mlflow_run": mlrun.run_id}
+    (out / "report.json").write_text(json.dumps(about | report, indent=2) + "\n")
+    for name in RECORD:
+        mlrun.log_artifact(out / name)

@@ -6,7 +6,7 @@ For photos that are far from ImageNet's, and for machines that reach no hub. Wha
 file for `image.cnn_weights`; `trained` there has the pipeline make it first.
 """
 
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,16 @@ from acebert.data.features import FeatureStore
 from acebert.data.patches import PatchCNN, best_device
 from acebert.data.preprocess import weights_digest
 from acebert.models.tagging import TaggingCNN
-from acebert.tracking import start_run
+from acebert.tracking import Run
 from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors
 from acebert.training.cnn_batches import CNNPaths, PhotoBatches
 from acebert.training.cnn_figure import draw_held_out
 from acebert.training.cnn_loop import run
 from acebert.training.cnn_validation import HeldOutPhotos, word_precision
-from acebert.training.harness import run_directory, train_on_ray
+from acebert.training.harness import trained_stage
 from acebert.training.record import write_record
 from acebert.training.steps import Rank
-from acebert.workdir import Stage, digest_of, run_stage
+from acebert.workdir import Stage
 
 VERSION = 1
 WEIGHTS = "cnn.safetensors"
@@ -78,19 +78,8 @@ def train_cnn(settings: Settings, ingested: Stage, crops: Stage, labels: Stage) 
     }
     paths = CNNPaths(crops.path, labels.path)
 
-    def build(out: Path) -> None:
-        _start(settings)  # refuses what cannot be trained before anything is started
-        tags = {"acebert.data": ingested.digest}
-        with start_run(settings, "cnn", digest_of(key), tags=tags) as mlrun:
-            checkpoints = train_on_ray(settings, "cnn", key, _worker, {"paths": paths}, mlrun)
-            _export(settings, ingested, paths, checkpoints, mlrun.run_id, out)
-            for path in sorted(out.iterdir()):
-                if path.name != WEIGHTS:
-                    mlrun.log_artifact(path)
-
-    stage = run_stage(settings.workdir, "cnn", key, build)
-    shutil.rmtree(run_directory(settings, "cnn", key), ignore_errors=True)
-    return stage
+    config, export = {"paths": paths}, partial(_export, settings, ingested, paths)
+    return trained_stage(settings, "cnn", key, _worker, config, export, ingested.digest)
 
 
 def new_model(settings: Settings, labels: PhotoLabels) -> TaggingCNN:
@@ -116,7 +105,7 @@ def _export(
     ingested: Stage,
     paths: CNNPaths,
     checkpoints: Checkpoints,
-    run_id: str,
+    mlrun: Run,
     out: Path,
 ) -> None:
     """What the last checkpoint holds: its backbone, and what it says of the held-out photos."""
@@ -129,13 +118,12 @@ def _export(
     backbone = {name: t.contiguous() for name, t in model.backbone.state_dict().items()}
     save_file(backbone, out / WEIGHTS)
     report = {
-        "mlflow_run": run_id,
         "cnn": settings.image.cnn,
         "start": settings.cnn.start,
         "photos": progress.step * settings.cnn.batch_size,
         "held_out": progress.validations[-1],
     }
-    write_record(out, settings, progress, report)
+    write_record(out, settings, progress, mlrun, report)
 
     held_out = HeldOutPhotos(FeatureStore(paths.crops), labels)
     bf16 = settings.train.precision == "bf16"

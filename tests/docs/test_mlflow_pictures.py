@@ -1,25 +1,12 @@
 """The docs' pictures, from a real MLflow server in a real Chromium."""
 
-import importlib.util
 import shutil
 from pathlib import Path
-from types import ModuleType
 
+import mlflow_pictures
 import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
-
-SCRIPT = Path(__file__).parents[2] / "docs" / "mlflow_pictures.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mlflow_pictures", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -39,22 +26,20 @@ def uri(tmp_path: Path) -> str:
     return uri
 
 
-def test_a_tag_that_no_run_carries_is_said_so(script: ModuleType, uri: str, tmp_path: Path):
+def test_a_tag_that_no_run_carries_is_said_so(uri: str, tmp_path: Path):
     with pytest.raises(ValueError, match="--table other: 0 runs"):
-        script.take_pictures(uri, "other", tmp_path)
+        mlflow_pictures.take_pictures(uri, "other", tmp_path)
 
 
 @pytest.mark.slow
-def test_the_runs_of_a_sweep_and_their_comparison_are_photographed(
-    script: ModuleType, uri: str, tmp_path: Path
-):
+def test_the_runs_of_a_sweep_and_their_comparison_are_photographed(uri: str, tmp_path: Path):
     """The script itself waits for the runs' names and for the plot of the compare page."""
     if not (shutil.which("chromium") or shutil.which("google-chrome")):
         pytest.skip("no Chromium on the PATH (apt-get install chromium)")
-    pictures = script.take_pictures(uri, "toy", tmp_path / "out")
+    pictures = mlflow_pictures.take_pictures(uri, "toy", tmp_path / "out")
     for path in pictures:
         with Image.open(path) as picture:
-            assert picture.size == (script.SIZE["width"], script.SIZE["height"])
+            assert picture.size == (mlflow_pictures.SIZE["width"], mlflow_pictures.SIZE["height"])
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 100  # no blank page
     first, second = (Image.open(path).tobytes() for path in pictures)
     assert first != second

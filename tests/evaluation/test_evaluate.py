@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from ir_measures import RR, R, nDCG
 from sklearn.metrics import roc_auc_score
+from small_world import World, make_world, random_vectors, write_vectors
 
 from acebert.errors import UserError
 from acebert.evaluation.evaluate import BASELINES, evaluate_baselines, evaluate_embeddings
@@ -21,8 +22,6 @@ from acebert.evaluation.tables import (
 )
 from acebert.evaluation.testset import evaluation_queries
 from acebert.evaluation.trec import query_id
-
-from .conftest import World, make_world, random_vectors, write_vectors
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,14 @@
 """Results of every row, from made-up vectors that the real evaluation measured: no training."""
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_world import World, make_world, random_vectors, write_vectors
 
 from acebert.config import Settings
 from acebert.evaluation.evaluate import BASELINES, evaluate_baselines, evaluate_embeddings
@@ -39,14 +38,12 @@ class Made:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("report")
-    worlds = _worlds()
-    world = worlds.make_world(root)
+    world = make_world(root)
     _write_report(world.ingested.path)
     rows, vectors = {}, {}
     for number, (level, noise) in enumerate(NOISE.items()):
         vectors[level] = [
-            _vectors(worlds, world, root / f"{level}{seed}", noise, 10 * number + seed)
-            for seed in SEEDS
+            _vectors(world, root / f"{level}{seed}", noise, 10 * number + seed) for seed in SEEDS
         ]
         rows[level] = tuple(
             evaluate_embeddings(world.settings, world.ingested, directory, level).path
@@ -72,20 +69,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(world.settings, world.ingested, rows, results, _swept(root / "swept", rows))
 
 
-def _worlds() -> ModuleType:
-    """tests/evaluation/conftest.py, which tests elsewhere cannot import by name."""
-    path = Path(__file__).parents[1] / "evaluation" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("evaluation_worlds", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _vectors(worlds: ModuleType, world: object, out: Path, noise: float, seed: int) -> Path:
+def _vectors(world: World, out: Path, noise: float, seed: int) -> Path:
     """A query lies amid the products that were clicked for it, but for the noise."""
-    queries = worlds.random_vectors(world.queries, 1)
+    queries = random_vectors(world.queries, 1)
     rng = np.random.default_rng(seed)
     products = {}
     for product in world.product_ids:
@@ -93,7 +79,7 @@ def _vectors(worlds: ModuleType, world: object, out: Path, noise: float, seed: i
         vector = np.sum(wanted, axis=0) / np.linalg.norm(np.sum(wanted, axis=0))
         vector = vector + noise * rng.standard_normal(16) / 4
         products[product] = vector / np.linalg.norm(vector)
-    return worlds.write_vectors(out, products, queries)
+    return write_vectors(out, products, queries)
 
 
 def _model(directory: Path, seed: int) -> Path:

@@ -1,9 +1,6 @@
 """A small catalogue, the demo's, through the real stages, once a session."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
+import handmade
 import pytest
 
 from acebert.config import Settings, load_settings
@@ -49,18 +46,5 @@ def paths(stages: dict[str, Stage]) -> StagePaths:
 
 
 @pytest.fixture(scope="session")
-def handmade() -> ModuleType:
-    """handmade.py beside this file, which tests cannot import by name."""
-    spec = importlib.util.spec_from_file_location(
-        "handmade", Path(__file__).with_name("handmade.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def handmade_paths(handmade: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> StagePaths:
+def handmade_paths(tmp_path_factory: pytest.TempPathFactory) -> StagePaths:
     return handmade.build(tmp_path_factory.mktemp("handmade"))

@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections import Counter
-from types import ModuleType
 
+import handmade
 import numpy as np
 import pytest
 import torch
@@ -38,7 +38,7 @@ def epochs(batches: PretrainBatches, n: int) -> list[PretrainBatch]:
 
 
 def test_each_title_with_a_photo_is_matched_once_and_mismatched_three_times(
-    paths: StagePaths, handmade: ModuleType
+    paths: StagePaths,
 ) -> None:
     for batch in epochs(make(paths), 2):
         title = handmade.titles_of(paths, batch.inputs)
@@ -53,7 +53,7 @@ def test_each_title_with_a_photo_is_matched_once_and_mismatched_three_times(
 
 
 def test_a_matched_photo_is_the_titles_own_and_a_mismatched_one_never_shows_the_same(
-    paths: StagePaths, handmade: ModuleType
+    paths: StagePaths,
 ) -> None:
     seen_twins = 0
     for share in (0.0, 1.0):
@@ -70,9 +70,7 @@ def test_a_matched_photo_is_the_titles_own_and_a_mismatched_one_never_shows_the_
     assert seen_twins > 50
 
 
-def test_every_photo_is_once_matched_and_three_times_mismatched(
-    paths: StagePaths, handmade: ModuleType
-) -> None:
+def test_every_photo_is_once_matched_and_three_times_mismatched(paths: StagePaths) -> None:
     """Neither a title nor a photo tells by itself; a twin's place is taken by the next photo."""
     for batch in epochs(make(paths), 2):
         shown = handmade.pictures_of(batch.inputs)
@@ -83,9 +81,7 @@ def test_every_photo_is_once_matched_and_three_times_mismatched(
         assert Counter(shown[~matched & paired]) == Counter({p: R * n for p, n in once.items()})
 
 
-def test_negatives_of_the_own_category_are_of_the_own_category(
-    paths: StagePaths, handmade: ModuleType
-) -> None:
+def test_negatives_of_the_own_category_are_of_the_own_category(paths: StagePaths) -> None:
     agree: dict[float, list[bool]] = {0.0: [], 1.0: []}
     for share, found in agree.items():
         for batch in epochs(make(paths, same_category_negatives=share), 4):
@@ -98,7 +94,7 @@ def test_negatives_of_the_own_category_are_of_the_own_category(
 
 
 def test_matched_and_mismatched_rows_are_masked_alike_and_only_matched_ones_are_predicted(
-    paths: StagePaths, handmade: ModuleType
+    paths: StagePaths,
 ) -> None:
     mask = make(paths).vocabulary.mask
     masked: dict[bool, list[float]] = {True: [], False: []}
@@ -119,18 +115,14 @@ def test_matched_and_mismatched_rows_are_masked_alike_and_only_matched_ones_are_
             assert abs(np.mean(hits) - rate) < 5 * np.sqrt(rate * (1 - rate) / len(hits))
 
 
-def test_the_words_to_predict_are_those_that_the_titles_had(
-    paths: StagePaths, handmade: ModuleType
-) -> None:
+def test_the_words_to_predict_are_those_that_the_titles_had(paths: StagePaths) -> None:
     ids = [int(word) for word in (paths.tokens.parent / "ids.txt").read_text().split()]
     for batch in epochs(make(paths), 2):
         title = handmade.titles_of(paths, batch.inputs)
         assert [ids[t] for t in title[batch.inputs.word_rows]] == batch.words.tolist()
 
 
-def test_the_ranks_rows_together_are_the_batch_of_one_process(
-    paths: StagePaths, handmade: ModuleType
-) -> None:
+def test_the_ranks_rows_together_are_the_batch_of_one_process(paths: StagePaths) -> None:
     def rows(batch: PretrainBatch) -> list[tuple]:
         text = batch.inputs.text
         shown = handmade.pictures_of(batch.inputs)
@@ -161,9 +153,7 @@ def test_the_ranks_rows_together_are_the_batch_of_one_process(
                 assert sum(map(mine, four)) == mine(one) == getattr(one, everywhere)
 
 
-def test_a_step_is_made_again_from_its_number_alone(
-    paths: StagePaths, handmade: ModuleType
-) -> None:
+def test_a_step_is_made_again_from_its_number_alone(paths: StagePaths) -> None:
     first, again = make(paths), make(paths)
     step = first.steps_per_epoch + 2
     for s in (0, 5, step):
@@ -185,7 +175,7 @@ def _leaves(a: object, b: object) -> list[tuple]:
 
 
 def test_an_epoch_has_every_training_title_at_most_once_and_none_that_is_held_out(
-    paths: StagePaths, handmade: ModuleType
+    paths: StagePaths,
 ) -> None:
     batches = make(paths)
     held_out = set(batches.texts.held_out.tolist())
@@ -205,9 +195,7 @@ def test_an_epoch_has_every_training_title_at_most_once_and_none_that_is_held_ou
     assert sum(seen.values()) > len(batches.texts.train) - W - 3
 
 
-def test_queries_of_the_training_days_are_rows_of_words_alone(
-    paths: StagePaths, handmade: ModuleType
-) -> None:
+def test_queries_of_the_training_days_are_rows_of_words_alone(paths: StagePaths) -> None:
     batches = make(paths, queries=True)
     seen = set()
     for batch in epochs(batches, 2):
@@ -225,7 +213,7 @@ def test_queries_of_the_training_days_are_rows_of_words_alone(
 
 
 def test_held_out_titles_are_read_with_other_pictures_and_baselines_are_kls_by_scipy(
-    paths: StagePaths, handmade: ModuleType
+    paths: StagePaths,
 ) -> None:
     batches = make(paths, patch_temperature=0.5)
     sample = HeldOut(batches)
@@ -255,7 +243,7 @@ def test_held_out_titles_are_read_with_other_pictures_and_baselines_are_kls_by_s
 
 
 def test_batches_that_cannot_be_made_are_refused_with_what_would_be_right(
-    paths: StagePaths, handmade: ModuleType
+    paths: StagePaths,
 ) -> None:
     with pytest.raises(UserError, match=r"batch_size 16: not divisible by the 3 workers"):
         make(paths, 0, 3)
