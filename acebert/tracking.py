@@ -13,7 +13,8 @@ import platform
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -44,6 +45,23 @@ Row = tuple[str, float, int]
 def tracking_uri(settings: Settings) -> str:
     """MLFLOW_TRACKING_URI, else sqlite in the work directory."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{settings.workdir / 'mlflow.db'}"
+
+
+@contextmanager
+def default_server(settings: Settings) -> Iterator[None]:
+    """For those functions of MLflow that only know the process's server.
+
+    MLflow writes it into MLFLOW_TRACKING_URI, where it would be taken for the user's: what this
+    process tracks next may be another work directory's.
+    """
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(tracking_uri(settings))
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None: none
 
 
 def without_password(uri: str) -> str:
@@ -205,8 +223,11 @@ def log_model(settings: Settings, run: Run, directory: Path) -> None:
         inputs=Schema([ColSpec("string", "query")]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, dim))]),
     )
-    mlflow.set_tracking_uri(tracking_uri(settings))
-    with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
+    with (
+        default_server(settings),
+        mlflow.start_run(run_id=run.run_id),
+        warnings.catch_warnings(),
+    ):
         # About type hints and a missing input example: the signature is given.
         warnings.simplefilter("ignore", UserWarning)
         logged = mlflow.pyfunc.log_model(
@@ -216,10 +237,10 @@ def log_model(settings: Settings, run: Run, directory: Path) -> None:
             signature=signature,
             pip_requirements=[f"acebert=={__version__}"],
         )
-    name = settings.tracking.register_as
-    if name is None:
-        return
-    version = mlflow.register_model(logged.model_uri, name).version
+        name = settings.tracking.register_as
+        if name is None:
+            return
+        version = mlflow.register_model(logged.model_uri, name).version
     run.client.set_registered_model_alias(name, settings.tracking.alias, version)
     log.info("mlflow: model %s version %s, alias %s", name, version, settings.tracking.alias)
 
@@ -232,9 +253,9 @@ def registered_model(settings: Settings, address: str) -> Path:
     """
     import mlflow
 
-    mlflow.set_tracking_uri(tracking_uri(settings))
     try:
-        found = mlflow.artifacts.download_artifacts(address)
+        with default_server(settings):
+            found = mlflow.artifacts.download_artifacts(address)
     except MlflowException as error:
         raise UserError(f"--model {address}: not in {tracking_uri(settings)}: {error}") from error
     (directory,) = (Path(found) / "artifacts").iterdir()

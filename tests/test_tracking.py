@@ -1,13 +1,21 @@
 import multiprocessing
 from pathlib import Path
 
+import mlflow
 import pyarrow as pa
 import pytest
 import ray
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
-from acebert.tracking import client, finished_run, metrics_actor, start_run, tracking_uri
+from acebert.tracking import (
+    client,
+    default_server,
+    finished_run,
+    metrics_actor,
+    start_run,
+    tracking_uri,
+)
 
 
 @pytest.fixture
@@ -93,3 +101,13 @@ def test_a_server_that_does_not_answer_is_named(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(UserError, match=r"^MLflow at http://127\.0\.0\.1:1 does not answer$"):
         start_run(settings, "finetune", "d1")
+
+
+def test_the_default_server_of_one_work_directory_is_not_that_of_the_next(
+    settings: Settings, tmp_path: Path
+):
+    other = load_settings(["--workdir", str(tmp_path / "other")])
+    before = tracking_uri(other)
+    with default_server(settings):
+        assert mlflow.get_tracking_uri() == tracking_uri(settings)
+    assert tracking_uri(other) == before != tracking_uri(settings)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import ray
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.repeater import TRIAL_INDEX
@@ -76,9 +77,12 @@ def run_trials(
     """
     tree = base.model_dump()
     directory = os.getcwd()  # relative paths in the settings start here
+    server = os.environ.get("MLFLOW_TRACKING_URI")  # a cluster's workers have its own environment
 
     def run_one(config: dict[str, Any]) -> None:
         os.chdir(directory)
+        if server:
+            os.environ["MLFLOW_TRACKING_URI"] = server
         try:
             result = objective(_trial_of(config, space).settings(settings_from(tree)))
         except Exception as error:
@@ -201,7 +205,11 @@ class _Watcher(tune.Callback):
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        self._end(trial, "failed", "its process died (killed, or out of memory)")
+        error = trial.get_pickled_error()  # by Tune, in this process
+        if error is None or isinstance(error, RayActorError):
+            self._end(trial, "failed", "its process died (killed, or out of memory)")
+        else:
+            self._end(trial, "failed", _reason(error))
 
     def _end(self, trial: TuneTrial, status: Status, reason: str | None = None) -> None:
         last = {k: v for k, v in trial.last_result.items() if k not in NO_RESULT}

@@ -195,6 +195,17 @@ def test_trials_carry_one_tag_one_parent_and_the_numbers_to_compare(
     assert parent.data.metrics["best/recall_100"] == pytest.approx(0.5005)  # mean of both seeds
 
 
+def test_trials_track_where_the_sweep_does_though_the_cluster_knows_no_such_server(
+    settings: Settings, toy, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'elsewhere.db'}")
+    sweep(settings, "toy", Space(vary={"loss.gamma": [10, 20]}), **toy.parts)
+    assert {run.info.run_name for run in runs(settings)} == {
+        *("sweep toy", "gamma=10 seed=0", "gamma=20 seed=0")
+    }
+    assert not (settings.workdir / "mlflow.db").exists()
+
+
 def test_a_model_that_another_sweep_trained_is_a_row_of_this_one_too(
     settings: Settings, toy, ray_cluster: None
 ):

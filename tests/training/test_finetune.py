@@ -15,7 +15,7 @@ from acebert.config import Settings
 from acebert.errors import UserError
 from acebert.models.dual import DualEncoder
 from acebert.models.encoder import TextInputs
-from acebert.tracking import client, tracking_uri
+from acebert.tracking import client, default_server
 from acebert.training.finetune import finetune
 from acebert.workdir import Stage
 
@@ -62,9 +62,9 @@ def test_every_step_is_in_mlflow_once(one_worker: Stage, settings: Settings):
 def test_the_registered_model_encodes_queries_as_the_directory_does(
     one_worker: Stage, settings: Settings
 ):
-    mlflow.set_tracking_uri(tracking_uri(settings))
     name, alias = settings.tracking.register_as, settings.tracking.alias
-    loaded = mlflow.pyfunc.load_model(f"models:/{name}@{alias}")
+    with default_server(settings):
+        loaded = mlflow.pyfunc.load_model(f"models:/{name}@{alias}")
     queries = ["Red  DRESS", "watch", "a query with words never seen"]
     got = loaded.predict(pd.DataFrame({"query": queries}))
     tokenizer = AutoTokenizer.from_pretrained(one_worker.path / "tokenizer")
