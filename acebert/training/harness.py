@@ -16,7 +16,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from acebert.cluster import wait_for_nodes
 from acebert.config import Settings, settings_from
@@ -118,6 +120,8 @@ def _train(
     checkpoints = Checkpoints(directory / "checkpoints", identity, settings.train.checkpoints_kept)
     checkpoints.newest()  # refuses before anything is started
     cpus, use_gpu = _resources(settings)
+    # Ray Train looks at its workers this often (its default: 2 s); a start and an end wait for it.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     train = settings.train
     workers = (train.min_workers, train.num_workers) if train.min_workers else train.num_workers
     trainer = TorchTrainer(
@@ -142,10 +146,31 @@ def _train(
             failure_config=FailureConfig(max_failures=train.max_failures),
         ),
     )
-    result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
+    with _ray_by_address():
+        result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
     if result.return_value is not None:
         raise UserError(result.return_value)
     return checkpoints
+
+
+@contextmanager
+def _ray_by_address() -> Iterator[None]:
+    """Tells the actors of Ray Train which Ray they belong to.
+
+    Its clean-up asks the state API about the controller, in a process that knows the cluster by
+    RAY_ADDRESS or else looks for one on the machine. Where there are two it takes the other one or
+    none, and a killed trial's workers would keep their CPUs.
+    """
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = before
 
 
 def _resources(settings: Settings) -> tuple[float, bool]:

@@ -1,9 +1,9 @@
 """The job as its user runs it: submitted to a real cluster, with token authentication."""
 
+import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -83,11 +84,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, short_path: Path) -> Itera
             pytest.fail((home / "head.log").read_text())
         yield env
     finally:
-        head.send_signal(signal.SIGTERM)
-        try:
-            head.wait(40)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
+        processes = psutil.Process(head.pid).children(recursive=True)  # asked to end, it takes 30 s
+        for process in [head, *processes]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=30)
+        head.wait()
 
 
 def submit(env: dict[str, str], *argv: str) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,8 @@
 """Trials that are real fine-tunings: Ray Tune above Ray Train, a tiny demo catalogue."""
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -26,9 +29,22 @@ def tiny(workdir: Path, *more: str) -> Settings:
     return load_settings([*TINY, "--workdir", str(workdir), *more])
 
 
+@pytest.fixture
+def another_ray() -> Iterator[None]:
+    """A Ray on this machine that has nothing to do with ours."""
+    code = "import ray; ray.init('local', num_cpus=1); print('up', flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert any("up" in line for line in other.stdout)
+    yield
+    other.communicate("\n", timeout=60)
+
+
 @pytest.mark.slow
 def test_a_trial_trains_as_the_job_alone_does_and_asha_stops_one_that_is_behind(
-    tmp_path: Path, ray_cluster: None
+    tmp_path: Path, ray_cluster: None, another_ray: None
 ):
     """One sweep, for each fine-tuning costs seconds of start-up. It is long enough for Tune to get
     a word in before a trial is over."""
