@@ -56,8 +56,8 @@ def test_any_text_is_a_user_and_the_same_one_each_time() -> None:
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        (["--experiment.name", "x"], "distinct names"),
-        (["--experiment.name", "x", "--experiment.arms", "a,a"], "distinct names"),
+        (["--experiment.name", "x"], "two distinct names"),
+        (["--experiment.name", "x", "--experiment.arms", "a,a"], "two distinct names"),
         (["--experiment.name", "x", "--experiment.arms", "../a,b"], "letters"),
         (
             ["--experiment.name", "x", "--experiment.arms", "a,b", "--experiment.shares", "1"],
