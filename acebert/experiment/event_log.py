@@ -176,7 +176,9 @@ def _salt(directory: Path) -> bytes:
 
 
 def _open(path: Path, mode: str, wait: float) -> sqlite3.Connection:
-    db = sqlite3.connect(f"file:{path}?mode={mode}", uri=True, timeout=wait, check_same_thread=False)
+    db = sqlite3.connect(
+        f"file:{path}?mode={mode}", uri=True, timeout=wait, check_same_thread=False
+    )
     try:
         db.execute("PRAGMA locking_mode=EXCLUSIVE")
         db.execute("PRAGMA journal_mode=WAL")
