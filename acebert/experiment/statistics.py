@@ -4,7 +4,8 @@ A metric of an arm is a ratio of sums over its users, R = Σ x_u / Σ y_u: click
 revenue over searches. A user's searches are alike, so their number is no sample size: the delta
 method takes Var(R) = Var(x_u − R·y_u) / (U·ȳ²) over the U users (Deng, Knoblich and Lu, Applying
 the Delta Method in Metric Analytics, KDD 2018). A lift R_t / R_c − 1 has its interval on the scale
-of the logarithm, where it is nearly normal and cannot fall below −1.
+of the logarithm, where it is nearly normal and cannot fall below −1. Quantiles are Student's, with
+the smaller arm's degrees of freedom: the votes of a few reviewers are an experiment too.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ POWER = 0.8
 MISMATCH = 0.001
 """p below which the arms' users are not dealt as planned: strict, since it is looked at often and
 voids the whole experiment (Fabijan et al., KDD 2019, use 0.0005)"""
-Z = float(stats.norm.ppf(0.5 + LEVEL / 2))
+ALIKE = 1e-12  # relative spread that is rounding
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,20 @@ class PerUser:
 
     @property
     def standard_error(self) -> float:
-        """Of R, by the delta method; NaN with fewer than two users."""
-        users = len(self.numerator)
-        if users < 2 or not self.denominator.sum() > 0:
+        """Of R, by the delta method; NaN where the users tell nothing of their spread: there are
+        fewer than two, or all are alike."""
+        if self.freedom < 1 or not self.denominator.sum() > 0:
             return float("nan")
         residual = self.numerator - self.value * self.denominator
-        return float(residual.std(ddof=1) / (np.sqrt(users) * self.denominator.mean()))
+        spread = residual.std(ddof=1)
+        if spread <= ALIKE * np.abs(self.numerator).mean():
+            return float("nan")
+        return float(spread / (np.sqrt(len(residual)) * self.denominator.mean()))
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom, U − 1."""
+        return len(self.numerator) - 1
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,9 @@ def lift(treatment: PerUser, control: PerUser) -> Effect:
     error = float(
         np.hypot(treatment.standard_error / treatment.value, control.standard_error / control.value)
     )
-    low, high = np.expm1([log_ratio - Z * error, log_ratio + Z * error]).tolist()
-    return Effect(float(np.expm1(log_ratio)), low, high, *_test(log_ratio, error))
+    found = _effect(log_ratio, error, min(treatment.freedom, control.freedom))
+    value, low, high = np.expm1([found.value, found.low, found.high]).tolist()
+    return Effect(value, low, high, found.p, found.needed)
 
 
 def preference(score: PerUser) -> Effect:
@@ -81,8 +91,7 @@ def preference(score: PerUser) -> Effect:
 
     `score`: wins of B less wins of A, over decided ones, by user.
     """
-    value, error = score.value, score.standard_error
-    return Effect(value, value - Z * error, value + Z * error, *_test(value, error))
+    return _effect(score.value, score.standard_error, score.freedom)
 
 
 def sign_test(score: NDArray[np.float64]) -> float:
@@ -100,10 +109,12 @@ def sample_ratio(users: NDArray[np.int64], shares: NDArray[np.float64]) -> float
     return float(stats.chisquare(users, shares / shares.sum() * users.sum()).pvalue)
 
 
-def _test(effect: float, error: float) -> tuple[float, float]:
-    """p, and the data needed for 80 % power in multiples of what there is."""
+def _effect(value: float, error: float, freedom: int) -> Effect:
+    """Student's interval and test of a value with this standard error."""
     if not error > 0:
-        return (float("nan"), float("nan")) if error != 0 or effect == 0 else (0.0, 0.0)
-    p = float(2 * stats.norm.sf(abs(effect) / error))
-    power = float(stats.norm.ppf(POWER))
-    return p, float(((Z + power) * error / abs(effect)) ** 2) if effect else float("inf")
+        return Effect(value, *[float("nan")] * 4)
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) * error
+    p = float(2 * stats.t.sf(abs(value) / error, freedom))
+    quantiles = float(stats.norm.ppf(0.5 + LEVEL / 2) + stats.norm.ppf(POWER))
+    needed = (quantiles * error / value) ** 2 if value else float("inf")
+    return Effect(value, value - half, value + half, p, needed)

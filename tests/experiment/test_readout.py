@@ -4,6 +4,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from acebert.errors import UserError
@@ -49,6 +51,7 @@ def test_each_search_and_click_counts_once_and_strays_do_not(tmp_path: Path) -> 
     assert new.values == {"ctr": 2 / 8, "revenue": 15.0}
     assert new.lifts["ctr"].value == pytest.approx(2.0)
     assert old.lifts == {}
+    assert (found.not_shown, found.without_search) == (1, 1)
 
 
 def test_users_in_two_arms_are_left_out_and_a_mismatch_is_shouted(tmp_path: Path) -> None:
@@ -75,7 +78,9 @@ def test_interleaved_searches_are_won_by_the_team_with_more_clicks(tmp_path: Pat
     assert found.preference.value == pytest.approx((80 - 1) / 81)
     assert found.interleaved_users == 40
     assert found.preference_p < 1e-6
-    assert "preference for the second arm" in report_text(found)
+    assert "preference for new over old" in report_text(found)
+    write_report(found, tmp_path)
+    assert (tmp_path / "effects.png").stat().st_size > 5000
 
 
 def test_a_simulated_experiment_prints_and_draws_what_was_planted(tmp_path: Path) -> None:
@@ -94,13 +99,33 @@ def test_a_simulated_experiment_prints_and_draws_what_was_planted(tmp_path: Path
     assert effect.found
     assert found.mismatch_p > 0.001
     write_report(found, tmp_path)
-    assert (tmp_path / "lifts.png").stat().st_size > 5000
+    assert (tmp_path / "effects.png").stat().st_size > 5000
     assert "new" in (tmp_path / "report.txt").read_text()
 
 
 def test_a_log_without_the_experiment_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no search was logged"):
+    with pytest.raises(UserError, match="no search is logged"):
         read_out(SPLIT, tmp_path)
     logged(tmp_path, [shown("s1", "u1", "old")])
     with pytest.raises(UserError, match="'both'"):
         read_out(BOTH, tmp_path)
+
+
+def test_an_arm_that_the_settings_do_not_have_is_refused(tmp_path: Path) -> None:
+    logged(tmp_path, [shown("s1", "u1", "old"), shown("s2", "u2", "newest")])
+    with pytest.raises(UserError, match=r"experiment.arms.*newest"):
+        read_out(SPLIT, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"PAR1 and then", None])
+def test_a_file_that_is_no_log_is_named(tmp_path: Path, content: bytes | None) -> None:
+    logged(tmp_path, [shown("s1", "u1", "old")])
+    bad = tmp_path / "action" / "2026-03-01" / "bad.parquet"
+    bad.parent.mkdir(parents=True)
+    if content is None:
+        pq.write_table(pa.table({"search": ["s1"]}), bad)
+    else:
+        bad.write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.parquet"):
+        read_out(SPLIT, tmp_path)
+    assert not list(tmp_path.glob(".readout*"))

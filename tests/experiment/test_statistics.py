@@ -22,6 +22,24 @@ def test_with_one_search_a_user_the_error_is_that_of_a_mean() -> None:
     assert metric.standard_error == pytest.approx(stats.sem(x))
 
 
+def test_with_one_vote_a_user_a_preference_is_scipys_t_test() -> None:
+    votes = np.array([1.0, -1, 1, 1, 0, 1, 1])
+    found, expected = preference(PerUser(votes, np.ones(7))), stats.ttest_1samp(votes, 0)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert found.p == pytest.approx(expected.pvalue)
+
+
+@pytest.mark.parametrize("users", [1, 3, 700])
+def test_users_who_are_all_alike_prove_nothing(users: int) -> None:
+    alike, others = (
+        PerUser(np.full(users, 0.3), np.full(users, 7.0)),
+        PerUser(np.ones(2), np.ones(2)),
+    )
+    for found in (preference(alike), lift(alike, others)):
+        assert not found.found
+        assert np.isnan(found.p)
+
+
 def test_the_interval_of_a_lift_is_that_of_a_bootstrap_over_users() -> None:
     rng = np.random.default_rng(1)
     a, b = shoppers(rng, 3000), shoppers(rng, 2000, 0.12)
