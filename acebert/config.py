@@ -525,15 +525,19 @@ class ExperimentSettings(Section):
     """A/B test of published models (paper Table 2)."""
 
     name: str | None = Field(None, min_length=1)
-    """name of the experiment (none: there is none)"""
+    """name of the experiment that runs (none: none does, and no search is logged)"""
     arms: tuple[str, ...] = ()
-    """names of what is compared, the control first"""
+    """names under which `ray_jobs/publish.py --arm NAME` published bundles, the control first"""
     shares: tuple[float, ...] = ()
     """shares of the users by arm (none: equal ones)"""
     design: Literal["split", "interleave"] = "split"
     """split: a user sees one arm; interleave: each search shows a draft of both arms"""
     salt: str = ""
     """another salt deals the users of an experiment anew"""
+    flush_seconds: float = Field(30.0, gt=0)
+    """how often a replica moves its part of the log to Parquet [s]"""
+    retention_days: int = Field(90, ge=1)
+    """days after which logged searches and clicks are deleted"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -244,14 +244,19 @@ def _interleaved(
     return found, sign_test(score), len(score)
 
 
-def report_text(readout: Readout, width: int = 120) -> str:
+def report_text(readout: Readout, width: int = 128) -> str:
     """Table 2 of the paper, with intervals."""
     table = Table(
-        title=f"{readout.name}: * where the 95 % interval excludes 0", title_justify="left"
+        title=f"{readout.name}: lifts over {readout.arm_names[0]} with 95 % interval, * where it "
+        "excludes 0; last, an arm's searches for 80 % power at its lift",
+        title_justify="left",
     )
-    for name in ("arm", "users", "searches", "CTR", "CTR lift", "revenue a search", "revenue lift"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
-    table.add_column("searches to see the CTR lift", justify="right")
+    table.add_column("arm", no_wrap=True)
+    for name in (
+        *("users", "searches", "CTR", "CTR lift", "revenue\na search", "revenue lift"),
+        "searches to\nsee CTR lift",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, arm in readout.arms.items():
         found = arm.lifts.get("ctr")
         enough = found is not None and math.isfinite(found.needed)
@@ -356,7 +361,7 @@ def _cell(found: Effect | None) -> str:
     if math.isnan(found.low):
         return f"{found.value:+.2%} [unknown]  "
     mark = " *" if found.found else "  "
-    return f"{found.value:+.2%} [{found.low:+.2%}, {found.high:+.2%}]{mark}"
+    return f"{found.value:+.2%} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]{mark}"
 
 
 def _files(paths: list[Path]) -> str:
