@@ -301,7 +301,7 @@ def _remarks(readout: Readout) -> list[str]:
     if readout.without_search:
         lines.append(
             f"{readout.without_search:,} clicks or purchases belong to no search in the log: "
-            "searches were lost, or deleted for their age"
+            "searches were lost, were deleted for their age, or are not in Parquet yet"
         )
     return lines
 
