@@ -11,6 +11,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -520,6 +521,39 @@ class ServeSettings(Section):
         return self
 
 
+class ExperimentSettings(Section):
+    """A/B test of published models (paper Table 2)."""
+
+    name: str | None = Field(None, min_length=1)
+    """name of the experiment that runs (none: none does, and no search is logged)"""
+    arms: tuple[str, ...] = ()
+    """names under which `ray_jobs/publish.py --arm NAME` published bundles, the control first"""
+    shares: tuple[float, ...] = ()
+    """shares of the users by arm (none: equal ones)"""
+    design: Literal["split", "interleave"] = "split"
+    """split: a user sees one arm; interleave: each search shows a draft of both arms"""
+    salt: str = ""
+    """another salt deals the users of an experiment anew"""
+    flush_seconds: float = Field(30.0, gt=0)
+    """how often a replica moves its part of the log to Parquet [s]"""
+    retention_days: int = Field(90, ge=1)
+    """days after which logged searches and clicks are deleted"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name is None:
+            return self
+        if len(self.arms) < 2 or len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"arms: two distinct names at least, got {self.arms}")
+        if any(not re.fullmatch(r"[A-Za-z0-9][\w.-]*", arm) for arm in self.arms):
+            raise ValueError(f"arms: names of letters, digits, '.', '-' and '_', got {self.arms}")
+        if self.shares and (len(self.shares) != len(self.arms) or min(self.shares) <= 0):
+            raise ValueError(f"shares: one above 0 for each of {len(self.arms)} arms")
+        if self.design == "interleave" and len(self.arms) != 2:
+            raise ValueError(f"design interleave drafts from two arms, got {len(self.arms)}")
+        return self
+
+
 class TrackingSettings(Section):
     """MLflow."""
 
@@ -575,6 +609,7 @@ class Settings(BaseSettings):
     distill: DistillSettings = DistillSettings()
     eval: EvalSettings = EvalSettings()
     serve: ServeSettings = ServeSettings()
+    experiment: ExperimentSettings = ExperimentSettings()
     tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")

@@ -32,7 +32,7 @@ from acebert.training.pretrain import pretrain
 from acebert.training.train_cnn import WEIGHTS, crop_settings, train_cnn
 from acebert.workdir import Stage
 
-NOT_THE_MODELS = ("workdir", "data", "eval", "serve", "tracking")
+NOT_THE_MODELS = ("workdir", "data", "eval", "serve", "experiment", "tracking")
 """settings that do not come with a trained model"""
 
 

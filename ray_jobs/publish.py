@@ -1,8 +1,9 @@
 """Make a bundle of a model (vectors of products and hot queries, index, photos) and publish it.
 
-    python ray_jobs/publish.py --workdir W --model MODEL_DIR [--query_encoder DIR]
+    python ray_jobs/publish.py --workdir W --model MODEL_DIR [--query_encoder DIR] [--arm NAME]
 
-Services of this work directory take it over while they serve. `--model` also takes the address of
+Services of this work directory take it over while they serve; with `--arm`, for the users of that
+arm of an experiment alone. `--model` also takes the address of
 a registered model, e.g. models:/acebert@candidate.
 """
 
@@ -22,7 +23,7 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     directory = registered_model(settings, model) if model.startswith("models:/") else Path(model)
     settings = settings_for(directory, arguments.settings)
     stage = bundle_stage(settings, directory, arguments.query_encoder or directory)
-    publish(settings.workdir, stage.path)
+    publish(settings.workdir, stage.path, arguments.arm)
     leave()
     print(stage.path)
 
@@ -33,4 +34,5 @@ if __name__ == "__main__":
         "--model", required=True, help="directory that finetune printed, or models:/"
     )
     parser.add_argument("--query_encoder", type=Path, help="directory that distill printed")
+    parser.add_argument("--arm", help="of an experiment (docs/experiments.md)")
     run_job(work, __doc__, parser)

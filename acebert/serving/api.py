@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Header
 from fastapi import Path as InPath
 from fastapi import Query as InQuery
 from fastapi.exceptions import RequestValidationError
@@ -77,12 +77,30 @@ def _searches(app: FastAPI, service: SearchService) -> None:
         in_stock: bool | None = None,
         min_score: schema.Score | None = None,
         hybrid: bool = False,
+        x_user_id: Annotated[schema.UserId | None, Header()] = None,
+        x_search_id: Annotated[schema.SearchId | None, Header()] = None,
     ) -> Response:
         """Products for a query, best first. `min_score` leaves worse hits out; `hybrid` fuses the
-        ranks with those of BM25 on titles."""
+        ranks with those of BM25 on titles. With `X-User-Id` the search is part of the experiment
+        that runs, if one does; `X-Search-Id`, the client's own id of the search, makes one search
+        of it however often it is sent."""
         where = Filter(category, min_price, max_price, in_stock)
-        found = await service.search(q, k, where, hybrid=hybrid, min_score=min_score)
+        if service.trial is None or x_user_id is None:
+            found = await service.search(q, k, where, hybrid=hybrid, min_score=min_score)
+        else:
+            found = await service.trial.search(
+                x_user_id, x_search_id, q, k, where, hybrid=hybrid, min_score=min_score
+            )
         return JSONResponse(_answer(found))
+
+    @app.post("/events", status_code=202, response_model=schema.Status, operation_id="event")
+    async def event(body: schema.EventIn) -> Any:
+        """What a shopper did with a product of an answer with a `search_id`; durable with the
+        answer. The same once more counts once."""
+        if service.trial is None:
+            raise UserError("no experiment runs here, so there is no log of events")
+        await service.trial.act(body.search_id, body.action, body.product_id, body.revenue)
+        return {"status": "ok"}
 
     @app.post(
         "/search/batch", responses={200: {"model": schema.Answers}}, operation_id="search_batch"
@@ -269,6 +287,8 @@ def _answer(found: Found) -> dict[str, Any]:
         "no_good_match": found.no_good_match,
         "version": found.version,
         "took_ms": round(1000 * found.seconds, 3),
+        "search_id": found.search_id,
+        "arm": found.arm,
     }
 
 

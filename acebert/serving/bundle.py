@@ -126,32 +126,35 @@ def hot_queries(ingested: Stage, count: int) -> list[str]:
     return ranked["text"].slice(0, max(TUNE_QUERIES, count)).to_pylist()
 
 
-def publish(workdir: Path, bundle: Path) -> None:
-    """Make `bundle` the one that services of this work directory serve, from their next look on."""
-    pointer = _pointer(workdir)
+def publish(workdir: Path, bundle: Path, arm: str | None = None) -> None:
+    """Make `bundle` the one that services of this work directory serve, from their next look on; or
+    the one that they serve to an arm of an experiment."""
+    pointer = _pointer(workdir, arm)
     pointer.parent.mkdir(parents=True, exist_ok=True)
     aside = pointer.with_suffix(f".{os.getpid()}")
     aside.write_text(json.dumps({"bundle": str(bundle)}) + "\n")
     aside.replace(pointer)
 
 
-def published(workdir: Path) -> Path:
-    """The bundle that `publish` named last.
+def published(workdir: Path, arm: str | None = None) -> Path:
+    """The bundle that `publish` named last, for all or for an arm.
 
     Raises:
         UserError: there is none.
     """
     try:
-        return Path(json.loads(_pointer(workdir).read_text())["bundle"])
+        return Path(json.loads(_pointer(workdir, arm).read_text())["bundle"])
     except FileNotFoundError as error:
         raise UserError(
-            f"{workdir}: nothing to serve there; `python ray_jobs/publish.py --model MODEL_DIR "
-            f"--workdir {workdir}` makes a bundle of a model"
+            f"{workdir}: nothing to serve{f' as arm {arm}' if arm else ''} there; "
+            f"`python ray_jobs/publish.py --model MODEL_DIR --workdir {workdir}"
+            f"{f' --arm {arm}' if arm else ''}` makes a bundle of a model"
         ) from error
 
 
-def _pointer(workdir: Path) -> Path:
-    return workdir / "serving" / "published.json"
+def _pointer(workdir: Path, arm: str | None) -> Path:
+    name = "published.json" if arm is None else f"arm-{arm}.json"
+    return workdir / "serving" / name
 
 
 class Bundle:

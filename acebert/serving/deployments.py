@@ -52,7 +52,8 @@ class ProductEncoding:
 
     def __init__(self, settings: Settings) -> None:
         options = settings.serve.threads, settings.serve.max_megapixels
-        self._encoder = lru_cache(BUNDLES)(lambda bundle: ProductEncoder(bundle, *options))
+        bundles = BUNDLES + len(settings.experiment.arms)
+        self._encoder = lru_cache(bundles)(lambda bundle: ProductEncoder(bundle, *options))
         self._one = asyncio.Lock()  # torch's threads are there for one batch
 
     async def encode(
@@ -68,7 +69,7 @@ class QueryEncoding:
 
     def __init__(self, settings: Settings) -> None:
         options = settings.serve.runtime, settings.serve.threads
-        self._encoder = lru_cache(BUNDLES)(
+        self._encoder = lru_cache(BUNDLES + len(settings.experiment.arms))(
             lambda bundle: QueryEncoder.load(bundle / "query_encoder", *options)
         )
         batched: Any = self._batched
@@ -107,7 +108,8 @@ class Changes:
         async def encode(*arguments: Any) -> NDArray[np.float32]:
             return await _asked(encoding.encode.remote(*arguments))
 
-        self._version = lru_cache(BUNDLES)(lambda path: product_side_version(path / "model"))
+        bundles = BUNDLES + len(settings.experiment.arms)
+        self._version = lru_cache(bundles)(lambda path: product_side_version(path / "model"))
         self._log = ChangeLog(settings.workdir / "serving" / "changes.sqlite")
         self._catalogue = Catalogue(self._log, encode, bundle, settings.serve.max_megapixels)
 
@@ -208,6 +210,9 @@ def build(settings: Settings, replicas: int = 1) -> serve.Application:
         UserError: there is no bundle to serve, or it is broken.
     """
     Bundle(settings.serve.bundle or published(settings.workdir))  # an error here, not in a replica
+    if settings.experiment.name is not None:
+        for arm in settings.experiment.arms:
+            Bundle(published(settings.workdir, arm))
     encoding = ProductEncoding.bind(settings)  # type: ignore[attr-defined]
     changes = Changes.bind(settings, encoding)  # type: ignore[attr-defined]
     apart = settings.serve.encoder_apart

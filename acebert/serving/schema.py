@@ -1,6 +1,6 @@
 """Requests and answers of the search API, as OpenAPI describes them."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 
@@ -83,10 +83,27 @@ class Answer(BaseModel):
     version: str
     """of the model"""
     took_ms: float
+    search_id: str | None = None
+    """of a search in an experiment: what `/events` names"""
+    arm: str | None = None
+    """of the experiment, that answered; none where lists are interleaved"""
 
 
 class Answers(BaseModel):
     answers: list[Answer]
+
+
+SEARCH_ID = r"^[A-Za-z0-9_-]{8,64}$"
+UserId = Annotated[str, Field(min_length=1, max_length=200)]
+SearchId = Annotated[str, Field(pattern=SEARCH_ID)]
+
+
+class EventIn(Request):
+    search_id: SearchId
+    action: Literal["click", "purchase"]
+    product_id: ProductId
+    revenue: Price | None = None
+    """of a purchase (none: the product's price)"""
 
 
 class Accepted(BaseModel):

@@ -12,9 +12,11 @@ to it, and then puts it in place at once. A request keeps the bundle that it beg
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import faiss
@@ -24,6 +26,9 @@ from numpy.typing import NDArray
 from acebert.config import Settings
 from acebert.data.schema import normalize_query
 from acebert.errors import UserError
+from acebert.experiment.assignment import Experiment
+from acebert.experiment.event_log import Action, EventLog, Exposure, collect, forget, user_key
+from acebert.experiment.interleaving import team_draft
 from acebert.serving.batcher import Batcher
 from acebert.serving.bundle import Bundle, published
 from acebert.serving.catalogue import Products, Unavailable
@@ -34,6 +39,7 @@ from acebert.serving.query_encoder import QueryEncoder
 
 log = logging.getLogger(__name__)
 
+EVENTS = 500  # of one transaction of the log
 EncodeQueries = Callable[[Path, Sequence[str]], Awaitable[tuple[str, NDArray[np.float32]]]]
 """bundle, texts [n] → version of the model, vectors [n, d]: a query encoder elsewhere"""
 
@@ -49,6 +55,10 @@ class Found:
     """of the model"""
     no_good_match: bool
     seconds: float
+    search_id: str | None = None
+    """of an experiment's search"""
+    arm: str | None = None
+    """that answered it"""
 
 
 class Loaded:
@@ -103,12 +113,14 @@ class SearchService:
         self, settings: Settings, products: Products, encode: EncodeQueries | None = None
     ) -> None:
         self.settings = settings.serve
-        self._all = settings
+        self.all_settings = settings
         self.products = products
         self._encode_apart = encode
         self.metrics = Metrics()
         self._pool = ThreadPoolExecutor(self.settings.threads + 1, "search")
         self.loaded: Loaded | None = None
+        experiment = Experiment.of(settings.experiment)
+        self.trial = Trial(experiment, self) if experiment else None
         self._heard = 0.0
         self._task: asyncio.Task[None] | None = None
         faiss.omp_set_num_threads(self.settings.threads)
@@ -119,12 +131,16 @@ class SearchService:
         Raises:
             UserError: there is no bundle, or it is broken.
         """
-        self.loaded = await self._load(self._wanted())
+        self.loaded = await self.load(self._wanted())
+        if self.trial is not None:
+            await self.trial.start()
         self._task = asyncio.create_task(self._follow())
 
     async def stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
+        if self.trial is not None:
+            self.trial.close()
         self._pool.shutdown(wait=False)
 
     @property
@@ -137,16 +153,16 @@ class SearchService:
         return self.loaded
 
     def _wanted(self) -> Path:
-        return self.settings.bundle or published(self._all.workdir)
+        return self.settings.bundle or published(self.all_settings.workdir)
 
-    async def _load(self, directory: Path) -> Loaded:
-        loaded = await asyncio.to_thread(Loaded, directory, self._all, self._pool)
-        while await self._catch_up(loaded):
+    async def load(self, directory: Path) -> Loaded:
+        loaded = await asyncio.to_thread(Loaded, directory, self.all_settings, self._pool)
+        while await self.catch_up(loaded):
             pass
         log.info("serves %s, %d changes", directory, loaded.seq)
         return loaded
 
-    async def _catch_up(self, loaded: Loaded) -> int:
+    async def catch_up(self, loaded: Loaded) -> int:
         """Apply the next changes; how many there were."""
         changes = await self.products.changes(loaded.seq, loaded.bundle.directory, loaded.version)
         if changes:
@@ -161,11 +177,13 @@ class SearchService:
             await asyncio.sleep(self.settings.follow_seconds)
             try:
                 current = self.current()
-                while await self._catch_up(current):
+                while await self.catch_up(current):
                     pass
                 wanted = self._wanted()
                 if wanted != current.bundle.directory:
-                    self.loaded = await self._load(wanted)
+                    self.loaded = await self.load(wanted)
+                if self.trial is not None:
+                    await self.trial.follow()
             except Unavailable as error:
                 log.warning("cannot follow, goes on with what it has: %s", error)
             except Exception:  # a bundle is broken: serve what there is
@@ -173,16 +191,24 @@ class SearchService:
             self.metrics.behind.set(self.behind)
 
     async def search(
-        self, query: str, k: int, where: Filter, *, hybrid: bool = False, min_score: float | None
+        self,
+        query: str,
+        k: int,
+        where: Filter,
+        *,
+        hybrid: bool = False,
+        min_score: float | None,
+        loaded: Loaded | None = None,
     ) -> Found:
         """The best k products for a query.
 
         Args:
             hybrid: fuse the ranks with BM25's on titles.
             min_score: hits below are left out (none: `serve.good_score` only judges the best).
+            loaded: the bundle that answers (none: the published one).
         """
         start = time.perf_counter()
-        loaded = self.current()
+        loaded = loaded or self.current()
         text = normalize_query(query)
         row = loaded.bundle.hot.get(text)
         path = "tail" if row is None else "hot"
@@ -268,3 +294,116 @@ class SearchService:
         self.metrics.stage("total", path, end - start)
         self.metrics.queries.inc(1, {"path": path})
         return Found(hits, path, loaded.version, no_good_match, end - start)
+
+
+class Trial:
+    """The experiment of a service: arms beside the published bundle, and the log.
+
+    A search is answered when it is in the log, so no answer is missing there. Searches that wait
+    for the log share its next transaction.
+    """
+
+    def __init__(self, experiment: Experiment, service: SearchService) -> None:
+        self._experiment, self._service = experiment, service
+        settings = service.all_settings
+        self._workdir, self._settings = settings.workdir, settings.experiment
+        self._directory = settings.workdir / "serving" / "events"
+        self._arms: dict[str, Loaded] = {}
+        self._thread = ThreadPoolExecutor(1, "events")
+        self._flushed = time.monotonic()
+
+    async def start(self) -> None:
+        """Load what is published for each arm, and open the log.
+
+        Raises:
+            UserError: nothing is published for an arm, or a bundle is broken.
+        """
+        for arm in self._experiment.arms:
+            self._arms[arm] = await self._bundle(published(self._workdir, arm))
+        self._log = EventLog(self._directory)
+        self._append = Batcher(self._log.append, self._thread, EVENTS)
+
+    async def _bundle(self, directory: Path) -> Loaded:
+        """A bundle that several arms, or all other users, have is there once."""
+        for loaded in (self._service.current(), *self._arms.values()):
+            if loaded.bundle.directory == directory:
+                return loaded
+        return await self._service.load(directory)
+
+    async def follow(self) -> None:
+        """Take over changes of products and newer bundles; move the log to Parquet in its turn."""
+        for loaded in {id(arm): arm for arm in self._arms.values()}.values():
+            while await self._service.catch_up(loaded):
+                pass
+        for arm, loaded in list(self._arms.items()):
+            wanted = published(self._workdir, arm)
+            if wanted != loaded.bundle.directory:
+                self._arms[arm] = await self._bundle(wanted)
+        if time.monotonic() - self._flushed > self._settings.flush_seconds:
+            self._flushed = time.monotonic()
+            await asyncio.to_thread(self._flush)
+
+    def _flush(self) -> None:
+        self._log.flush()
+        collect(self._directory)
+        forget(self._directory, self._settings.retention_days)
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self._log.close()
+
+    async def search(
+        self,
+        user: str,
+        search_id: str | None,
+        query: str,
+        k: int,
+        where: Filter,
+        *,
+        hybrid: bool,
+        min_score: float | None,
+    ) -> Found:
+        """The best k products by the user's arm, or a draft of both arms; logged."""
+        experiment = self._experiment
+
+        async def by(arm: str) -> Found:
+            return await self._service.search(
+                query, k, where, hybrid=hybrid, min_score=min_score, loaded=self._arms[arm]
+            )
+
+        arm, teams = None, None
+        if experiment.design == "interleave":
+            both = await asyncio.gather(*(by(arm) for arm in experiment.arms))
+            first, second = ([hit.product.product_id for hit in found.hits] for found in both)
+            seed = "\0".join((experiment.name, experiment.salt, user, normalize_query(query)))
+            picks = team_draft(first, second, k, seed)
+            teams = [experiment.arms[team] for team, _ in picks]
+            hits = [both[team].hits[row] for team, row in picks]
+            found = replace(both[0], hits=hits, seconds=max(one.seconds for one in both))
+        else:
+            arm = experiment.arm(user)
+            found = await by(arm)
+        found = replace(found, search_id=search_id or uuid.uuid4().hex, arm=arm)
+        assert found.search_id is not None
+        await self._append(
+            Exposure(
+                found.search_id,
+                datetime.now(UTC),
+                experiment.name,
+                arm,
+                user_key(self._directory, user),
+                normalize_query(query),
+                [hit.product.product_id for hit in found.hits],
+                teams,
+            )
+        )
+        return found
+
+    async def act(
+        self, search_id: str, action: str, product_id: str, revenue: float | None
+    ) -> None:
+        """Log what a shopper did; durable when it returns."""
+        if action == "purchase" and revenue is None:
+            product = self._service.current().index.product(product_id)
+            revenue = product.price if product else None
+        await self._append(Action(search_id, datetime.now(UTC), action, product_id, revenue))

@@ -1,0 +1,227 @@
+"""The log of an experiment: searches that were answered, and what became of them.
+
+    EVENTS/hot/<replica>.sqlite          a replica's newest events, durable when `append` returns
+    EVENTS/exposure/<day>/<id>.parquet   whole files only: written aside, then renamed
+    EVENTS/action/<day>/<id>.parquet
+
+A replica appends to a SQLite file of its own (WAL, so what was written outlives kill -9; the last
+transactions before a power failure may be lost) and moves what is there to Parquet now and then.
+Its file is locked for as long as it lives: whoever finds one unlocked knows that its replica is
+dead, and moves what it left. A kill between the rename and the deletion leaves events twice, with
+one id: readers drop the second. Days are UTC days; whole days are deleted when they are too old.
+"""
+
+import hmac
+import json
+import os
+import secrets
+import shutil
+import sqlite3
+import threading
+import uuid
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+TIME = pa.timestamp("ms", tz="UTC")
+SCHEMAS = {
+    "exposure": pa.schema(
+        {
+            "search_id": pa.string(),
+            "at": TIME,
+            "experiment": pa.string(),
+            "arm": pa.string(),
+            "user": pa.string(),
+            "query": pa.string(),
+            "products": pa.list_(pa.string()),
+            "teams": pa.list_(pa.string()),
+        }
+    ),
+    "action": pa.schema(
+        {
+            "search_id": pa.string(),
+            "at": TIME,
+            "action": pa.string(),
+            "product_id": pa.string(),
+            "revenue": pa.float64(),
+        }
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """A search that was answered."""
+
+    search_id: str
+    at: datetime
+    experiment: str
+    arm: str | None
+    """that answered; None: interleaved"""
+    user: str
+    """salted hash, see `user_key`"""
+    query: str
+    products: list[str]
+    """as shown, best first"""
+    teams: list[str] | None = None
+    """interleaved: the arm that each product came from"""
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a shopper did with a product of an answer. The same again counts once."""
+
+    search_id: str
+    at: datetime
+    action: str
+    """click or purchase"""
+    product_id: str
+    revenue: float | None = None
+    """of a purchase, in the shop's currency"""
+
+
+Event = Exposure | Action
+
+
+class EventLog:
+    """One replica's part of the log; safe for several threads."""
+
+    def __init__(self, directory: Path) -> None:
+        (directory / "hot").mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._path = directory / "hot" / f"{uuid.uuid4().hex}.sqlite"
+        self._lock = threading.Lock()
+        self._db = _open(self._path, "rwc", wait=5)  # a collector may look at it
+        self._db.execute("CREATE TABLE event (seq INTEGER PRIMARY KEY, kind TEXT, body TEXT)")
+        self._db.commit()
+
+    def append(self, events: Sequence[Event]) -> list[None]:
+        """Durable when it returns; a None for each event."""
+        rows = [
+            (_kind(event), json.dumps(asdict(event), default=_milliseconds)) for event in events
+        ]
+        with self._lock, self._db:
+            self._db.executemany("INSERT INTO event (kind, body) VALUES (?, ?)", rows)
+        return [None] * len(events)
+
+    def flush(self) -> int:
+        """Move what is there to Parquet; how many events those were."""
+        with self._lock:
+            return _move(self._db, self._directory)
+
+    def close(self) -> None:
+        """Flush, and leave no file behind."""
+        with self._lock:
+            _move(self._db, self._directory)
+            self._db.close()
+            _unlink(self._path)
+
+
+def collect(directory: Path) -> int:
+    """Move what dead replicas left to Parquet; how many events those were. Files of replicas that
+    live are passed by."""
+    moved = 0
+    for path in sorted((directory / "hot").glob("*.sqlite")):
+        try:
+            db = _open(path, "rw", wait=0)
+        except sqlite3.OperationalError:  # locked: it lives; or another collector was faster
+            continue
+        with closing(db), suppress(sqlite3.OperationalError):
+            moved += _move(db, directory)  # no table yet: it starts
+            _unlink(path)  # while it is locked
+    return moved
+
+
+def forget(directory: Path, days: int) -> None:
+    """Delete the days that ended more than `days` days ago."""
+    first = f"{datetime.now(UTC) - timedelta(days=days):%Y-%m-%d}"
+    for kind in SCHEMAS:
+        for folder in (directory / kind).glob("????-??-??"):
+            if folder.name < first:
+                shutil.rmtree(folder)
+
+
+def user_key(directory: Path, user: str) -> str:
+    """`user` as it is logged: an HMAC with the log's own salt, 32 hex digits."""
+    return hmac.new(_salt(directory), user.encode(errors="surrogatepass"), "sha256").hexdigest()[
+        :32
+    ]
+
+
+_SALTS: dict[Path, bytes] = {}
+
+
+def _salt(directory: Path) -> bytes:
+    """Made once, with the first of the replicas to ask, readable by the service's user alone."""
+    if directory not in _SALTS:
+        path = directory / "user_salt"
+        if not path.exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            aside = directory / f".user_salt.{uuid.uuid4().hex}"
+            with os.fdopen(
+                os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
+            ) as out:
+                out.write(secrets.token_bytes(32))
+            with suppress(FileExistsError):  # another replica was faster: its salt holds
+                os.link(aside, path)
+            aside.unlink()
+        _SALTS[directory] = path.read_bytes()
+    return _SALTS[directory]
+
+
+def _open(path: Path, mode: str, wait: float) -> sqlite3.Connection:
+    db = sqlite3.connect(
+        f"file:{path}?mode={mode}", uri=True, timeout=wait, check_same_thread=False
+    )
+    try:
+        db.execute("PRAGMA locking_mode=EXCLUSIVE")
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.execute("BEGIN IMMEDIATE")  # takes the lock, which stays until the file is closed
+        db.commit()
+    except sqlite3.OperationalError:
+        db.close()
+        raise
+    return db
+
+
+def _move(db: sqlite3.Connection, directory: Path) -> int:
+    rows = db.execute("SELECT seq, kind, body FROM event ORDER BY seq").fetchall()
+    of_file: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for _, kind, body in rows:
+        event = json.loads(body)
+        day = f"{datetime.fromtimestamp(event['at'] / 1000, UTC):%Y-%m-%d}"
+        of_file.setdefault((kind, day), []).append(event)
+    for (kind, day), events in of_file.items():
+        folder = directory / kind / day
+        folder.mkdir(parents=True, exist_ok=True)
+        final = folder / f"{uuid.uuid4().hex}.parquet"
+        aside = folder / f".{final.name}.partial"
+        with aside.open("wb") as file:
+            pq.write_table(pa.Table.from_pylist(events, SCHEMAS[kind]), file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(final)
+    if rows:
+        with db:
+            db.execute("DELETE FROM event WHERE seq <= ?", (rows[-1][0],))
+    return len(rows)
+
+
+def _unlink(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _kind(event: Event) -> str:
+    return "exposure" if isinstance(event, Exposure) else "action"
+
+
+def _milliseconds(at: datetime) -> int:
+    return round(at.timestamp() * 1000)

@@ -1,0 +1,372 @@
+"""What an experiment says: lifts by arm, or who wins in interleaved lists.
+
+    readout = read_out(Experiment(...), workdir / "serving" / "events")
+
+Read from the log's Parquet files by DuckDB, which spills to disk; only sums by user come to memory.
+A search, and an action on one product of a search, count once however often they were logged.
+Actions on searches or products that the log does not show count as strays and nowhere else; users
+who were in two arms are left out and counted.
+"""
+
+import io
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import duckdb
+import matplotlib
+import numpy as np
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from acebert.data.database import open_database
+from acebert.errors import UserError
+from acebert.experiment.assignment import Experiment
+from acebert.experiment.event_log import SCHEMAS
+from acebert.experiment.statistics import (
+    MISMATCH,
+    Effect,
+    PerUser,
+    lift,
+    preference,
+    sample_ratio,
+    sign_test,
+)
+
+COLOUR = "#1f5fa8"
+METRICS = {"ctr": "CTR", "revenue": "revenue a search"}
+
+_SEARCHES = """
+CREATE TABLE searches AS
+SELECT search_id, arm, "user", products, teams
+FROM read_parquet({exposures}) WHERE experiment = {name}
+QUALIFY row_number() OVER (PARTITION BY search_id ORDER BY "at") = 1
+"""
+
+_ACTIONS = """
+CREATE TABLE actions AS
+SELECT search_id, action, product_id, revenue,
+    teams[list_position(products, product_id)] AS team,
+    list_contains(products, product_id) AS shown
+FROM (FROM read_parquet({actions})
+      QUALIFY row_number() OVER (PARTITION BY search_id, action, product_id ORDER BY "at") = 1)
+JOIN searches USING (search_id)
+"""
+
+_WITHOUT_SEARCH = """
+SELECT count(*) FROM (SELECT DISTINCT search_id, action, product_id FROM read_parquet({actions}))
+ANTI JOIN read_parquet({exposures}) USING (search_id)
+"""
+
+_ARMS = """
+SELECT arm FROM searches UNION SELECT unnest(teams) FROM searches
+"""
+
+_USERS = """
+SELECT min(arm), count(DISTINCT arm), count(*), sum(len(products)), sum(clicks), sum(spent)
+FROM searches LEFT JOIN (
+    SELECT search_id, count(*) FILTER (action = 'click') AS clicks,
+        sum(revenue) FILTER (action = 'purchase') AS spent
+    FROM actions WHERE shown GROUP BY search_id
+) USING (search_id) WHERE arm IS NOT NULL GROUP BY "user"
+"""
+
+_WINS = """
+SELECT sum(sign(b - a)), count(*) FILTER (a <> b) FROM (
+    SELECT "user", count(*) FILTER (team = {a}) AS a, count(*) FILTER (team = {b}) AS b
+    FROM actions JOIN searches USING (search_id)
+    WHERE shown AND action = 'click' AND searches.teams IS NOT NULL GROUP BY search_id, "user"
+) GROUP BY "user" HAVING count(*) FILTER (a <> b) > 0
+"""
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm of a split; `lifts` against the control, by metric, none for itself."""
+
+    users: int
+    searches: int
+    values: dict[str, float]
+    lifts: dict[str, Effect]
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What the log holds of an experiment."""
+
+    name: str
+    arm_names: tuple[str, ...]
+    """as they were dealt, the control first"""
+    arms: dict[str, ArmResult]
+    """of a split; those that have users"""
+    mismatch_p: float
+    """of the users by arm under the planned shares; below MISMATCH no lift is to be believed"""
+    preference: Effect | None
+    """interleaved: of the second arm over the control, of the searches that one of them won"""
+    preference_p: float
+    """sign test over users"""
+    interleaved_users: int
+    users_in_two_arms: int
+    not_shown: int
+    """actions on products that their search did not show"""
+    without_search: int
+    """actions on searches that are not in the log, whatever their experiment"""
+
+
+def read_out(experiment: Experiment, events: Path, memory_limit: str = "2GB") -> Readout:
+    """
+    Args:
+        events: the directory of the log; what does not fit in `memory_limit` is spilled there.
+
+    Raises:
+        UserError: the log has no search of this experiment, or other arms; or a file of it cannot
+            be read.
+    """
+    exposures, actions = (
+        sorted(events.glob(f"{kind}/*/*.parquet")) for kind in ("exposure", "action")
+    )
+    if not exposures:
+        raise UserError(
+            f"{events}: no search is logged there (no exposure/DAY/*.parquet; replicas write them "
+            "now and then)"
+        )
+    with (
+        TemporaryDirectory(prefix=".readout-", dir=events) as scratch,
+        open_database(Path(scratch) / "database", memory_limit) as con,
+    ):
+        try:
+            without_search = _load(con, experiment, exposures, actions)
+        except duckdb.BinderException as error:
+            lacking = _lacking("exposure", exposures) + _lacking("action", actions)
+            raise UserError("; ".join(lacking) or f"{events}: {error}") from error
+        except (duckdb.IOException, duckdb.InvalidInputException) as error:
+            raise UserError(f"{events}: a file of the log cannot be read: {error}") from error
+        arms = {arm for (arm,) in con.sql(_ARMS).fetchall() if arm is not None}
+        if not con.sql("SELECT count(*) FROM searches").fetchall()[0][0]:
+            raise UserError(f"{events}: no search of an experiment {experiment.name!r}")
+        if unknown := arms - set(experiment.arms):
+            raise UserError(
+                f"--experiment.arms: {', '.join(experiment.arms)} are given, but the log of "
+                f"{experiment.name!r} has {', '.join(sorted(unknown))} too"
+            )
+        return _read_out(con, experiment, without_search)
+
+
+def _load(
+    con: duckdb.DuckDBPyConnection,
+    experiment: Experiment,
+    exposures: list[Path],
+    actions: list[Path],
+) -> int:
+    """Make the tables `searches` and `actions`; how many actions have no search in the log."""
+    con.execute(_SEARCHES.format(exposures=_files(exposures), name=_text(experiment.name)))
+    if not actions:
+        con.execute(
+            "CREATE TABLE actions (search_id TEXT, action TEXT, product_id TEXT, revenue DOUBLE, "
+            "team TEXT, shown BOOLEAN)"
+        )
+        return 0
+    con.execute(_ACTIONS.format(actions=_files(actions)))
+    counted = _WITHOUT_SEARCH.format(actions=_files(actions), exposures=_files(exposures))
+    return int(con.sql(counted).fetchall()[0][0])
+
+
+def _lacking(kind: str, paths: list[Path]) -> list[str]:
+    """Files without a column that they need, and which."""
+    return [
+        f"{path}: has no column {', '.join(sorted(lacking))}, which a log of kind {kind} has"
+        for path in paths
+        if (lacking := set(SCHEMAS[kind].names) - set(pq.read_schema(path).names))
+    ]
+
+
+def _read_out(
+    con: duckdb.DuckDBPyConnection, experiment: Experiment, without_search: int
+) -> Readout:
+    rows = con.sql(_USERS).fetchnumpy()
+    arm, arms_of_user, searches, shown, clicks, spent = (
+        np.ma.filled(column, 0) if column.dtype.kind in "fiu" else np.asarray(column)
+        for column in rows.values()
+    )
+    per_user = {
+        name: {
+            "ctr": PerUser(clicks[own].astype(float), shown[own].astype(float)),
+            "revenue": PerUser(spent[own].astype(float), searches[own].astype(float)),
+        }
+        for name in experiment.arms
+        if len(own := np.flatnonzero((arm == name) & (arms_of_user == 1)))
+    }
+    result = {
+        name: ArmResult(
+            len(metrics["ctr"].numerator),
+            int(metrics["revenue"].denominator.sum()),
+            {metric: of.value for metric, of in metrics.items()},
+            {m: lift(of, per_user[experiment.control][m]) for m, of in metrics.items()}
+            if name != experiment.control and experiment.control in per_user
+            else {},
+        )
+        for name, metrics in per_user.items()
+    }
+    users = np.array(
+        [len(per_user[a]["ctr"].numerator) if a in per_user else 0 for a in experiment.arms]
+    )
+    won, won_p, judges = _interleaved(con, experiment)
+    return Readout(
+        experiment.name,
+        experiment.arms,
+        result,
+        sample_ratio(users, np.array(experiment.shares)),
+        won,
+        won_p,
+        judges,
+        int((arms_of_user > 1).sum()),
+        con.sql("SELECT count(*) FROM actions WHERE NOT shown").fetchall()[0][0],
+        without_search,
+    )
+
+
+def _interleaved(
+    con: duckdb.DuckDBPyConnection, experiment: Experiment
+) -> tuple[Effect | None, float, int]:
+    if len(experiment.arms) != 2:
+        return None, 1.0, 0
+    a, b = map(_text, experiment.arms)
+    score, decided = con.sql(_WINS.format(a=a, b=b)).fetchnumpy().values()
+    if not len(score):
+        return None, 1.0, 0
+    found = preference(PerUser(score.astype(float), decided.astype(float)))
+    return found, sign_test(score), len(score)
+
+
+def report_text(readout: Readout, width: int = 128) -> str:
+    """Table 2 of the paper, with intervals."""
+    table = Table(
+        title=f"{readout.name}: lifts over {readout.arm_names[0]} with 95 % interval, * where it "
+        "excludes 0; last, an arm's searches for 80 % power at its lift",
+        title_justify="left",
+    )
+    table.add_column("arm", no_wrap=True)
+    for name in (
+        *("users", "searches", "CTR", "CTR lift", "revenue\na search", "revenue lift"),
+        "searches to\nsee CTR lift",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, arm in readout.arms.items():
+        found = arm.lifts.get("ctr")
+        enough = found is not None and math.isfinite(found.needed)
+        table.add_row(
+            name,
+            f"{arm.users:,}",
+            f"{arm.searches:,}",
+            f"{arm.values['ctr']:.2%}",
+            _cell(found),
+            f"{arm.values['revenue']:.3f}",
+            _cell(arm.lifts.get("revenue")),
+            f"{found.needed * arm.searches:,.0f}" if found and enough else "-",
+        )
+    text = io.StringIO()
+    if readout.arms:
+        Console(width=width, file=text).print(table)
+    return text.getvalue() + "".join(f"{line}\n" for line in _remarks(readout))
+
+
+def _remarks(readout: Readout) -> list[str]:
+    lines = []
+    if readout.arms and readout.mismatch_p < MISMATCH:
+        lines.append(
+            f"SAMPLE-RATIO MISMATCH (p = {readout.mismatch_p:.1e}): users are not as planned; "
+            "find out what loses them; believe no lift above"
+        )
+    elif readout.arms:
+        lines.append(f"users are dealt as planned (chi-square p = {readout.mismatch_p:.3f})")
+    if readout.users_in_two_arms:
+        lines.append(f"{readout.users_in_two_arms:,} users were in two arms and are left out")
+    if readout.preference is not None:
+        control, treatment = readout.arm_names
+        lines.append(
+            f"interleaved: preference for {treatment} over {control} {_cell(readout.preference)}, "
+            f"{readout.interleaved_users:,} users, sign test p = {readout.preference_p:.2g}"
+        )
+    if readout.not_shown:
+        lines.append(
+            f"{readout.not_shown:,} clicks or purchases were on products that their search did not "
+            "show, and do not count"
+        )
+    if readout.without_search:
+        lines.append(
+            f"{readout.without_search:,} clicks or purchases belong to no search in the log: "
+            "searches were lost, were deleted for their age, or are not in Parquet yet"
+        )
+    return lines
+
+
+def effects_figure(readout: Readout, path: Path) -> None:
+    """A dot with its 95 % interval for each treatment: lifts in both metrics, and the preference
+    in interleaved lists, as far as the log has them."""
+    panels = {
+        f"lift in {label} [%]": {
+            name: arm.lifts[metric] for name, arm in readout.arms.items() if arm.lifts
+        }
+        for metric, label in METRICS.items()
+    }
+    if readout.preference is not None:
+        label = f"preference over {readout.arm_names[0]}, interleaved [%]"
+        panels[label] = {readout.arm_names[1]: readout.preference}
+    panels = {label: found for label, found in panels.items() if found}
+    treatments = readout.arm_names[1:]
+    figure, grid = plt.subplots(
+        1,
+        len(panels),
+        figsize=(5 * len(panels), 1.3 + 0.45 * len(treatments)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (label, found) in zip(grid[0], panels.items(), strict=True):
+        for y, name in enumerate(treatments):
+            if name in found:
+                effect = found[name]
+                bounds = [100 * effect.low, 100 * effect.high]
+                axis.plot(bounds, [y, y], color=COLOUR, linewidth=3)
+                axis.plot(100 * effect.value, y, "o", color=COLOUR, markersize=8)
+        axis.axvline(0, color="black", linewidth=0.8, linestyle=":")
+        axis.set_xlabel(f"{label}, 95 % interval")
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].set_yticks(range(len(treatments)), treatments)
+    grid[0, 0].set_ylim(len(treatments) - 0.4, -0.6)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write_report(readout: Readout, out: Path) -> None:
+    """report.json, report.txt and, where there is something to compare, effects.png in `out`."""
+    tree = json.dumps(asdict(readout), indent=2)
+    known = json.loads(tree, parse_constant=lambda _: None)  # JSON knows no NaN
+    (out / "report.json").write_text(json.dumps(known, indent=2) + "\n")
+    (out / "report.txt").write_text(report_text(readout))
+    if readout.preference is not None or any(arm.lifts for arm in readout.arms.values()):
+        effects_figure(readout, out / "effects.png")
+
+
+def _cell(found: Effect | None) -> str:
+    if found is None or math.isnan(found.value):
+        return "-"
+    if math.isnan(found.low):
+        return f"{found.value:+.2%} [unknown]  "
+    mark = " *" if found.found else "  "
+    return f"{found.value:+.2%} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]{mark}"
+
+
+def _files(paths: list[Path]) -> str:
+    return "[" + ", ".join(_text(str(path)) for path in paths) + "]"
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"

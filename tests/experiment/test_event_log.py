@@ -1,0 +1,149 @@
+import os
+import signal
+import stat
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from acebert.experiment import event_log
+from acebert.experiment.event_log import Action, EventLog, Exposure, collect, forget, user_key
+
+NOW = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
+
+
+def exposure(name: str, at: datetime = NOW) -> Exposure:
+    return Exposure(name, at, "test", "a", "0" * 32, "red shoe", ["p1", "p2"])
+
+
+def read(directory: Path, kind: str, column: str = "search_id") -> list[object]:
+    files = sorted((directory / kind).rglob("*.parquet"))
+    return [value for file in files for value in pq.read_table(file)[column].to_pylist()]
+
+
+def test_events_come_back_from_parquet_as_they_were_by_day(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    tomorrow = NOW + timedelta(days=1)
+    bought = Action("s1", tomorrow, "purchase", "p2", 12.5)
+    log.append([exposure("s1"), exposure("s2", tomorrow), bought])
+    assert log.flush() == 3
+    assert log.flush() == 0
+    assert sorted(path.name for path in (tmp_path / "exposure").iterdir()) == [
+        "2026-03-01",
+        "2026-03-02",
+    ]
+    assert sorted(map(str, read(tmp_path, "exposure"))) == ["s1", "s2"]
+    (file,) = (tmp_path / "action").rglob("*.parquet")
+    assert pq.read_table(file).to_pylist() == [vars(bought)]
+    log.close()
+    assert list((tmp_path / "hot").iterdir()) == []
+
+
+def test_what_a_living_replica_has_is_not_collected(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    log.append([exposure("s1")])
+    assert _collect_elsewhere(tmp_path) == 0
+    log.append([exposure("s2")])
+    assert log.flush() == 2
+    log.close()
+
+
+def _collect_elsewhere(directory: Path) -> int:
+    """In another process, as another replica or a report does."""
+    code = (
+        "import sys; from pathlib import Path; from acebert.experiment.event_log import collect\n"
+    )
+    code += "print(collect(Path(sys.argv[1])))"
+    command = [sys.executable, "-c", code, str(directory)]
+    return int(subprocess.check_output(command, text=True))
+
+
+WRITER = """
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from acebert.experiment.event_log import EventLog, Exposure
+log = EventLog(Path(sys.argv[1]))
+for i in range(1_000_000):
+    log.append([Exposure(f"s{i}", datetime.now(UTC), "test", "a", "u", "q", ["p"])])
+    print(f"s{i}", flush=True)
+    if i % 40 == 39:
+        log.flush()
+"""
+
+
+def test_kill_9_at_any_time_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    for run in range(3):
+        directory = tmp_path / str(run)
+        command = [sys.executable, "-c", WRITER, str(directory)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        acknowledged = {process.stdout.readline().strip() for _ in range(100 + 37 * run)}
+        os.kill(process.pid, signal.SIGKILL)
+        acknowledged |= {line.strip() for line in process.stdout if line.endswith("\n")}
+        process.wait()
+        collect(directory)
+        assert acknowledged <= set(read(directory, "exposure"))
+        assert list((directory / "hot").iterdir()) == []
+
+
+def test_a_kill_between_rename_and_deletion_leaves_events_twice_and_none_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = EventLog(tmp_path)
+    log.append([exposure("s1")])
+    moved = Path.replace
+
+    def killed(path: Path, target: Path) -> None:
+        moved(path, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        log.flush()
+    monkeypatch.undo()
+    log.close()
+    assert read(tmp_path, "exposure") == ["s1", "s1"]
+
+
+def test_a_half_written_file_has_no_name_that_readers_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = EventLog(tmp_path)
+    log.append([exposure("s1")])
+    write = pq.write_table
+
+    def half(table: object, file: object, **options: object) -> None:
+        file.write(b"PAR1 and then")  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(event_log.pq, "write_table", half)
+    with pytest.raises(KeyboardInterrupt):
+        log.flush()
+    monkeypatch.setattr(event_log.pq, "write_table", write)
+    assert read(tmp_path, "exposure") == []
+    log.close()
+    assert read(tmp_path, "exposure") == ["s1"]
+
+
+def test_days_are_deleted_when_they_are_too_old(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    now = datetime.now(UTC)
+    log.append([exposure(f"s{days}", now - timedelta(days=days)) for days in (0, 5, 20)])
+    log.close()
+    forget(tmp_path, 10)
+    assert sorted(map(str, read(tmp_path, "exposure"))) == ["s0", "s5"]
+
+
+def test_users_are_hashed_by_a_salt_of_the_logs_own_that_outlives_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = user_key(tmp_path / "a", "user-1")
+    assert key != user_key(tmp_path / "b", "user-1")
+    assert key != user_key(tmp_path / "a", "user-2")
+    monkeypatch.setattr(event_log, "_SALTS", {})
+    assert key == user_key(tmp_path / "a", "user-1")
+    assert stat.S_IMODE((tmp_path / "a" / "user_salt").stat().st_mode) == 0o600
