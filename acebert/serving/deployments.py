@@ -43,7 +43,9 @@ KEY_VARIABLE = "ACEBERT_API_KEY"
 BUNDLES = 2  # whose encoders are kept: the old and the new one of a swap
 # So that all of it fits on two cores; serve/config.yaml gives a cluster's replicas whole ones.
 SOME, LITTLE = {"num_cpus": 0.5}, {"num_cpus": 0.2}
-QUIET = {"enable_access_log": False}  # replicas ask for changes twice a second
+QUIET = {"enable_access_log": False}
+"""Ray writes a line for each request, which costs more than many an answer; replicas ask for
+changes twice a second. Requests are counted and timed by `acebert.serving.metrics`."""
 
 
 @serve.deployment(ray_actor_options=LITTLE, logging_config=QUIET)
@@ -63,7 +65,7 @@ class ProductEncoding:
             return await asyncio.to_thread(lambda: self._encoder(bundle).encode(titles, photos))
 
 
-@serve.deployment(ray_actor_options=SOME)
+@serve.deployment(ray_actor_options=SOME, logging_config=QUIET)
 class QueryEncoding:
     """Queries → vectors, with the version of the model that made them."""
 
@@ -173,7 +175,7 @@ async def _asked(response: Any) -> Any:
         raise Unavailable("a part of the service restarts: try again") from error
 
 
-@serve.deployment(ray_actor_options=SOME)
+@serve.deployment(ray_actor_options=SOME, logging_config=QUIET)
 @serve.ingress()
 class Search:
     """The ingress: HTTP, and all that a search needs."""
