@@ -4,13 +4,18 @@ import argparse
 from pathlib import Path
 
 from acebert.config import Settings
+from acebert.evaluation.evaluate import BASELINES
+from acebert.evaluation.tables import Row, rows_table
 from acebert.job import run_job
-from acebert.pipeline import evaluate_stage, settings_for
+from acebert.pipeline import baselines_stage, evaluate_stage, settings_for
 
 
 def work(_: Settings, arguments: argparse.Namespace) -> None:
     settings = settings_for(arguments.model, arguments.settings)
     _embedded, evaluated = evaluate_stage(settings, arguments.model)
+    baselines = baselines_stage(settings).path
+    untrained = [Row.of(baselines / name) for name in BASELINES]
+    print(rows_table([*untrained, Row.of(evaluated.path)]))
     print(evaluated.path)
 
 
