@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Sequence
 from datetime import date
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -684,7 +685,17 @@ def load_settings(argv: Sequence[str] | None = None, *, recipe: str | None = Non
     except ValidationError as error:
         raise UserError(_describe(error)) from error
     except SettingsError as error:
-        raise UserError(str(error)) from error
+        said = str(error).removeprefix("error parsing CLI: ")
+        raise UserError(said + _did_you_mean(rest)) from error
+
+
+def _did_you_mean(argv: Sequence[str]) -> str:
+    """The settings whose flags are nearest to those that are none."""
+    flags = [f"--{name}" for name in flatten(Settings.model_construct().model_dump())]
+    given = [argument.partition("=")[0] for argument in argv if argument.startswith("--")]
+    near = [get_close_matches(flag, flags, n=1) for flag in given if flag not in flags]
+    found = " ".join(flag for flags_near in near for flag in flags_near)
+    return f" (did you mean {found}?)" if found else ""
 
 
 def print_help(description: str | None, extra: argparse.ArgumentParser | None = None) -> None:

@@ -68,7 +68,11 @@ def test_paper_recipes_are_the_rows_of_table_1(recipe, patches, pixels, roi, hot
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--train.lrr", "1"], ["--train.lrr"]),
+        (
+            ["--train.lrr", "1"],
+            ["unrecognized arguments: --train.lrr 1 (did you mean --train.lr?)"],
+        ),
+        (["--train.maxsteps=4"], ["did you mean --train.max_steps?"]),
         (["--train.lr", "fast"], ["train.lr", "number", "fast"]),
         (["--train.batch_size", "128", "--train.num_workers", "3"], ["128", "num_workers 3"]),
         (["--recipe", "nonesuch"], ["nonesuch", "acebert_tiny"]),
