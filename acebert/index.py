@@ -131,7 +131,12 @@ class ProductIndex:
                 break
             more = min(math.ceil(built.info.effort * EFFORT_STEP), most)
             built.info = dataclasses.replace(built.info, effort=more)
-        log.info("index: %s", built.info)
+        info = built.info
+        log.info(
+            "index: %s %s, %d × %d, effort %d: recall@%d %.3f (wanted: %.2f)",
+            *(info.kind, info.codec, info.products, info.dimensions),
+            *(info.effort, info.effort_k, info.tuned_recall, info.target_recall),
+        )
         return built
 
     def search(

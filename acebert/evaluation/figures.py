@@ -81,7 +81,8 @@ def curves_figure(models: Mapping[str, Sequence[Path]], path: Path) -> None:
     """Training loss, and GAUC and Recall@100 of the validation sample, against pairs trained on.
 
     Args:
-        models: name → model directories, one a seed (fine lines; the loss is a mean of 20 steps)
+        models: name → model directories, one a seed (fine lines; the loss is a mean of up to 20
+            steps)
     """
     colours = _colours(list(models))
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
@@ -94,7 +95,7 @@ def curves_figure(models: Mapping[str, Sequence[Path]], path: Path) -> None:
             valid = pq.read_table(directory / "valid.parquet")
             style = {"color": colours[name], "linewidth": 1.3, "label": None if i else name}
             loss = history["loss"].to_numpy()
-            window = min(20, len(loss))
+            window = min(20, 1 + len(loss) // 10)
             smooth = np.convolve(loss, np.ones(window) / window, "valid")
             axes[0].plot(history["step"].to_numpy()[window - 1 :] * W, smooth, **style)
             for axis, metric in zip(axes[1:], ("gauc", "recall_100"), strict=True):
