@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_a_shopper_searches_filters_and_looks_at_similar_items_by_keyboard_alone
 ) -> None:
     page, seen = opened(browser, address, 1280, 900)
     page.keyboard.press("/")
-    page.keyboard.type("red shoe")
+    page.keyboard.insert_text("red shoe")  # at once: half a word is a search too
     cards = page.locator(".card")
     expect(cards).to_have_count(40)
     expect(page.locator("#status")).to_contain_text("40 products")
@@ -60,6 +60,22 @@ def test_a_shopper_searches_filters_and_looks_at_similar_items_by_keyboard_alone
     expect(page.locator(".category").first).to_have_text(name)
     assert set(page.locator(".card .category").all_inner_texts()) == {name}
     assert all(url.startswith((address, "data:")) for url in seen), seen
+    page.close()
+
+
+@pytest.mark.slow
+def test_what_is_typed_before_the_categories_have_come_is_kept(
+    browser: Browser, address: str
+) -> None:
+    page = browser.new_page()
+    held: list[Route] = []
+    page.route("**/categories", lambda route: held.append(route))
+    page.goto(address)
+    page.keyboard.insert_text("red shoe")
+    held[0].continue_()
+    expect(page.locator("#category option")).not_to_have_count(1)
+    expect(page.locator(".card")).to_have_count(40)
+    expect(page.locator("#query")).to_have_value("red shoe")
     page.close()
 
 

@@ -124,7 +124,8 @@ document.addEventListener("keydown", (event) => {
   else if (next < cards.length) cards[next].focus();
 });
 
+show(); // at once: what is typed before the categories come would be overwritten
 ask("/categories").then(({ categories }) => {
   for (const name of categories) $("category").add(new Option(name, name));
-  show();
+  $("category").value = state().get("category") || "";
 }, (error) => { $("status").textContent = error.message; });
