@@ -11,15 +11,16 @@ from pathlib import Path
 
 from acebert.config import Settings
 from acebert.errors import UserError
-from acebert.experiment.assignment import Experiment
-from acebert.experiment.event_log import collect
-from acebert.experiment.readout import read_out, write_report
 from acebert.job import run_job
-from acebert.pipeline import tracked
 from acebert.workdir import digest_of, run_stage
 
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
+    from acebert.experiment.assignment import Experiment
+    from acebert.experiment.event_log import collect
+    from acebert.experiment.readout import read_out, write_report
+    from acebert.pipeline import tracked
+
     experiment = Experiment.of(settings.experiment)
     if experiment is None:
         raise UserError(

@@ -18,16 +18,16 @@ from rich.console import Console
 from rich.table import Table
 
 from acebert.config import Settings, load_settings
-from acebert.evaluation.evaluate import BASELINES
-from acebert.evaluation.figures import curves_figure, rows_figure
-from acebert.evaluation.tables import Row, differences_table, rows_table
 from acebert.job import run_job
-from acebert.pipeline import baselines_stage, evaluate_stage, finetune_stage
-from acebert.tracking import tracking_uri, without_password
 from acebert.workdir import Stage
 
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
+    from acebert.evaluation.evaluate import BASELINES
+    from acebert.evaluation.figures import curves_figure, rows_figure
+    from acebert.evaluation.tables import Row, differences_table, rows_table
+    from acebert.pipeline import baselines_stage, evaluate_stage, finetune_stage
+
     tag = settings.tracking.tag or "compare"
     tracking = settings.tracking.model_copy(update={"tag": tag})
     baselines = baselines_stage(settings.model_copy(update={"tracking": tracking}))
@@ -84,6 +84,8 @@ def print_seconds(spent: dict[str, dict[str, float]]) -> None:
 
 def print_next(settings: Settings, arguments: argparse.Namespace, model: Path) -> None:
     """Three commands to try, on the same data."""
+    from acebert.tracking import tracking_uri, without_password
+
     steps = json.loads((model / "report.json").read_text())["steps"]
     scripts = Path(sys.executable).parent
     uri = without_password(tracking_uri(settings))

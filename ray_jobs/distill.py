@@ -8,13 +8,14 @@ prints a table of layers × runtime, then the directories: the table's, the teac
 import argparse
 from pathlib import Path
 
-from acebert.cluster import leave
 from acebert.config import Settings
 from acebert.job import run_job
-from acebert.pipeline import distill_stages
 
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
+    from acebert.cluster import leave
+    from acebert.pipeline import distill_stages
+
     exports, table = distill_stages(settings, arguments.model)
     leave()
     print((table.path / "table.txt").read_text())

@@ -1,12 +1,13 @@
 """Draw the mini-batches' categories as the paper's Fig. 4 does, and the hard share against P."""
 
 from acebert.config import Settings
-from acebert.data.plan_figure import draw_plan, read_points, table_text
 from acebert.job import run_job
-from acebert.pipeline import ingest_stage
 
 
 def work(settings: Settings) -> None:
+    from acebert.data.plan_figure import draw_plan, read_points, table_text
+    from acebert.pipeline import ingest_stage
+
     drawn = draw_plan(settings, ingest_stage(settings))
     print(table_text(read_points(drawn)))
     print(drawn.path / "plan.png")

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from acebert.config import Settings
 from acebert.errors import UserError
 from acebert.job import run_job
-from acebert.pipeline import embed_stage, settings_for
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +45,8 @@ def read_queries(path: Path) -> list[str]:
 
 
 def work(_: Settings, arguments: argparse.Namespace) -> None:
+    from acebert.pipeline import embed_stage, settings_for
+
     settings = settings_for(arguments.model, arguments.settings)
     stage = embed_stage(settings, arguments.model, read_queries(arguments.queries))
     try:

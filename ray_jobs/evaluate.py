@@ -4,13 +4,14 @@ import argparse
 from pathlib import Path
 
 from acebert.config import Settings
-from acebert.evaluation.evaluate import BASELINES
-from acebert.evaluation.tables import Row, rows_table
 from acebert.job import run_job
-from acebert.pipeline import baselines_stage, evaluate_stage, settings_for
 
 
 def work(_: Settings, arguments: argparse.Namespace) -> None:
+    from acebert.evaluation.evaluate import BASELINES
+    from acebert.evaluation.tables import Row, rows_table
+    from acebert.pipeline import baselines_stage, evaluate_stage, settings_for
+
     settings = settings_for(arguments.model, arguments.settings)
     _embedded, evaluated = evaluate_stage(settings, arguments.model)
     baselines = baselines_stage(settings).path

@@ -1,11 +1,12 @@
 """Draw the demo catalogue and its search log: products.parquet, impressions/, boxes.parquet."""
 
 from acebert.config import Settings
-from acebert.data.demo import build_demo
 from acebert.job import run_job
 
 
 def work(settings: Settings) -> None:
+    from acebert.data.demo import build_demo
+
     print(build_demo(settings).path)
 
 

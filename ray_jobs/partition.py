@@ -2,10 +2,11 @@
 
 from acebert.config import Settings
 from acebert.job import run_job
-from acebert.pipeline import plan_stage
 
 
 def work(settings: Settings) -> None:
+    from acebert.pipeline import plan_stage
+
     print(plan_stage(settings).path)
 
 

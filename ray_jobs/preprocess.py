@@ -2,10 +2,11 @@
 
 from acebert.config import Settings
 from acebert.job import run_job
-from acebert.pipeline import catalogue_stages
 
 
 def work(settings: Settings) -> None:
+    from acebert.pipeline import catalogue_stages
+
     data = catalogue_stages(settings)
     print(data.tokens.path)
     if data.features:

@@ -10,15 +10,16 @@ a registered model, e.g. models:/acebert@candidate.
 import argparse
 from pathlib import Path
 
-from acebert.cluster import leave
 from acebert.config import Settings
 from acebert.job import run_job
-from acebert.pipeline import bundle_stage, settings_for
-from acebert.serving.bundle import publish
-from acebert.tracking import registered_model
 
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
+    from acebert.cluster import leave
+    from acebert.pipeline import bundle_stage, settings_for
+    from acebert.serving.bundle import publish
+    from acebert.tracking import registered_model
+
     model = arguments.model
     directory = registered_model(settings, model) if model.startswith("models:/") else Path(model)
     settings = settings_for(directory, arguments.settings)

@@ -10,22 +10,23 @@ last line printed is the page.
 import argparse
 from pathlib import Path
 
-from acebert.cluster import leave
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
 from acebert.job import run_job
-from acebert.pipeline import ingest_stage, tracked
 from acebert.report.parts import PARTS, SWEPT, systems_of
-from acebert.report.report import Given, report_stage
-from acebert.report.rows import System
-from acebert.report.run import Results, measure_rival, measure_systems, measure_untrained
-from acebert.sweep.run import sweep
-from acebert.sweep.space import read_space
 
 FIG_5 = Path(__file__).parents[1] / "tune_spaces" / "fig5_partitions.yaml"
 
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
+    from acebert.cluster import leave
+    from acebert.pipeline import ingest_stage, tracked
+    from acebert.report.report import Given, report_stage
+    from acebert.report.rows import System
+    from acebert.report.run import Results, measure_rival, measure_systems, measure_untrained
+    from acebert.sweep.run import sweep
+    from acebert.sweep.space import read_space
+
     seeds = {part: tuple(arguments.seeds) for part in arguments.parts}
     if "table1" in seeds and arguments.table1_seeds:
         seeds["table1"] = tuple(arguments.table1_seeds)

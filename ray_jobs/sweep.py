@@ -10,14 +10,15 @@ given again goes on where a sweep was stopped. The last line printed is its dire
 import argparse
 from pathlib import Path
 
-from acebert.cluster import leave
 from acebert.config import Settings
 from acebert.job import run_job
-from acebert.sweep.run import sweep
-from acebert.sweep.space import read_space
 
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
+    from acebert.cluster import leave
+    from acebert.sweep.run import sweep
+    from acebert.sweep.space import read_space
+
     path = arguments.space
     directory = sweep(settings, path.stem, read_space(path), evaluate=arguments.evaluate)
     leave()

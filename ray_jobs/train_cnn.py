@@ -1,13 +1,14 @@
 """Train the patch CNN on the catalogue (Ray Train); the last line printed is its weights file."""
 
-from acebert.cluster import leave
 from acebert.config import Settings
 from acebert.job import run_job
-from acebert.pipeline import cnn_stage
-from acebert.training.train_cnn import WEIGHTS
 
 
 def work(settings: Settings) -> None:
+    from acebert.cluster import leave
+    from acebert.pipeline import cnn_stage
+    from acebert.training.train_cnn import WEIGHTS
+
     cnn = cnn_stage(settings)
     leave()
     print(cnn.path / WEIGHTS)
