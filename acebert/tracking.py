@@ -187,7 +187,9 @@ def start_run(
     created = mlflow_client.create_run(
         experiment,
         start_time=int((started or time.time()) * 1000),
-        run_name=name or tracking.run_name or f"{stage} {Path(settings.recipe).stem}",
+        run_name=name
+        or tracking.run_name
+        or f"{stage} {Path(settings.recipe).stem}, seed {settings.seed}, {digest[:6]}",
         tags=all_tags,
     )
     flat = flatten(settings.model_dump(mode="json", exclude={"tracking"}))

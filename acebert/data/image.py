@@ -213,10 +213,15 @@ def crop_resize(image: np.ndarray, box: Box, side: int) -> np.ndarray:
 
 
 def draw_roi(image: np.ndarray, box: Box) -> np.ndarray:
-    """A copy of RGB uint8 [H, W, 3] with the RoI (green) and its 4×4 cells drawn on it."""
-    drawn = image.copy()
-    x0, y0, x1, y1 = box[0], box[1], box[2] - 1, box[3] - 1
-    width = max(1, max(image.shape) // 200)
+    """A copy of RGB uint8 [H, W, 3] with the RoI (green) and its 4×4 cells drawn on it.
+
+    A small image is enlarged by a whole number, so that the lines hide little of it.
+    """
+    zoom = max(1, 300 // max(image.shape))
+    drawn = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    x0, y0, x1, y1 = (zoom * edge for edge in box)
+    x1, y1 = x1 - 1, y1 - 1
+    width = max(1, max(drawn.shape) // 200)
     for part in range(1, 4):
         x, y = x0 + (x1 - x0) * part // 4, y0 + (y1 - y0) * part // 4
         cv2.line(drawn, (x, y0), (x, y1), (255, 160, 0), width)

@@ -50,14 +50,13 @@ class Experiment:
     def control(self) -> str:
         return self.arms[0]
 
-    def point(self, *parts: str) -> float:
-        """A number in [0, 1) that depends on experiment, salt and `parts` alone, uniform over
-        them."""
-        text = "\0".join((self.name, self.salt, *parts))
-        digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
-        return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # 53 bits: a float holds them
+    def seed(self, *parts: str) -> str:
+        """Of whatever is drawn for `parts`: another one in every experiment and for every salt."""
+        return "\0".join((self.name, self.salt, *parts))
 
     def arm(self, user: str) -> str:
         """The arm of `user`, any text but an empty one."""
         edges = list(accumulate(self.shares))[:-1]
-        return self.arms[bisect_right(edges, self.point("arm", user))]
+        digest = hashlib.sha256(self.seed("arm", user).encode(errors="surrogatepass")).digest()
+        point = (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # 53 bits: a float holds them
+        return self.arms[bisect_right(edges, point)]

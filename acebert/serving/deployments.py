@@ -44,8 +44,8 @@ BUNDLES = 2  # whose encoders are kept: the old and the new one of a swap
 # So that all of it fits on two cores; serve/config.yaml gives a cluster's replicas whole ones.
 SOME, LITTLE = {"num_cpus": 0.5}, {"num_cpus": 0.2}
 QUIET = {"enable_access_log": False}
-"""Ray writes a line for each request, which costs more than many an answer; replicas ask for
-changes twice a second. Requests are counted and timed by `acebert.serving.metrics`."""
+"""No line in Ray's log for each request, of which replicas alone send two a second; requests are
+counted and timed by `acebert.serving.metrics`."""
 
 
 @serve.deployment(ray_actor_options=LITTLE, logging_config=QUIET)

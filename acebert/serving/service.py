@@ -375,7 +375,7 @@ class Trial:
         if experiment.design == "interleave":
             both = await asyncio.gather(*(by(arm) for arm in experiment.arms))
             first, second = ([hit.product.product_id for hit in found.hits] for found in both)
-            seed = "\0".join((experiment.name, experiment.salt, user, normalize_query(query)))
+            seed = experiment.seed("draft", user, normalize_query(query))
             picks = team_draft(first, second, k, seed)
             teams = [experiment.arms[team] for team, _ in picks]
             hits = [both[team].hits[row] for team, row in picks]

@@ -281,3 +281,14 @@ def test_draw_roi_marks_the_box_and_leaves_the_photo_alone() -> None:
     assert changed[100, 80]  # the middle line of the cells
     assert not changed[:50].any()
     assert not changed[70, 50]
+
+
+def test_a_small_photo_is_enlarged_before_its_roi_is_drawn() -> None:
+    image = np.full((40, 50, 3), 255, np.uint8)
+    drawn = draw_roi(image, (10, 0, 50, 20))
+    assert drawn.shape == (240, 300, 3)
+    changed = (drawn != 255).any(axis=2)
+    assert changed[0, 60]
+    assert changed[119, 299]
+    assert not changed[:, :50].any()
+    assert not changed[130:].any()
