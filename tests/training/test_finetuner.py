@@ -1,5 +1,6 @@
 """What a step says of itself."""
 
+import shutil
 import time
 
 import pytest
@@ -13,6 +14,50 @@ from acebert.training.pairs import PairBatches, StagePaths
 from acebert.training.step_timer import StepTimer
 
 CPU = torch.device("cpu")
+
+
+def gradient(settings: Settings, paths: StagePaths, step: int) -> torch.Tensor:
+    """Of the encoders in `step`, all parameters in one, unclipped, always of the same weights."""
+    unclipped = settings.train.model_copy(update={"max_grad_norm": 1e9})
+    settings = settings.model_copy(update={"train": unclipped})
+    tuner = Finetuner(settings, new_model(settings, paths), CPU, rank=0, world=1)
+    seen: list[torch.Tensor] = []
+
+    def keep(*_: object) -> None:
+        grads = (p.grad if p.grad is not None else 0 * p for p in tuner.model.parameters())
+        seen.extend(grad.detach().flatten().clone() for grad in grads)
+
+    tuner.optimizer.register_step_pre_hook(keep)
+    tuner.encoder_step(PairBatches(settings, paths, rank=0, world_size=1).batch(0), step, share=0.0)
+    return torch.cat(seen)
+
+
+def with_adversary(settings: Settings, **leaves: object) -> Settings:
+    adversary = settings.adversary.model_copy(update=leaves)
+    return settings.model_copy(update={"adversary": adversary})
+
+
+def test_the_ramp_raises_the_adversarys_weight_linearly(
+    settings: Settings, paths: StagePaths
+) -> None:
+    off = gradient(with_adversary(settings, form="off"), paths, step=2)
+    full = gradient(with_adversary(settings, form="minimax", weight=200.0), paths, step=2)
+    ramped = with_adversary(settings, form="minimax", weight=200.0, ramp_steps=4)
+    at_three_quarters = gradient(ramped, paths, step=2)
+    torch.testing.assert_close(at_three_quarters, off + 3 / 4 * (full - off), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gradient(ramped, paths, step=9), full)
+    assert (full - off).abs().max() > 1e-2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_encoders_have_the_plain_ones_gradients(
+    settings: Settings, paths: StagePaths
+) -> None:
+    text = settings.model.model_copy(update={"patches": False, "pixels": False})
+    plain = settings.model_copy(update={"model": text})
+    train = settings.train.model_copy(update={"compile": True})
+    compiled = gradient(plain.model_copy(update={"train": train}), paths, step=0)
+    torch.testing.assert_close(compiled, gradient(plain, paths, step=0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_steps_record_says_where_its_time_went(settings: Settings, paths: StagePaths) -> None:
