@@ -1,8 +1,9 @@
 """Seconds and memory of the stages that see the whole data, against its size, with a line through.
 
-    python benchmarks/scale.py                       # all four, minutes on two idle cores
+    python benchmarks/scale.py                       # all five, minutes on two idle cores
     python benchmarks/scale.py --parts plan --pairs 1000000 5000000 25000000
 
+ingest      the demo's log of 20,000 products, rows a day as asked, data.memory_limit 500MB
 plan        one epoch, W = 384, 65 batches a partition (benchmarks/plan.py's pairs)
 preprocess  the demo's photos, resnet18 at 128 px, pixels at 112 px
 embed       the demo's products without photos, `twinbert_tiny` at random weights
@@ -28,6 +29,7 @@ from worker_memory import demo_files
 
 from acebert.cluster import ray  # after acebert, which keeps it on 127.0.0.1
 from acebert.config import load_settings
+from acebert.data import demo_log
 from acebert.data.partitions import write_plan
 from acebert.data.plan_arithmetic import layout_of
 
@@ -48,6 +50,19 @@ class Row:
 
 Measured = tuple[int, Callable[[], None], Path]
 """size, the work, where its result lies"""
+
+
+def logs(sizes: list[int], scratch: Path) -> Iterator[Measured]:
+    from acebert.data.ingest import ingest
+
+    for n in sizes:
+        work = scratch / f"ingest-{n}"
+        work.mkdir()
+        demo = load_settings([]).demo
+        demo_files(work, 20_000, searches=n // (demo_log.SHOWN * demo.days))
+        settings = load_settings(["--workdir", str(work / "work"), "--data.memory_limit", "500MB"])
+        files = str(work / "products.parquet"), str(work / "impressions")
+        yield n, lambda: _done(ingest(settings, *files)), settings.workdir / "ingest"  # noqa: B023
 
 
 def plans(sizes: list[int], scratch: Path) -> Iterator[Measured]:
@@ -177,20 +192,22 @@ def report(title: str, unit: str, rows: list[Row], targets: dict[str, int], fact
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    names = ["plan", "preprocess", "embed", "recall"]
+    names = ["ingest", "plan", "preprocess", "embed", "recall"]
     parser.add_argument("--parts", nargs="*", choices=names, default=names)
+    parser.add_argument("--rows", type=int, nargs="+", default=[500_000, 1_000_000, 2_000_000])
     parser.add_argument("--pairs", type=int, nargs="+", default=[1_000_000, 4_000_000, 10_000_000])
     parser.add_argument("--photos", type=int, nargs="+", default=[500, 1_000, 2_000])
     parser.add_argument("--texts", type=int, nargs="+", default=[20_000, 40_000, 80_000])
     parser.add_argument("--vectors", type=int, nargs="+", default=[250_000, 500_000, 1_000_000])
     args = parser.parse_args()
-    if set(args.parts) - {"recall"}:
+    if set(args.parts) - {"ingest", "recall"}:
         start_ray()
         start_workers()
     idle = float(memory()[1])
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; idle: {idle:.0f} MiB anonymous")
     paper, large = {"paper": 3_400_000}, {"large": 100_000_000}
     plain = {
+        "ingest": (logs, args.rows, "rows", {"paper": 400_000_000}, 1.0),
         "plan": (plans, args.pairs, "pairs", {"paper": 25_000_000, "large": 1_000_000_000}, 1.0),
         "preprocess": (features, args.photos, "photos", paper | large, 1.0),
         "embed": (vectors, args.texts, "products", paper | large, 1.0),
