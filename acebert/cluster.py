@@ -8,11 +8,14 @@ listens on).
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import ray
 import ray.data
 from ray.autoscaler.sdk import request_resources
+
+from acebert.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,59 @@ def wait_for_nodes(
             time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
     finally:
         request_resources(bundles=[])  # it stands until it is taken back, and nodes with it
+
+
+@dataclass(frozen=True)
+class EncoderPool:
+    """Actors on Ray Data that encode by a model, all alike.
+
+    Attributes:
+        actors: how many
+        num_gpus: of each, 0 or 1
+        num_cpus: that Ray reserves for each; None: what Ray Data gives a GPU's actor
+        threads: torch threads of each where it has no GPU
+    """
+
+    actors: int
+    num_gpus: int
+    num_cpus: float | None
+    threads: int
+
+
+def encoder_pool(wanted: int | None, nodes: Sequence[Mapping[str, float]]) -> EncoderPool:
+    """`wanted` actors, or one a GPU, or where there are none one on each of the largest nodes. On
+    CPUs they reserve half of a node, for who reads and writes, and compute with all of it.
+
+    Args:
+        wanted: eval.num_actors
+        nodes: resources of the cluster's nodes, as `node_resources` gives them
+
+    Raises:
+        UserError: more actors than GPUs, or a cluster without CPUs.
+    """
+    gpus = int(sum(int(node.get("GPU", 0)) for node in nodes))
+    if gpus:
+        if wanted and wanted > gpus:
+            raise UserError(
+                f"--eval.num_actors {wanted}: the cluster has {gpus} GPUs, one an actor"
+            )
+        return EncoderPool(wanted or gpus, 1, None, 1)
+    halves = [node["CPU"] / 2 for node in nodes if node.get("CPU", 0) > 0]
+    if not halves:
+        raise UserError("the cluster has no CPUs to encode on")
+
+    def places(share: float) -> int:
+        return sum(int(half / share + 1e-9) for half in halves)
+
+    actors = wanted or places(max(halves))
+    shares = sorted({half / k for half in halves for k in range(1, actors + 1)}, reverse=True)
+    share = next(share for share in shares if places(share) >= actors)
+    return EncoderPool(actors, 0, share, max(1, int(2 * share + 1e-9)))
+
+
+def node_resources() -> list[dict[str, float]]:
+    """Of each node that is there."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def leave() -> None:

@@ -453,8 +453,8 @@ class EvalSettings(Section):
     """cut-offs of Recall and nDCG: 10,50"""
     batch_size: int = Field(256, ge=1)
     """queries or products in one forward"""
-    num_actors: int = Field(1, ge=1)
-    """actors that embed"""
+    num_actors: int | None = Field(None, ge=1)
+    """actors that embed (none: one a GPU, or one on each of the largest nodes)"""
     search_mb: int = Field(256, ge=1)
     """scores held at a time while the whole catalogue is searched [MiB]"""
     ann_from: int = Field(100_000, ge=1)

@@ -106,7 +106,10 @@ class PhotoStorage:
             raise outside
         filesystem, directory = _storage(self.catalogue)
         local = isinstance(filesystem, pafs.LocalFileSystem)
-        theirs, ours = urlsplit(uri) if "://" in uri else None, urlsplit(self.catalogue)
+        try:
+            theirs, ours = urlsplit(uri) if "://" in uri else None, urlsplit(self.catalogue)
+        except ValueError as error:
+            raise BrokenImage("unreadable", f"{uri}: {error}") from error
         if theirs is None:
             path = posixpath.join(directory, uri)
         elif local and theirs.scheme == "file" and theirs.netloc in ("", "localhost"):

@@ -10,7 +10,6 @@ mapped file, from which the Parquet file is written.
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,6 +25,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
+from acebert.cluster import encoder_pool, node_resources
 from acebert.config import Settings
 from acebert.data.batches import query_arrays
 from acebert.data.lookups import Lookups
@@ -209,11 +209,12 @@ def query_inputs(tokenizer: Any, pieces: Any) -> Any:
 class _Embedder:
     """One actor: the model and a way to put its inputs together."""
 
-    def __init__(self, settings: Settings, model: Path, make: Callable[[], Inputs]) -> None:
+    def __init__(
+        self, settings: Settings, model: Path, make: Callable[[], Inputs], threads: int
+    ) -> None:
         use_gpu = torch.cuda.is_available()
         if not use_gpu:
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // settings.eval.num_actors))
+            torch.set_num_threads(threads)
         self.encoder = DualEncoder.load(model).to("cuda" if use_gpu else "cpu").eval()
         self.bf16 = settings.train.precision == "bf16"
         self.batch_size = settings.eval.batch_size
@@ -244,19 +245,17 @@ def _vectors(
     if not n:
         raise UserError(f"embed: there are no {what} to embed")
     log.info("embed: %d %s", n, what)
-    resources = ray.cluster_resources()
-    gpus = 1 if resources.get("GPU", 0) else 0
-    actors = settings.eval.num_actors
-    run = min(RUN_ROWS, -(-n // (RUNS_AN_ACTOR * actors)))
+    pool = encoder_pool(settings.eval.num_actors, node_resources())
+    run = min(RUN_ROWS, -(-n // (RUNS_AN_ACTOR * pool.actors)))
     starts = range(0, n, run)
     items = [{"start": start, "stop": min(start + run, n)} for start in starts]
     embedded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _Embedder,
-        fn_constructor_args=(settings, model, make),
+        fn_constructor_args=(settings, model, make, pool.threads),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_gpus=gpus,
-        num_cpus=None if gpus else 0.5 * resources.get("CPU", 1) / actors,
+        compute=ray.data.ActorPoolStrategy(size=pool.actors),
+        num_gpus=pool.num_gpus,
+        num_cpus=pool.num_cpus,
     )
     path = out / f".{what}.f4"
     found: NDArray[np.float32] | None = None

@@ -19,6 +19,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
+from acebert.cluster import encoder_pool, node_resources
 from acebert.config import Settings
 from acebert.data.feature_cache import open_features
 from acebert.data.preprocess import crop_spec
@@ -76,15 +77,14 @@ def score_matches(
         pa.table({"product": part})
         for part in np.array_split(by_length, max(1, len(by_length) // ROWS_A_TASK))
     ]
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    cpus = 0.5 * ray.cluster_resources()["CPU"] / settings.eval.num_actors
+    pool = encoder_pool(settings.eval.num_actors, node_resources())
     scored = ray.data.from_arrow(blocks).map_batches(
         _Matcher,
-        fn_constructor_args=(settings, model, paths),
+        fn_constructor_args=(settings, model, paths, pool.threads),
         batch_size=settings.eval.batch_size,
-        compute=ray.data.ActorPoolStrategy(size=settings.eval.num_actors),
-        num_gpus=gpus,
-        num_cpus=None if gpus else cpus,
+        compute=ray.data.ActorPoolStrategy(size=pool.actors),
+        num_gpus=pool.num_gpus,
+        num_cpus=pool.num_cpus,
     )
     log.info("look_inside: title-photo matching of %d products", len(products))
     match = np.zeros(len(titles), np.float32)
@@ -96,11 +96,10 @@ def score_matches(
 class _Matcher:
     """One actor: TIP's probability of products' own photos."""
 
-    def __init__(self, settings: Settings, model: Path, paths: StagePaths) -> None:
+    def __init__(self, settings: Settings, model: Path, paths: StagePaths, threads: int) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
-            cores = int(ray.cluster_resources()["CPU"])
-            torch.set_num_threads(max(1, cores // settings.eval.num_actors))
+            torch.set_num_threads(threads)
         self.model: Any = CEBertForPreTraining.from_pretrained(model).eval()
         self.model.to(self.device)
         self.bf16 = settings.train.precision == "bf16"

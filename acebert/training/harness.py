@@ -31,7 +31,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
-from acebert.cluster import wait_for_nodes
+from acebert.cluster import node_resources, wait_for_nodes
 from acebert.config import Settings, settings_from
 from acebert.errors import UserError
 from acebert.job import set_up_logging
@@ -42,7 +42,7 @@ from acebert.training.checkpoint import (
     load_progress,
     load_tensors,
 )
-from acebert.training.steps import Rank
+from acebert.training.steps import Rank, of_rank_zero
 from acebert.workdir import Stage, digest_of, run_stage
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _resources(settings: Settings) -> tuple[float, bool]:
     if train.wait_minutes:
         bundle = {"CPU": train.cpus_per_worker or 1.0} | ({"GPU": 1.0} if train.use_gpu else {})
         wait_for_nodes(bundle, train.num_workers, train.wait_minutes, lambda: _fits(bundle, least))
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = node_resources()
     gpus = sum(node.get("GPU", 0) for node in nodes)
     use_gpu = gpus > 0 if train.use_gpu is None else train.use_gpu
     if use_gpu and gpus < least:
@@ -222,8 +222,9 @@ def _resources(settings: Settings) -> tuple[float, bool]:
 
 def _fits(bundle: dict[str, float], count: int) -> bool:
     """Whether the nodes that are there have room for `count` times `bundle`."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = (min(int(node.get(k, 0) / v + 1e-9) for k, v in bundle.items()) for node in nodes)
+    room = (
+        min(int(node.get(k, 0) / v + 1e-9) for k, v in bundle.items()) for node in node_resources()
+    )
     return sum(room) >= count
 
 
@@ -249,9 +250,16 @@ def _run_rank(loop: dict[str, Any]) -> str | None:
 
     def save(tensors: Mapping[str, Any], progress: Progress) -> None:
         validated = bool(progress.validations) and progress.validations[-1]["step"] == progress.step
+        problem = None
         # One that is merely due is left out while the last is being written: no step waits.
         if rank == 0 and (validated or not checkpoints.busy()):
-            checkpoints.save(tensors, progress, then=send)
+            try:
+                checkpoints.save(tensors, progress, then=send)
+            except UserError as error:
+                problem = error
+        # The others would wait for rank 0 in the next step, half an hour long.
+        if any(of_rank_zero([float(problem is not None)], world)):
+            raise problem or UserError("rank 0 could not write the checkpoint")
         if validated:
             ray.train.report(progress.validations[-1])  # a sweep looks at these
 

@@ -16,7 +16,7 @@ from acebert.models.dual import DualEncoder
 from acebert.training.checkpoint import Progress
 from acebert.training.finetuner import Finetuner
 from acebert.training.pairs import InputStore, PairBatches, StagePaths, TrainBatch
-from acebert.training.steps import Metrics, Rank, Training, train
+from acebert.training.steps import Metrics, Rank, Training, of_rank_zero, train
 from acebert.training.validation import ValidationSample
 
 
@@ -65,7 +65,9 @@ class FineTuning(Training[TrainBatch]):
         queries, products = encode_sample(self.trainer, self.sample, self.batches.inputs)
         if not (np.isfinite(queries).all() and np.isfinite(products).all()):
             raise self.not_finite("embeddings", state.step)
-        measured = self.sample.measure(queries, products)
+        here = self.sample.measure(queries, products)
+        values = of_rank_zero(list(here.values()), self.trainer.world)
+        measured = dict(zip(here, values, strict=True))
         metric = self.settings.train.valid_metric
         value = measured[metric]
         if np.isnan(value):

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
@@ -160,9 +160,9 @@ def train(training: Training[B], rank: Rank) -> Progress:
     training.trainer.model.train()
     spoken = clock = time.perf_counter()
     for batch in training.stream(state.step, 0 if training.is_over(state) else total):
-        share = _same_on_all_ranks(
-            progress(own, state.step, total, state.seconds), own.max_minutes, world
-        )
+        share = progress(own, state.step, total, state.seconds)
+        if own.max_minutes is not None:  # the learning rate must not differ between ranks
+            (share,) = of_rank_zero([share], world)
         if share >= 1:
             break
         metrics = training.step(batch.to(rank.device), state.step, share)
@@ -190,16 +190,15 @@ def train(training: Training[B], rank: Rank) -> Progress:
     return state
 
 
-def _same_on_all_ranks(share: float, max_minutes: float | None, world: int) -> float:
-    """Rank 0's share of the budget where the clock counts: the learning rate must not differ
-    between ranks."""
-    if max_minutes is None or world == 1:
-        return share
-    value = torch.tensor([share])
-    if dist.get_backend() == "nccl":
-        value = value.cuda()
-    dist.broadcast(value, 0)
-    return float(value)
+def of_rank_zero(values: Sequence[float], world: int) -> list[float]:
+    """Rank 0's `values` on all ranks, for what they decide by: clocks differ, and so do the last
+    bits of a sum on another CPU. All ranks call it at the same places."""
+    if world == 1:
+        return list(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.broadcast(tensor, 0)
+    return tensor.tolist()
 
 
 def _validate_and_save(

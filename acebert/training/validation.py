@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from acebert.config import Settings
 from acebert.evaluation.gauc import gauc
+from acebert.evaluation.recall import DotProduct, recall, search_catalogue
 from acebert.training.pairs import StagePaths
 
 K = 100
@@ -75,24 +76,21 @@ class ValidationSample:
     def measure(
         self, queries: NDArray[np.float32], products: NDArray[np.float32]
     ) -> dict[str, float]:
-        """Vectors [Q, d] and [C, d] → {'gauc', 'recall_100'}; GAUC is nan without negatives."""
-        score = np.einsum("id,id->i", queries[self.query], products[self.product])
-        groups = gauc(self.search, score, self.clicked)
-        recalls = _recall(queries @ products.T, self._targets())
+        """Vectors [Q, d] and [C, d] → {'gauc', 'recall_100'}, nan where the sample has no negatives
+        or no clicks. Ties count as in the evaluation: encoders that give all products one vector
+        are no better than chance."""
+        query, product = self._targets().T
+        asked = self.query, self.product
+        scorer = DotProduct(queries, products)
+        found = search_catalogue(scorer, len(queries), query, product, K, *asked)
+        groups = gauc(self.search, found.pair_score, self.clicked, scorer.tie)
+        recalls = recall(found.greater, found.equal, query, len(queries), K)
         return {
             "gauc": float("nan") if groups.value is None else groups.value,
-            "recall_100": float(np.mean(recalls)) if len(recalls) else float("nan"),
+            "recall_100": float(np.nanmean(recalls)) if len(query) else float("nan"),
         }
 
     def _targets(self) -> NDArray[np.int64]:
         """Distinct (query, product) that were clicked, int64 [T, 2], sorted."""
         pairs = np.stack([self.query, self.product], axis=1)[self.clicked]
         return np.unique(pairs, axis=0)
-
-
-def _recall(scores: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Recall@K of each query with targets: the share of its targets above all but K − 1 others."""
-    query = targets[:, 0]
-    above = np.array([(scores[q] > scores[q, p]).sum() for q, p in targets], np.int64)
-    hits = np.bincount(query, weights=above < K, minlength=len(scores))
-    return hits[np.unique(query)] / np.bincount(query, minlength=len(scores))[np.unique(query)]

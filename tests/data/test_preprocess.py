@@ -243,6 +243,14 @@ def test_a_catalogue_on_the_local_disk_never_opens_what_is_elsewhere(
     assert error.value.reason == "outside the catalogue"
 
 
+@pytest.mark.parametrize(
+    "uri", ["http://[abc/x.jpg", "file://[x/y.jpg", "http://℀.com/x.jpg", "x" * 5000, "//[", ""]
+)
+def test_an_address_that_is_none_is_a_broken_photo(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(BrokenImage):
+        PhotoStorage(str(tmp_path / "products.parquet"), max_bytes=1000).fetch(uri)
+
+
 def test_a_file_larger_than_any_photo_may_be_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x" * 1001)
     with pytest.raises(BrokenImage) as error:

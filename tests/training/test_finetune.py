@@ -1,5 +1,6 @@
 """Fine-tuning through a real Ray Train, tracked by a real MLflow."""
 
+import subprocess
 from pathlib import Path
 
 import mlflow
@@ -126,3 +127,22 @@ def test_a_diverging_run_ends_with_its_reason_and_no_restart(
 ):
     with pytest.raises(UserError, match=r"not finite"):
         finetune(with_train(settings, lr=1e30, warmup_steps=0, max_steps=5), **stages)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_two_workers_with_a_message(
+    settings: Settings, stages: dict[str, Stage], tmp_path: Path
+) -> None:
+    disk = tmp_path / "train"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs privileges")
+    settings = settings.model_copy(update={"workdir": tmp_path})
+    often = with_train(settings, num_workers=2, cpus_per_worker=0.4, checkpoint_every=2)
+    try:
+        with pytest.raises(UserError, match="the disk is full, a checkpoint takes"):
+            finetune(often, **stages)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert not list((tmp_path / "finetune").glob("[!.]*"))

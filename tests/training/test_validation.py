@@ -45,3 +45,14 @@ def test_the_measures_are_scikit_learns_auc_a_search_and_ranks_counted_by_hand(
     measured = sample.measure(queries, products)
     assert measured["gauc"] == pytest.approx(np.average(aucs, weights=weights))
     assert measured["recall_100"] == pytest.approx(np.mean(recalls))
+
+
+def test_a_collapsed_encoder_is_measured_as_chance(settings: Settings, paths: StagePaths) -> None:
+    few = settings.train.model_copy(update={"valid_products": 120})
+    sample = ValidationSample.draw(settings.model_copy(update={"train": few}), paths)
+    queries = np.tile(np.eye(1, 8, dtype=np.float32), (len(sample.queries), 1))
+    products = np.tile(queries[:1], (len(sample.products), 1))
+    products += np.random.default_rng(0).normal(size=products.shape).astype(np.float32) * 1e-8
+    measured = sample.measure(queries, products)
+    assert measured["recall_100"] == pytest.approx(K / len(sample.products))
+    assert measured["gauc"] == pytest.approx(0.5)
