@@ -61,6 +61,21 @@ def _name_or_path(value: str | None) -> str | None:
     return str(Path(value).expanduser().absolute())
 
 
+def computes_in_bf16(cpuinfo: str) -> bool:
+    """Whether a machine with this /proc/cpuinfo has instructions for bf16 products (AVX-512 BF16,
+    AMX, or Arm's). Without them torch emulates it, eight times slower than fp32."""
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    return bool(flags and {"avx512_bf16", "amx_bf16", "bf16"}.intersection(flags[1].split()))
+
+
+def _resolved(precision: str) -> str:
+    if precision != "auto":
+        return precision
+    cpuinfo = Path("/proc/cpuinfo")
+    fast = cpuinfo.exists() and computes_in_bf16(cpuinfo.read_text())
+    return "bf16" if fast or Path("/proc/driver/nvidia/version").exists() else "fp32"
+
+
 Address = Annotated[str | None, AfterValidator(_address)]
 NameOrPath = AfterValidator(_name_or_path)
 
@@ -376,8 +391,11 @@ class TrainSettings(ScheduleSettings):
     """torch threads of a CPU worker (none: cores of its node over workers)"""
     max_grad_norm: float = Field(1.0, gt=0)
     """gradients are clipped to this L2 norm"""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """autocast of forward and backward; weights and optimiser stay fp32"""
+    precision: Annotated[Literal["auto", "fp32", "bf16"], AfterValidator(_resolved)] = Field(
+        "auto", validate_default=True
+    )
+    """autocast of forward and backward; weights and optimiser stay fp32. auto: bf16 where the
+    machine that starts the job has a GPU or bf16 instructions, else fp32"""
     compile: bool = False
     """torch.compile the encoder"""
     validate_every: int = Field(200, ge=1)

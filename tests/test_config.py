@@ -5,6 +5,7 @@ import yaml
 
 from acebert.config import (
     RECIPES,
+    computes_in_bf16,
     flatten,
     load_settings,
     read_recipe,
@@ -157,3 +158,25 @@ def test_two_columns_are_mapped_as_the_guide_says():
 def test_a_cut_off_below_one_is_refused():
     with pytest.raises(UserError, match=r"eval: .*ks must be 1 or more"):
         load_settings(["--eval.ks", "10,0"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16 sha", True),  # Zen 4, Cooper Lake
+        ("flags\t\t: fpu avx512f amx_bf16 amx_tile", True),  # Sapphire Rapids
+        ("Features\t: fp asimd bf16 i8mm", True),  # Graviton 3
+        ("flags\t\t: fpu avx avx2 avx512f avx512_vnni", False),
+        ("", False),
+    ],
+)
+def test_bf16_is_chosen_where_the_processor_computes_in_it(flags: str, expected: bool) -> None:
+    cpuinfo = f"processor\t: 0\nmodel name\t: bf16 in a name\n{flags}\n\nprocessor\t: 1\n{flags}\n"
+    assert computes_in_bf16(cpuinfo) is expected
+
+
+def test_a_recipe_holds_the_precision_that_was_chosen() -> None:
+    assert load_settings(["--recipe", "acebert_tiny"]).train.precision in ("fp32", "bf16")
+    assert load_settings(["--recipe", "acebert"]).train.precision == "bf16"
+    chosen = load_settings(["--recipe", "acebert_tiny", "--train.precision", "fp32"])
+    assert chosen.train.precision == "fp32"

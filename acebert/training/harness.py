@@ -124,6 +124,10 @@ def _train(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     train = settings.train
     workers = (train.min_workers, train.num_workers) if train.min_workers else train.num_workers
+    each = "1 GPU" if use_gpu else f"{cpus:g} CPUs"
+    log.info(
+        "%s: workers: %d, each %s, %s", directory.name, train.num_workers, each, train.precision
+    )
     trainer = TorchTrainer(
         _run_rank,  # type: ignore[arg-type]
         train_loop_config={
