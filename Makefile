@@ -2,15 +2,18 @@
 EXTRA ?= cpu
 PYTHON ?= python3
 BIN := .venv/bin
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
 .PHONY: install test lint demo serve
 
 install: .venv/.installed-$(EXTRA)
 
 .venv/.installed-%: pyproject.toml constraints.txt
+	@echo "installing into .venv: 7 GB, minutes"
 	$(PYTHON) -m venv .venv
 	rm -f .venv/.installed-*
-	$(BIN)/pip uninstall --quiet --yes $(if $(filter gpu,$*),faiss-cpu,faiss-gpu)
+	$(BIN)/pip uninstall --quiet --quiet --yes $(if $(filter gpu,$*),faiss-cpu,faiss-gpu)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*,dev]'
 	touch $@
 
@@ -26,7 +29,8 @@ lint: install
 demo: install
 	$(BIN)/python ray_jobs/compare.py --recipes twinbert_tiny acebert_tiny
 
-# The search page of the demo's model on http://127.0.0.1:8000; what is missing is made first.
+# The search page of a model of the demo on http://127.0.0.1:8000; what is missing is made first.
 serve: install
-	$(BIN)/python ray_jobs/publish.py --model "$$($(BIN)/python ray_jobs/finetune.py --recipe acebert_tiny | tail -n 1)"
+	model="$$($(BIN)/python ray_jobs/finetune.py --recipe acebert_plus_tiny | tee /dev/stderr | tail -n 1)" && \
+	  $(BIN)/python ray_jobs/publish.py --model "$$model"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/serve run serve.app:app

@@ -23,13 +23,29 @@ POLL_SECONDS = 2.0
 
 
 def connect() -> None:
-    """Join or start Ray; does nothing where this process is connected already."""
+    """Join or start Ray; does nothing where this process is connected already.
+
+    Raises:
+        UserError: a Ray of our own did not come up in time.
+    """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default
     # The dashboard is there because Ray Train's clean-up asks it whether the controller lives.
-    ray.init(logging_level=logging.WARNING)
-    data_context = ray.data.DataContext.get_current()  # our stages say themselves how far they are
+    try:
+        ray.init(logging_level=logging.WARNING)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError(
+            "Ray did not start in time: the machine is busy, or short of memory. Give the same "
+            "command again, what is done is reused"
+        ) from error
+    for chatty in ("ray.data", "ray.train"):  # after their import, which sets the level
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    # It says that there are no progress bars: our stages say themselves how far they are.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False
     data_context.print_on_execution_start = False
     total = ray.cluster_resources()

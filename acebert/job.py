@@ -55,7 +55,7 @@ def set_up_logging() -> None:
         stream=sys.stdout,
     )
     logging.getLogger("acebert").setLevel(logging.INFO)
-    for chatty in ("faiss.loader", "ray.data", "ray.train"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 STAGE_TAG = "acebert.stage"
 DIGEST_TAG = "acebert.digest"
 TABLE_TAG = "table"
+SHARED_STAGES = ("demo", "ingest", "vocabulary", "tokens", "features", "plan", "cnn_labels")
+"""of several recipes and seeds, so that no one's name is right for them"""
 Row = tuple[str, float, int]
 """name, value, step"""
 
@@ -187,9 +189,7 @@ def start_run(
     created = mlflow_client.create_run(
         experiment,
         start_time=int((started or time.time()) * 1000),
-        run_name=name
-        or tracking.run_name
-        or f"{stage} {Path(settings.recipe).stem}, seed {settings.seed}, {digest[:6]}",
+        run_name=name or tracking.run_name or _run_name(settings, stage, digest),
         tags=all_tags,
     )
     flat = flatten(settings.model_dump(mode="json", exclude={"tracking"}))
@@ -197,6 +197,12 @@ def start_run(
     for start in range(0, len(params), 100):
         mlflow_client.log_batch(created.info.run_id, params=params[start : start + 100])
     return Run(mlflow_client, created.info.run_id)
+
+
+def _run_name(settings: Settings, stage: str, digest: str) -> str:
+    if stage in SHARED_STAGES:
+        return f"{stage} {digest[:6]}"
+    return f"{stage} {Path(settings.recipe).stem}, seed {settings.seed}, {digest[:6]}"
 
 
 def finished_run(settings: Settings, stage: str, digest: str) -> Run | None:

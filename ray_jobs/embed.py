@@ -45,10 +45,11 @@ def read_queries(path: Path) -> list[str]:
 
 
 def work(_: Settings, arguments: argparse.Namespace) -> None:
+    queries = read_queries(arguments.queries)
     from acebert.pipeline import embed_stage, settings_for
 
     settings = settings_for(arguments.model, arguments.settings)
-    stage = embed_stage(settings, arguments.model, read_queries(arguments.queries))
+    stage = embed_stage(settings, arguments.model, queries)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         for name in ("products.parquet", "queries.parquet"):

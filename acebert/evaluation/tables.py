@@ -2,6 +2,7 @@
 
 import io
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,20 @@ TARGET_GROUPS = {
     "title_lacks": ("title_lacks", True),
     "title_has": ("title_lacks", False),
 }
+
+
+LEGEND = {
+    "bm25_titles": "BM25 on titles",
+    "bm25_titles_hot": "BM25 on titles and the queries most clicked for the product",
+    "click_lookup": "products clicked for the very same query before",
+    "popularity": "products clicked most, whatever the query",
+    "position": "the order that the log's own engine showed (GAUC alone)",
+}
+"""rows that need no training"""
+GROUPS = (
+    "seen: queries clicked on training days; head: the most frequent ones; cold: products never "
+    "clicked before the test day; title lacks: clicks where a word of the query is not in the title"
+)
 
 
 def read_metrics(directory: Path) -> dict[str, Any]:
@@ -102,7 +117,8 @@ def rows_table(rows: Sequence[Row], width: int = 100) -> str:
         seeds = [str(len(row.seeds))] if several else []
         table.add_row(row.name, *seeds, *(_cell(row.measured(name)) for name in names))
     notes = {f"{row.name}: {note}" for row in rows for note in read_metrics(row.seeds[0])["notes"]}
-    return _printed(table, width) + "".join(f"{note}\n" for note in sorted(notes))
+    legend = [f"{row.name}: {LEGEND[row.name]}" for row in rows if row.name in LEGEND]
+    return _printed(table, width) + "".join(f"{line}\n" for line in [*legend, *sorted(notes)])
 
 
 def differences_table(a: Row, b: Row, width: int = 100) -> str:
@@ -131,7 +147,7 @@ def differences_table(a: Row, b: Row, width: int = 100) -> str:
             mark = " *" if found.excludes_zero else "  "
             cells.append(f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{mark}")
         table.add_row("all" if group is None else group.replace("_", " "), *cells)
-    return _printed(table, width)
+    return _printed(table, width) + f"{textwrap.fill(GROUPS, width)}\n"
 
 
 def label(metric: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlflow.models
 import numpy as np
+import pandas as pd
 import torch
 from mlflow.pyfunc.model import PythonModel
 
@@ -31,7 +32,7 @@ class QueryEncoder(PythonModel):
         self.tokenizer = load_tokenizer(directory / "tokenizer")
 
     def predict(
-        self, context: Any, model_input: Any, params: dict[str, Any] | None = None
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> np.ndarray:
         texts = [normalize_query(query) for query in model_input["query"]]
         pieces = encode(self.tokenizer, texts, self.max_tokens)

@@ -26,7 +26,7 @@ import ray
 import ray.train
 import torch
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
@@ -144,10 +144,11 @@ def _train(
             use_gpu=use_gpu,
             resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # Train V2's
             name=directory.name,
             storage_path=str(directory.parent),
             failure_config=FailureConfig(max_failures=train.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     with _ray_by_address():

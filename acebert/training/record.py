@@ -24,7 +24,7 @@ def write_record(
     seconds and the run's id; a row a step; a row a validation."""
     pq.write_table(progress.history, out / "history.parquet")
     pq.write_table(pa.Table.from_pylist(progress.validations), out / "valid.parquet")
-    tree = settings.model_dump(mode="json")
+    tree = settings.model_dump(mode="json", exclude={"tracking"})  # a run's, not the model's
     (out / "settings.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     about = {"steps": progress.step, "train_seconds": progress.seconds, "mlflow_run": mlrun.run_id}
     (out / "report.json").write_text(json.dumps(about | report, indent=2) + "\n")

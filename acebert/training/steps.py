@@ -252,7 +252,8 @@ def _say(
 
     seconds = mean("seconds")
     means = [f"{called} {mean(name):.3f}" for called, name in training.said if name in rows[0]]
-    peak = f"{mean('peak_share'):.0%} of the matrix peak, " if "peak_share" in rows[0] else ""
+    share_of_peak = "peak_share" in rows[0] and rows[0]["peak_share"].is_cuda  # CPUs are shared
+    peak = f"{mean('peak_share'):.0%} of the matrix peak, " if share_of_peak else ""
     log.info(
         "%s: step %d of %d, %s, %.0f %s/s (%s%.1f %% waiting for data), %.0f s left",
         training.stage,
