@@ -40,7 +40,11 @@ COPIED_SOURCE = "runtime_resources/working_dir_files"
 """part of the path of the directory that `ray job submit` copies the source to"""
 
 
-def _absolute(path: Path) -> Path:
+def absolute(path: Path) -> Path:
+    """
+    Raises:
+        ValueError: `path` is relative, in a submitted job.
+    """
     path = path.expanduser()
     if not path.is_absolute() and COPIED_SOURCE in str(Path.cwd()):
         raise ValueError(
@@ -51,7 +55,7 @@ def _absolute(path: Path) -> Path:
 
 
 def _address(value: str | None) -> str | None:
-    return value if value is None or "://" in value else str(_absolute(Path(value)))
+    return value if value is None or "://" in value else str(absolute(Path(value)))
 
 
 def _name_or_path(value: str | None) -> str | None:
@@ -156,7 +160,7 @@ class ImageSettings(Section):
     """where training reads features: from the work directory, from a copy on the node's disk or in
     its memory, made once a node and shared by its workers, or from the worker's own GPU"""
     feature_cache_dir: Annotated[
-        Path | None, AfterValidator(lambda path: path and _absolute(path))
+        Path | None, AfterValidator(lambda path: path and absolute(path))
     ] = None
     """directory of the node's copies (none: acebert-UID in the node's $TMPDIR, for node_memory in
     /dev/shm)"""
@@ -591,7 +595,7 @@ class TrackingSettings(Section):
 
 
 def _default_workdir() -> Path:
-    return _absolute(Path(os.environ.get("ACEBERT_HOME", "~/.acebert")))
+    return absolute(Path(os.environ.get("ACEBERT_HOME", "~/.acebert")))
 
 
 class Settings(BaseSettings):
@@ -610,7 +614,7 @@ class Settings(BaseSettings):
 
     recipe: str = DEFAULT_RECIPE
     """name under acebert/recipes, or the path of a YAML file"""
-    workdir: Annotated[Path, AfterValidator(_absolute)] = Field(default_factory=_default_workdir)
+    workdir: Annotated[Path, AfterValidator(absolute)] = Field(default_factory=_default_workdir)
     """where every stage puts its results; all nodes of the cluster must see it"""
     seed: int = 0
     """seed of weights, plan and dropout"""

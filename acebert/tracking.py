@@ -155,8 +155,10 @@ def start_run(
     name: str | None = None,
     tags: Mapping[str, str] | None = None,
     started: float | None = None,
+    first_step: int = 0,
 ) -> Run:
-    """The run of this stage and digest: the unfinished one that is there, else a new one.
+    """The run of this stage and digest: the unfinished one that is there, else a new one. One that
+    has steps although what comes now starts at the first is another training's, and is ended.
 
     Params are the flat settings; tags name stage, digest, code, machine and, where
     `tracking.tag` is set, the table that the run is a row of. `started` is a Unix time.
@@ -171,9 +173,14 @@ def start_run(
         f"tags.`{STAGE_TAG}` = '{stage}' AND tags.`{DIGEST_TAG}` = '{digest}' "
         "AND attributes.status != 'FINISHED'",
         max_results=1,
+        order_by=["attributes.start_time DESC"],
     )
-    if known:
-        run = Run(mlflow_client, known[0].info.run_id)
+    unfinished = known[0] if known else None
+    has_steps = unfinished and any(name.startswith("train/") for name in unfinished.data.metrics)
+    if unfinished and has_steps and not first_step:
+        mlflow_client.set_terminated(unfinished.info.run_id, "KILLED")
+    elif unfinished:
+        run = Run(mlflow_client, unfinished.info.run_id)
         mlflow_client.update_run(run.run_id, status="RUNNING")
         run.set_tags(own)
         log.info("mlflow: goes on in run %s", run.run_id)
@@ -299,7 +306,8 @@ class MetricsActor:
     worker, of this actor or of the job.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, environment: dict[str, str]) -> None:
+        os.environ.update(environment)
         self._client = MlflowClient(uri)
         self._last: dict[str, dict[str, int]] = {}
 
@@ -324,6 +332,9 @@ class MetricsActor:
 
 
 def metrics_actor(settings: Settings) -> Any:
-    """The actor handle, pinned to this (the driver's) node."""
+    """The actor handle, pinned to this (the driver's) node, with this process's credentials for the
+    server: as arguments, for an actor's runtime_env is shown to whoever lists actors."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return MetricsActor.options(scheduling_strategy=here).remote(tracking_uri(settings))  # type: ignore[attr-defined]
+    environment = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
+    made = MetricsActor.options(scheduling_strategy=here)  # type: ignore[attr-defined]
+    return made.remote(tracking_uri(settings), environment)

@@ -106,7 +106,10 @@ def _build(
         seconds = time.perf_counter() - start
         record = {"name": name, "digest": digest, "seconds": round(seconds, 3), "key": key}
         (aside / STAGE_FILE).write_text(json.dumps(record, indent=2, default=str) + "\n")
+        for path in [*aside.rglob("*"), aside]:  # a power failure must not leave its name alone
+            sync(path)
         os.replace(aside, final)
+        sync(final.parent)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         if is_disk_full(error):
@@ -117,6 +120,17 @@ def _build(
         raise
     log.info("%s: done in %.1f s", name, seconds)
     return Stage(name, final, digest, seconds=seconds, reused=False)
+
+
+def sync(path: Path) -> None:
+    """Return when a file or directory is on the disk."""
+    if path.is_symlink():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from acebert.config import Settings
+from acebert.config import Settings, absolute
 from acebert.errors import UserError
 from acebert.job import run_job
 
@@ -46,19 +46,23 @@ def read_queries(path: Path) -> list[str]:
 
 def work(_: Settings, arguments: argparse.Namespace) -> None:
     queries = read_queries(arguments.queries)
+    try:
+        out = absolute(arguments.out)
+    except ValueError as error:
+        raise UserError(f"--out: {error}") from error
     from acebert.pipeline import embed_stage, settings_for
 
     settings = settings_for(arguments.model, arguments.settings)
     stage = embed_stage(settings, arguments.model, queries)
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         for name in ("products.parquet", "queries.parquet"):
-            aside = arguments.out / f".{name}.partial"
+            aside = out / f".{name}.partial"
             shutil.copy2(stage.path / name, aside)
-            aside.replace(arguments.out / name)
+            aside.replace(out / name)
     except OSError as error:
-        raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror})") from error
-    print(arguments.out)
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
+    print(out)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,20 @@ def test_a_run_is_ended_whatever_stops_it_and_a_second_try_goes_on_in_it(
     assert other.run_id != first.run_id
 
 
+def test_another_training_of_the_same_digest_is_another_run(settings: Settings):
+    with start_run(settings, "finetune", "d1") as first:
+        first.log_metrics({"train/loss": 5.0}, step=20)
+    client(settings).set_terminated(first.run_id, "FAILED")
+    with start_run(settings, "finetune", "d1", first_step=20) as resumed:
+        pass
+    assert resumed.run_id == first.run_id
+    client(settings).set_terminated(first.run_id, "FAILED")
+    with start_run(settings, "finetune", "d1") as from_the_start:  # its checkpoints were removed
+        pass
+    assert from_the_start.run_id != first.run_id
+    assert client(settings).get_run(first.run_id).info.status == "KILLED"
+
+
 def _make_run(settings: Settings) -> str:
     with start_run(settings, "s", str(multiprocessing.current_process().pid)) as run:
         return client(settings).get_run(run.run_id).info.experiment_id

@@ -49,8 +49,11 @@ class Bm25:
     def __init__(self, documents: list[str], queries: list[str]) -> None:
         self.products = len(documents)
         self._model = bm25s.BM25()
-        self._model.index(words(documents), show_progress=False)
-        self._queries = [self._model.get_tokens_ids(tokens) for tokens in words(queries)]
+        corpus = words(documents)
+        self._queries: list[list[int]] = [[] for _ in queries]
+        if any(corpus):  # bm25s takes no corpus without a word
+            self._model.index(corpus, show_progress=False)
+            self._queries = [self._model.get_tokens_ids(tokens) for tokens in words(queries)]
 
     def score(self, queries: NDArray[np.int64], out: "torch.Tensor") -> None:
         out.fill_(-np.inf)

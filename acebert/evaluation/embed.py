@@ -34,11 +34,11 @@ from acebert.data.tokens import encode, load_tokenizer
 from acebert.errors import UserError
 from acebert.models.dual import DualEncoder, truncated
 from acebert.training.pairs import InputStore, StagePaths, as_inputs
-from acebert.workdir import Stage, run_stage
+from acebert.workdir import Stage, digest_of, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 MODEL_FILES = ("model.safetensors", "config.json", "settings.yaml", "tokenizer/tokenizer.json")
 RUN_ROWS = 16_384  # 8 MiB of vectors
 RUNS_AN_ACTOR = 4  # at least, so that actors end together
@@ -66,7 +66,7 @@ def embed(
         "ingest": ingested.digest,
         "tokens": tokens.digest,
         "features": features.digest if features else None,
-        "queries": queries,
+        "queries": digest_of(queries),
         "precision": settings.train.precision,
     }
     if settings.eval.dimensions is not None:

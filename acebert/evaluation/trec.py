@@ -26,13 +26,6 @@ class Judgement(NamedTuple):
     grade: int
 
 
-class Ranked(NamedTuple):
-    query: str
-    product_id: str
-    rank: int
-    score: float
-
-
 def query_id(text: str) -> str:
     """`red shoes` → `red+shoes`."""
     return quote_plus(text)
@@ -68,22 +61,6 @@ def write_run(
                 for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1)
                 if row >= 0
             )
-
-
-def read_run(path: Path) -> list[Ranked]:
-    """Read a run file.
-
-    Raises:
-        UserError: a line that is not a run's, by number.
-    """
-    rows = []
-    for number, fields in _lines(path, 6, "query Q0 product rank score tag"):
-        try:
-            rank, score = int(fields[3]), float(fields[4])
-        except ValueError:
-            raise UserError(f"{path}, line {number}: rank and score must be numbers") from None
-        rows.append(Ranked(unquote_plus(fields[0]), unquote(fields[2]), rank, score))
-    return rows
 
 
 def write_qrels(path: Path, judgements: Iterable[Judgement]) -> None:

@@ -31,7 +31,7 @@ import torch
 
 from acebert.config import flatten
 from acebert.errors import UserError
-from acebert.workdir import is_disk_full
+from acebert.workdir import is_disk_full, sync
 
 log = logging.getLogger(__name__)
 
@@ -205,11 +205,11 @@ class Checkpoints:
         manifest = {"identity": self._identity, "files": files}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*aside.iterdir(), aside]:
-            _sync(path)
+            sync(path)
         if final.exists():  # this step's, written by a process that lost it
             _discard(final)
         os.rename(aside, final)
-        _sync(self.directory)
+        sync(self.directory)
         self._prune()
 
     def _prune(self) -> None:
@@ -279,11 +279,3 @@ def _copy_to_host(
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

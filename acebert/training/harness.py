@@ -98,8 +98,15 @@ def trained_stage(
     def build(out: Path) -> None:
         from acebert.tracking import start_run  # MLflow: a second that no worker needs
 
-        with start_run(settings, stage, digest, name=name, tags={"acebert.data": data}) as mlrun:
-            export(_train(settings, directory, key, worker, config, mlrun), mlrun, out)
+        identity = {"key": dict(key), "code": code_identity()}
+        kept = settings.train.checkpoints_kept
+        checkpoints = Checkpoints(directory / "checkpoints", identity, kept)
+        newest = checkpoints.newest()  # refuses before anything is started
+        step = load_progress(newest).step if newest else 0
+        tags = {"acebert.data": data}
+        with start_run(settings, stage, digest, name=name, tags=tags, first_step=step) as mlrun:
+            _train(settings, checkpoints, identity, worker, config, mlrun)
+            export(checkpoints, mlrun, out)
 
     built = run_stage(settings.workdir, stage, key, build)
     shutil.rmtree(directory, ignore_errors=True)  # its checkpoints
@@ -108,17 +115,15 @@ def trained_stage(
 
 def _train(
     settings: Settings,
-    directory: Path,
-    key: dict[str, Any],
+    checkpoints: Checkpoints,
+    identity: dict[str, Any],
     worker: Worker,
     config: dict[str, Any],
     mlrun: "Run",
-) -> Checkpoints:
+) -> None:
     from acebert.tracking import metrics_actor
 
-    identity = {"key": dict(key), "code": code_identity()}
-    checkpoints = Checkpoints(directory / "checkpoints", identity, settings.train.checkpoints_kept)
-    checkpoints.newest()  # refuses before anything is started
+    directory = checkpoints.directory.parent
     cpus, use_gpu = _resources(settings)
     # Ray Train looks at its workers this often (its default: 2 s); a start and an end wait for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -155,7 +160,6 @@ def _train(
         result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
     if result.return_value is not None:
         raise UserError(result.return_value)
-    return checkpoints
 
 
 @contextmanager

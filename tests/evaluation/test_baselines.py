@@ -17,6 +17,10 @@ from acebert.evaluation.baselines import (
 from acebert.evaluation.testset import load_test_set
 
 
+def test_bm25_of_a_catalogue_without_a_word_finds_nothing():
+    assert np.isneginf(all_scores(Bm25(["", "the", ""], ["red shirt"]), 1)).all()
+
+
 def all_scores(scorer, queries):
     out = torch.empty(queries, scorer.products)
     scorer.score(np.arange(queries), out)

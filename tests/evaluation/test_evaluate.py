@@ -4,6 +4,7 @@ from pathlib import Path
 import ir_measures
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from ir_measures import RR, R, nDCG
@@ -141,6 +142,26 @@ def test_baselines_are_a_directory_a_row_of_the_same_layout(evaluated):
     usable = [list(zip(*r, strict=True)) for r in ranks.values() if 0 < sum(c for c, _ in r) < 8]
     expected = np.mean([roc_auc_score(clicked, score) for clicked, score in usable])
     assert position["overall"]["gauc"] == pytest.approx(expected)
+
+
+def test_searches_without_a_position_are_left_out_of_the_engines_row(tmp_path: Path):
+    world = make_world(tmp_path)
+    path = world.ingested.path / "test_impressions.parquet"
+    table = pq.read_table(path)
+    position = [None, *table["position"].to_pylist()[1:]]
+    first = table["search"][0].as_py()
+    column = pa.array(position, table.schema.field("position").type)
+    at = table.column_names.index("position")
+    pq.write_table(table.set_column(at, "position", column), path)
+    metrics = read_metrics(evaluate_baselines(world.settings, world.ingested).path / "position")
+    aucs = []
+    for search in set(table["search"].to_pylist()) - {first}:
+        rows = table.filter(pc.field("search") == search)
+        clicked = rows["clicked"].to_pylist()
+        if 0 < sum(clicked) < len(clicked):
+            aucs.append(roc_auc_score(clicked, [-p for p in rows["position"].to_pylist()]))
+    assert metrics["overall"]["gauc"] == pytest.approx(np.mean(aucs))
+    assert metrics["notes"] == ["1 searches with a row that has no position are left out"]
 
 
 def test_a_bare_click_log_has_no_gauc_and_says_why(tmp_path: Path):
