@@ -81,9 +81,12 @@ async def send(
                     rate = done / (told - start)
                     log.info("%s of %s searches, %.0f/s", f"{done:,}", f"{len(searches):,}", rate)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(at_once):
-                group.create_task(shopper(todo))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(at_once):
+                    group.create_task(shopper(todo))
+        except ExceptionGroup as group:  # what stopped the first stops the others too
+            raise group.exceptions[0] from None
     return sent
 
 

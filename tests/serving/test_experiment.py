@@ -1,5 +1,6 @@
 """An experiment on the search service over HTTP, in a process that is killed with -9."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -17,9 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from acebert.errors import UserError
 from acebert.experiment.assignment import Experiment
 from acebert.experiment.event_log import collect
 from acebert.experiment.readout import read_out
+from acebert.experiment.shoppers import demo_searches
+from acebert.experiment.simulate import send
 from acebert.serving.bundle import publish
 from acebert.serving.query_encoder import QueryEncoder
 
@@ -57,15 +61,15 @@ class Server:
         dealt = Experiment.of(section)
         assert dealt is not None
         self.experiment, self.events = dealt, workdir / "serving" / "events"
-        self._recipe = workdir / "settings.yaml"
-        self._recipe.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+        self.recipe = workdir / "settings.yaml"
+        self.recipe.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
         self.start()
 
     def start(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "-c", SERVER, str(self._recipe), str(port)]
+        command = [sys.executable, "-c", SERVER, str(self.recipe), str(port)]
         self.process = subprocess.Popen(command)
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
         for _ in range(600):
@@ -204,3 +208,41 @@ def test_without_an_experiment_there_is_no_log(address: str, world: Any) -> None
     event = {"search_id": "12345678", "action": "click", "product_id": "p"}
     assert httpx.post(f"{address}/events", json=event).status_code == 422
     assert not (Path(world.settings.workdir) / "serving" / "events").exists()
+
+
+def test_a_rehearsal_is_read_out_as_it_was_sent(start, world) -> None:
+    server = start()
+    sent = subprocess.run(
+        [
+            *[sys.executable, "ray_jobs/ab_simulate.py", "--recipe", str(server.recipe)],
+            *["--url", str(server.client.base_url), "--searches", "150", "--users", "40"],
+        ],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert sent.returncode == 0, sent.stderr
+    assert "ab_report.py" in sent.stdout
+    assert "--experiment.name test --experiment.arms old,new" in sent.stdout
+    server.stop()
+    found = read_out(server.experiment, server.events)
+    assert set(found.arms) == {"old", "new"}
+    for name, arm in found.arms.items():
+        (row,) = (line for line in sent.stdout.splitlines() if line.startswith(f"│ {name} "))
+        searches, clicks, _, ctr, *_ = (cell.strip() for cell in row.split("│")[2:-1])
+        assert arm.searches == int(searches)
+        assert f"{arm.values['ctr']:.2%}" == ctr
+        assert round(arm.values["ctr"] * 16 * arm.searches) == int(clicks)
+    assert sum(arm.searches for arm in found.arms.values()) == 150
+    assert sum(arm.values["ctr"] for arm in found.arms.values()) > 0
+    assert (found.not_shown, found.without_search) == (0, 0)
+
+
+def test_shoppers_are_sent_to_no_service_without_an_experiment(address, world) -> None:
+    shown, searches = demo_searches(world.settings.demo, 5, 10, 0)
+    with pytest.raises(UserError, match="runs no experiment"):
+        asyncio.run(send(address, searches, shown, 2, 0))
+    with pytest.raises(UserError, match="cannot be reached"):
+        asyncio.run(send("http://127.0.0.1:9", searches, shown, 2, 0))
