@@ -41,6 +41,10 @@ class Sent:
     expected: float = 0.0
     """clicks that the click model expects on what was shown"""
 
+    def add(self, more: "Sent") -> None:
+        for name, value in vars(more).items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 async def send(
     url: str,
@@ -67,14 +71,15 @@ async def send(
     todo = iter(enumerate(searches))
     start = told = time.monotonic()
     headers = {"X-API-Key": key} if key else {}
-    async with aiohttp.ClientSession(url, headers=headers, timeout=TIMEOUT) as session:
-        await _ask(session, "GET", "/ready", tries=1)
+    async with aiohttp.ClientSession(headers=headers, timeout=TIMEOUT) as session:
+        service = _Service(session, url)
+        await service.ask("GET", "/ready", tries=1)
 
         async def shopper(todo: Iterator[tuple[int, Search]]) -> None:
             nonlocal told
             for number, search in todo:
-                arm, seen = await _shop(session, search, shown, f"{run}-{number}", [seed, number])
-                _add(sent.setdefault(arm, Sent()), seen)
+                arm, seen = await _shop(service, search, shown, f"{run}-{number}", [seed, number])
+                sent.setdefault(arm, Sent()).add(seen)
                 if time.monotonic() - told > PROGRESS_SECONDS:
                     told = time.monotonic()
                     done = sum(of.searches for of in sent.values())
@@ -90,16 +95,41 @@ async def send(
     return sent
 
 
+class _Service:
+    """A running service."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self._session, self.url = session, url
+
+    async def ask(self, method: str, path: str, tries: int = TRIES, **what: Any) -> dict[str, Any]:
+        """The answer's JSON; again and again while the service is overloaded or restarts."""
+        for tried in range(1, tries + 1):
+            try:
+                async with self._session.request(method, self.url + path, **what) as response:
+                    if response.status < 400:
+                        return dict(await response.json())
+                    reason = f"status {response.status}, {(await response.text())[:300]}"
+                    if response.status == 401:
+                        reason += " (its key is read from ACEBERT_API_KEY)"
+                    if response.status < 500:
+                        break
+            except (aiohttp.ClientError, TimeoutError) as error:
+                reason = f"cannot be reached ({error or type(error).__name__})"
+            if tried < tries:
+                await asyncio.sleep(FIRST_WAIT * 2 ** (tried - 1))
+        raise UserError(f"{self.url}: {method} {path}: {reason}")
+
+
 async def _shop(
-    session: aiohttp.ClientSession, search: Search, k: int, name: str, seed: list[int]
+    service: _Service, search: Search, k: int, name: str, seed: list[int]
 ) -> tuple[str | None, Sent]:
     """One search, and the events that follow from it."""
     headers = {"X-User-Id": search.user, "X-Search-Id": name}
     asked = {"q": search.query, "k": str(k)}
-    answer = await _ask(session, "GET", "/search", params=asked, headers=headers)
+    answer = await service.ask("GET", "/search", params=asked, headers=headers)
     if answer["search_id"] is None:
         raise UserError(
-            f"{session._base_url} runs no experiment: start it with experiment.name=NAME "
+            f"{service.url} runs no experiment: start it with experiment.name=NAME "
             "experiment.arms=CONTROL,TREATMENT (docs/serving.md, Experiments)"
         )
     ids = [hit["product_id"] for hit in answer["hits"]]
@@ -110,34 +140,8 @@ async def _shop(
     for action, rows in (("click", clicked), ("purchase", bought)):
         for row in rows:
             event = {"search_id": name, "action": action, "product_id": ids[row]}
-            await _ask(session, "POST", "/events", json=event)
+            await service.ask("POST", "/events", json=event)
     return answer["arm"], Sent(1, len(ids), len(clicked), len(bought), float(chances.sum()))
-
-
-async def _ask(
-    session: aiohttp.ClientSession, method: str, path: str, tries: int = TRIES, **what: Any
-) -> dict[str, Any]:
-    """The answer's JSON; again and again while the service is overloaded or restarts."""
-    for tried in range(1, tries + 1):
-        try:
-            async with session.request(method, path, **what) as response:
-                if response.status < 400:
-                    return dict(await response.json())
-                reason = f"status {response.status}, {(await response.text())[:300]}"
-                if response.status == 401:
-                    reason += " (its key is read from ACEBERT_API_KEY)"
-                again = response.status >= 500
-        except (aiohttp.ClientError, TimeoutError) as error:
-            reason, again = f"cannot be reached ({error or type(error).__name__})", True
-        if not again or tried == tries:
-            raise UserError(f"{session._base_url}: {method} {path}: {reason}")
-        await asyncio.sleep(FIRST_WAIT * 2 ** (tried - 1))
-    raise AssertionError("tries is at least 1")
-
-
-def _add(to: Sent, more: Sent) -> None:
-    for name, value in vars(more).items():
-        setattr(to, name, getattr(to, name) + value)
 
 
 def sent_text(sent: dict[str | None, Sent], arms: Sequence[str]) -> str:
