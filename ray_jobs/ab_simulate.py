@@ -10,6 +10,9 @@ docs/experiments.md tells what is assumed.
 """
 
 import argparse
+import asyncio
+import os
+import shlex
 
 from acebert.config import Settings
 from acebert.errors import UserError
@@ -20,9 +23,6 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     for name in ("users", "searches", "at_once"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} {getattr(arguments, name)}: must be 1 or more")
-    import asyncio
-    import os
-
     from acebert.experiment.shoppers import demo_searches, log_searches
     from acebert.experiment.simulate import send, sent_text
     from acebert.pipeline import ingest_stage
@@ -38,14 +38,15 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     sent = asyncio.run(send(url, searches, shown, arguments.at_once, settings.seed, key))
     experiment = settings.experiment
     print(sent_text(sent, experiment.arms))
-    wait = experiment.flush_seconds
-    print(f"replicas move their logs every {wait:g} s (experiment.flush_seconds); then:")
-    print(
-        f"python ray_jobs/ab_report.py --workdir {settings.workdir} "
-        f"--experiment.name {experiment.name or 'NAME'} "
-        f"--experiment.arms {','.join(experiment.arms) or 'CONTROL,TREATMENT'}"
-        + ("" if experiment.design == "split" else f" --experiment.design {experiment.design}")
+    dealt = experiment.model_dump(
+        include={"name", "arms", "shares", "design", "salt"}, exclude_defaults=True
     )
+    command = ["python", "ray_jobs/ab_report.py", "--workdir", str(settings.workdir)]
+    for leaf, value in (dealt or {"name": "NAME", "arms": ("CONTROL", "TREATMENT")}).items():
+        given = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        command += [f"--experiment.{leaf}", given]
+    print(f"in {experiment.flush_seconds:g} s, when replicas have moved their logs to Parquet:")
+    print(shlex.join(command))
 
 
 if __name__ == "__main__":
