@@ -43,6 +43,7 @@ EMPTY = 0.001  # share of the searches without any words
 ROBOT_SEARCHES = 3  # a day, by one user who clicks everything within a minute
 LOOK_POWER = 0.5  # P(look) = position^-power
 NOISE = 0.005  # clicks on anything
+PURCHASE = 0.08  # share of the clicks that end in one
 
 SCHEMA = pa.schema(
     {
@@ -97,6 +98,13 @@ def wants(seed: int) -> Wants:
     kind, colour, pattern, brand = codes[:, np.argsort(picky, kind="stable")]
     frequency = np.cumsum(skewed(WANTS, 0.8) / skewed(WANTS, 0.8).sum())
     return Wants(kind, colour, pattern, brand, frequency)
+
+
+def draw_wants(seed: int, S: int, rng: np.random.Generator) -> np.ndarray:
+    """What S searches are for: codes of kind, colour, pattern and brand, int [S, 4]."""
+    want = wants(seed)
+    chosen = np.searchsorted(want.frequency, rng.random(S)).clip(max=WANTS - 1)
+    return np.stack([want.kind, want.colour, want.pattern, want.brand], axis=1)[chosen]
 
 
 def wording(want: tuple[int, int, int, int], variant: int, slip: int) -> str:
@@ -193,25 +201,23 @@ def blocks(settings: DemoSettings) -> list[tuple[int, int]]:
 def impressions(settings: DemoSettings, day_number: int, block: int) -> pa.Table:
     """The impressions (SCHEMA) of up to BLOCK searches of a day, in order of time."""
     rng = np.random.default_rng([settings.seed, 2, day_number, block])
-    cat, want = catalogue(settings), wants(settings.seed)
+    cat = catalogue(settings)
     first = block * BLOCK
     S = min(BLOCK, settings.searches_per_day - first)
-    chosen = np.searchsorted(want.frequency, rng.random(S)).clip(max=WANTS - 1)
-    asked = np.stack([want.kind, want.colour, want.pattern, want.brand], axis=1)[chosen]
+    asked = draw_wants(settings.seed, S, rng)
     shown = _search(engine(settings, day_number), cat, asked, rng)
 
     robot = np.zeros(S, bool)
     if first + S == settings.searches_per_day and S > 10 * ROBOT_SEARCHES:
         robot[-ROBOT_SEARCHES:] = True
-    look = np.arange(1, SHOWN + 1) ** -LOOK_POWER
-    clicked = rng.random((S, SHOWN)) < look * (liking(cat, asked, shown) + NOISE)
+    clicked = rng.random((S, SHOWN)) < click_chances(cat, asked, shown)
     clicked |= robot[:, None]
-    purchased = clicked & (rng.random((S, SHOWN)) < 0.08) & ~robot[:, None]
+    purchased = clicked & (rng.random((S, SHOWN)) < PURCHASE) & ~robot[:, None]
 
     there = shown != MISSING
     search, place = np.nonzero(there)
     position = np.cumsum(there, axis=1)[search, place]
-    texts, text = _queries(asked, rng)
+    texts, text = queries(asked, rng)
     return pa.table(
         {
             "search_id": _take([f"{day(day_number)}-{first + s:07d}" for s in range(S)], search),
@@ -275,6 +281,12 @@ def _fits(
     return kind, colour, pattern, brand
 
 
+def click_chances(cat: Catalogue, asked: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """P(click) of the products `rows` int [S, C] of a list, best first, float [S, C]."""
+    look = np.arange(1, rows.shape[1] + 1) ** -LOOK_POWER
+    return look * (liking(cat, asked, rows) + NOISE)
+
+
 def liking(cat: Catalogue, asked: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """P(click | look) without the noise, float [S, C]: the product's appeal, times a factor for
     each thing asked that it is not. Rows MISSING get some value."""
@@ -289,7 +301,7 @@ def liking(cat: Catalogue, asked: np.ndarray, rows: np.ndarray) -> np.ndarray:
     )
 
 
-def _queries(asked: np.ndarray, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
+def queries(asked: np.ndarray, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
     """Distinct texts, and the one of each search (int32)."""
     S = len(asked)
     usual = skewed(WORDINGS, 1.5)
@@ -306,10 +318,14 @@ def _queries(asked: np.ndarray, rng: np.random.Generator) -> tuple[list[str], np
     return list(texts), code[which.ravel()]
 
 
+def shoppers(n: int, S: int, rng: np.random.Generator) -> np.ndarray:
+    """Who of n shoppers makes each of S searches: most search a few times, some often; int [S]."""
+    return (n * rng.random(S) ** 1.5).astype(int)
+
+
 def _users(settings: DemoSettings, robot: np.ndarray, rng: np.random.Generator) -> list[str]:
-    """Most shoppers search a few times, some often."""
     n = max(10, settings.searches_per_day)
-    rank = (n * rng.random(len(robot)) ** 1.5).astype(int)
+    rank = shoppers(n, len(robot), rng)
     return ["robot" if bad else f"u{r:06d}" for r, bad in zip(rank.tolist(), robot, strict=True)]
 
 

@@ -57,6 +57,17 @@ class Experiment:
     def arm(self, user: str) -> str:
         """The arm of `user`, any text but an empty one."""
         edges = list(accumulate(self.shares))[:-1]
-        digest = hashlib.sha256(self.seed("arm", user).encode(errors="surrogatepass")).digest()
-        point = (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # 53 bits: a float holds them
+        point = (self._hash("arm", user) >> 11) / 2**53  # 53 bits: a float holds them
         return self.arms[bisect_right(edges, point)]
+
+    def sides(self, search_id: str) -> tuple[str, str]:
+        """The arms that this search shows on the left and on the right to whom judges them blind:
+        the control and one of the treatments."""
+        drawn = self._hash("sides", search_id)
+        treatment = self.arms[1 + (drawn >> 1) % (len(self.arms) - 1)]
+        return (self.control, treatment) if drawn & 1 else (treatment, self.control)
+
+    def _hash(self, *parts: str) -> int:
+        """64 bits."""
+        digest = hashlib.sha256(self.seed(*parts).encode(errors="surrogatepass")).digest()
+        return int.from_bytes(digest[:8], "big")

@@ -63,25 +63,28 @@ class Exposure:
     at: datetime
     experiment: str
     arm: str | None
-    """that answered; None: interleaved"""
+    """that answered; None: interleaved, or two arms side by side"""
     user: str
-    """salted hash, see `user_key`"""
+    """salted hash, see `user_key`; a reviewer's likewise"""
     query: str
     products: list[str]
     """as shown, best first"""
     teams: list[str] | None = None
-    """interleaved: the arm that each product came from"""
+    """interleaved, or two lists side by side (the left one first): the arm that each product came
+    from"""
 
 
 @dataclass(frozen=True)
 class Action:
-    """What a shopper did with a product of an answer. The same again counts once."""
+    """What a shopper did with a product of an answer, or which list of two a reviewer found better.
+    The same again counts once."""
 
     search_id: str
     at: datetime
     action: str
-    """click or purchase"""
+    """click, purchase or vote"""
     product_id: str
+    """of a vote: the arm that won, or '' where neither did"""
     revenue: float | None = None
     """of a purchase, in the shop's currency"""
 

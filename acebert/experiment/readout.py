@@ -51,7 +51,7 @@ QUALIFY row_number() OVER (PARTITION BY search_id ORDER BY "at") = 1
 
 _ACTIONS = """
 CREATE TABLE actions AS
-SELECT search_id, action, product_id, revenue,
+SELECT search_id, action, product_id, revenue, "at",
     teams[list_position(products, product_id)] AS team,
     list_contains(products, product_id) AS shown
 FROM (FROM read_parquet({actions})
@@ -86,6 +86,31 @@ SELECT sum(sign(b - a)), count(*) FILTER (a <> b) FROM (
 """
 
 
+_VOTES = """
+SELECT treatment, count(*) FILTER (won = treatment) - count(*) FILTER (won = {control}), count(*)
+FROM (
+    SELECT "user", product_id AS won,
+        list_filter(list_distinct(teams), lambda team: team <> {control})[1] AS treatment
+    FROM actions JOIN searches USING (search_id) WHERE action = 'vote'
+    QUALIFY row_number() OVER (PARTITION BY search_id ORDER BY actions."at") = 1
+)
+WHERE won IN (treatment, {control}) GROUP BY treatment, "user" ORDER BY treatment
+"""
+
+
+@dataclass(frozen=True)
+class Votes:
+    """Of reviewers who saw a treatment beside the control."""
+
+    preference: Effect
+    """of the treatment, of the votes that found one better"""
+    p: float
+    """sign test over reviewers"""
+    reviewers: int
+    votes: int
+    """that found one better"""
+
+
 @dataclass(frozen=True)
 class ArmResult:
     """One arm of a split; `lifts` against the control, by metric, none for itself."""
@@ -112,6 +137,8 @@ class Readout:
     preference_p: float
     """sign test over users"""
     interleaved_users: int
+    votes: dict[str, Votes]
+    """by treatment; those that were voted on"""
     users_in_two_arms: int
     not_shown: int
     """actions on products that their search did not show"""
@@ -169,7 +196,7 @@ def _load(
     if not actions:
         con.execute(
             "CREATE TABLE actions (search_id TEXT, action TEXT, product_id TEXT, revenue DOUBLE, "
-            "team TEXT, shown BOOLEAN)"
+            '"at" TIMESTAMPTZ, team TEXT, shown BOOLEAN)'
         )
         return 0
     con.execute(_ACTIONS.format(actions=_files(actions)))
@@ -225,8 +252,11 @@ def _read_out(
         won,
         won_p,
         judges,
+        _votes(con, experiment),
         int((arms_of_user > 1).sum()),
-        con.sql("SELECT count(*) FROM actions WHERE NOT shown").fetchall()[0][0],
+        con.sql("SELECT count(*) FROM actions WHERE NOT shown AND action <> 'vote'").fetchall()[0][
+            0
+        ],
         without_search,
     )
 
@@ -242,6 +272,21 @@ def _interleaved(
         return None, 1.0, 0
     found = preference(PerUser(score.astype(float), decided.astype(float)))
     return found, sign_test(score), len(score)
+
+
+def _votes(con: duckdb.DuckDBPyConnection, experiment: Experiment) -> dict[str, Votes]:
+    treatment, score, decided = (
+        con.sql(_VOTES.format(control=_text(experiment.control))).fetchnumpy().values()
+    )
+    found = {}
+    for name in experiment.arms[1:]:
+        own = np.flatnonzero(treatment == name)
+        if len(own):
+            per_user = PerUser(score[own].astype(float), decided[own].astype(float))
+            found[name] = Votes(
+                preference(per_user), sign_test(score[own]), len(own), int(decided[own].sum())
+            )
+    return found
 
 
 def report_text(readout: Readout, width: int = 128) -> str:
@@ -293,6 +338,11 @@ def _remarks(readout: Readout) -> list[str]:
             f"interleaved: preference for {treatment} over {control} {_cell(readout.preference)}, "
             f"{readout.interleaved_users:,} users, sign test p = {readout.preference_p:.2g}"
         )
+    for name, votes in readout.votes.items():
+        lines.append(
+            f"votes: preference for {name} over {readout.arm_names[0]} {_cell(votes.preference)}, "
+            f"{votes.votes:,} votes of {votes.reviewers:,} reviewers, sign test p = {votes.p:.2g}"
+        )
     if readout.not_shown:
         lines.append(
             f"{readout.not_shown:,} clicks or purchases were on products that their search did not "
@@ -318,6 +368,9 @@ def effects_figure(readout: Readout, path: Path) -> None:
     if readout.preference is not None:
         label = f"preference over {readout.arm_names[0]}, interleaved [%]"
         panels[label] = {readout.arm_names[1]: readout.preference}
+    if readout.votes:
+        label = f"preference over {readout.arm_names[0]}, votes [%]"
+        panels[label] = {name: votes.preference for name, votes in readout.votes.items()}
     panels = {label: found for label, found in panels.items() if found}
     treatments = readout.arm_names[1:]
     figure, grid = plt.subplots(
@@ -351,7 +404,8 @@ def write_report(readout: Readout, out: Path) -> None:
     known = json.loads(tree, parse_constant=lambda _: None)  # JSON knows no NaN
     (out / "report.json").write_text(json.dumps(known, indent=2) + "\n")
     (out / "report.txt").write_text(report_text(readout))
-    if readout.preference is not None or any(arm.lifts for arm in readout.arms.values()):
+    lifts = any(arm.lifts for arm in readout.arms.values())
+    if readout.preference is not None or readout.votes or lifts:
         effects_figure(readout, out / "effects.png")
 
 

@@ -102,6 +102,29 @@ def _searches(app: FastAPI, service: SearchService) -> None:
         await service.trial.act(body.search_id, body.action, body.product_id, body.revenue)
         return {"status": "ok"}
 
+    @app.get("/compare", response_model=schema.Comparison, operation_id="compare")
+    async def compare(
+        q: Annotated[str, InQuery(min_length=1, max_length=schema.MAX_QUERY)],
+        x_user_id: Annotated[schema.UserId, Header()],
+        k: schema.K = 10,
+        category: schema.Category | None = None,
+    ) -> Any:
+        """The control and a treatment of the experiment side by side, on sides drawn anew for each
+        search, for a reviewer to vote on."""
+        if service.trial is None:
+            raise UserError("no experiment runs here, so there is nothing to compare")
+        search_id, *sides = await service.trial.compare(x_user_id, q, k, Filter(category))
+        left, right = ([_shown(hit.product) for hit in hits] for hits in sides)
+        return {"search_id": search_id, "left": left, "right": right}
+
+    @app.post("/votes", status_code=202, response_model=schema.Status, operation_id="vote")
+    async def vote(body: schema.VoteIn) -> Any:
+        """Which side of a comparison was better; the first vote on it counts."""
+        if service.trial is None:
+            raise UserError("no experiment runs here, so there is nothing to vote on")
+        await service.trial.vote(body.search_id, body.better)
+        return {"status": "ok"}
+
     @app.post(
         "/search/batch", responses={200: {"model": schema.Answers}}, operation_id="search_batch"
     )

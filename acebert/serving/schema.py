@@ -106,6 +106,19 @@ class EventIn(Request):
     """of a purchase (none: the product's price)"""
 
 
+class Comparison(BaseModel):
+    """Two arms of the experiment; which is which is not said."""
+
+    search_id: str
+    left: list[ProductOut]
+    right: list[ProductOut]
+
+
+class VoteIn(Request):
+    search_id: SearchId
+    better: Literal["left", "right", "neither"]
+
+
 class Accepted(BaseModel):
     """The change is on the disk; replicas have it within seconds."""
 

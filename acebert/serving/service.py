@@ -399,6 +399,39 @@ class Trial:
         )
         return found
 
+    async def compare(
+        self, user: str, query: str, k: int, where: Filter
+    ) -> tuple[str, list[Hit], list[Hit]]:
+        """A search's id, and the answers of two arms, on sides that the id decides; logged."""
+        search_id = uuid.uuid4().hex
+        sides = self._experiment.sides(search_id)
+        left, right = await asyncio.gather(
+            *(
+                self._service.search(query, k, where, min_score=None, loaded=self._arms[arm])
+                for arm in sides
+            )
+        )
+        hits = [*left.hits, *right.hits]
+        await self._append(
+            Exposure(
+                search_id,
+                datetime.now(UTC),
+                self._experiment.name,
+                None,
+                user_key(self._directory, user),
+                normalize_query(query),
+                [hit.product.product_id for hit in hits],
+                [sides[0]] * len(left.hits) + [sides[1]] * len(right.hits),
+            )
+        )
+        return search_id, left.hits, right.hits
+
+    async def vote(self, search_id: str, better: str) -> None:
+        """Log which side of a comparison was better: left, right or neither."""
+        left, right = self._experiment.sides(search_id)
+        won = {"left": left, "right": right, "neither": ""}[better]
+        await self._append(Action(search_id, datetime.now(UTC), "vote", won))
+
     async def act(
         self, search_id: str, action: str, product_id: str, revenue: float | None
     ) -> None:

@@ -72,3 +72,13 @@ def test_any_text_is_a_user_and_the_same_one_each_time() -> None:
 def test_an_experiment_that_cannot_run_is_refused_by_its_key(given: list[str], reason: str) -> None:
     with pytest.raises(UserError, match=f"experiment.*{reason}"):
         load_settings(given)
+
+
+def test_sides_are_the_control_and_each_treatment_as_often_on_either_side() -> None:
+    experiment = Experiment("e", ("old", "a", "b"), (1 / 3,) * 3, "", "split")
+    drawn = [experiment.sides(f"search-{i}") for i in range(4000)]
+    assert experiment.sides("search-7") == drawn[7]
+    pairs = [("old", "a"), ("a", "old"), ("old", "b"), ("b", "old")]
+    counts = [drawn.count(pair) for pair in pairs]
+    assert sum(counts) == 4000
+    assert stats.chisquare(counts).pvalue > 0.001

@@ -129,3 +129,30 @@ def test_a_file_that_is_no_log_is_named(tmp_path: Path, content: bytes | None) -
     with pytest.raises(UserError, match=r"bad\.parquet"):
         read_out(SPLIT, tmp_path)
     assert not list(tmp_path.glob(".readout*"))
+
+
+def test_votes_are_counted_by_reviewer_and_the_first_on_a_search_holds(tmp_path: Path) -> None:
+    teams = ["old", "old", "new", "new"]
+    sides = [
+        Exposure(f"s{i}", NOW, "test", None, f"r{i % 4}", "q", [*"abcd"], teams) for i in range(12)
+    ]
+    late = NOW + timedelta(minutes=1)
+    won = ["new", "new", "old", "new", "new", "new", "new", "", "new", "old", "new", ""]
+    events: list[Exposure | Action] = [*sides, shown("t1", "u1", "old"), shown("t2", "u2", "new")]
+    events += [Action(f"s{i}", NOW, "vote", arm) for i, arm in enumerate(won)]
+    events += [Action("s0", late, "vote", "old"), Action("s0", late, "vote", "")]
+    found = read_out(SPLIT, logged(tmp_path, events))
+    votes = found.votes["new"]
+    assert (votes.reviewers, votes.votes) == (4, 10)
+    # r0: 3 of 3 for new; r1: 2 and 1 for old; r2: 2 and 1; r3: 1 of 1, and twice neither
+    assert votes.preference.value == pytest.approx((3 + 1 + 1 + 1) / 10)
+    assert votes.p == pytest.approx(2 * 0.5**4)  # four reviewers, all for new
+    assert (found.not_shown, found.arms["old"].searches) == (0, 1)
+    assert "votes: preference for new over old +60.00%" in report_text(found)
+    write_report(found, tmp_path)
+    assert (tmp_path / "effects.png").stat().st_size > 5000
+
+
+def test_a_log_without_votes_has_none(tmp_path: Path) -> None:
+    found = read_out(SPLIT, logged(tmp_path, [shown("s", "u", "old")]))
+    assert found.votes == {}

@@ -18,6 +18,7 @@ import pytest
 import torch
 import uvicorn
 import yaml
+from playwright.sync_api import Browser, sync_playwright
 
 from acebert.config import Settings, load_settings
 from acebert.data.demo import build_demo
@@ -205,3 +206,14 @@ def address(world: World) -> Iterator[str]:
     yield f"http://127.0.0.1:{made['port']}"
     made["server"].should_exit = True
     thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium on the PATH (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=chromium)
+        yield launched
+        launched.close()

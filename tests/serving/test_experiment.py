@@ -1,5 +1,6 @@
 """An experiment on the search service over HTTP, in a process that is killed with -9."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -16,10 +17,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from playwright.sync_api import expect
 
+from acebert.errors import UserError
 from acebert.experiment.assignment import Experiment
 from acebert.experiment.event_log import collect
 from acebert.experiment.readout import read_out
+from acebert.experiment.shoppers import demo_searches
+from acebert.experiment.simulate import send
 from acebert.serving.bundle import publish
 from acebert.serving.query_encoder import QueryEncoder
 
@@ -57,15 +62,15 @@ class Server:
         dealt = Experiment.of(section)
         assert dealt is not None
         self.experiment, self.events = dealt, workdir / "serving" / "events"
-        self._recipe = workdir / "settings.yaml"
-        self._recipe.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+        self.recipe = workdir / "settings.yaml"
+        self.recipe.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
         self.start()
 
     def start(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "-c", SERVER, str(self._recipe), str(port)]
+        command = [sys.executable, "-c", SERVER, str(self.recipe), str(port)]
         self.process = subprocess.Popen(command)
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
         for _ in range(600):
@@ -203,4 +208,99 @@ def test_without_an_experiment_there_is_no_log(address: str, world: Any) -> None
     assert answer.json()["search_id"] is None
     event = {"search_id": "12345678", "action": "click", "product_id": "p"}
     assert httpx.post(f"{address}/events", json=event).status_code == 422
+    reviewer = {"X-User-Id": "u"}
+    assert httpx.get(f"{address}/compare?q=shoe", headers=reviewer).status_code == 422
+    vote = {"search_id": "12345678", "better": "left"}
+    assert httpx.post(f"{address}/votes", json=vote).status_code == 422
     assert not (Path(world.settings.workdir) / "serving" / "events").exists()
+
+
+def test_a_rehearsal_is_read_out_as_it_was_sent(start, world) -> None:
+    server = start()
+    sent = subprocess.run(
+        [
+            *[sys.executable, "ray_jobs/ab_simulate.py", "--recipe", str(server.recipe)],
+            *["--url", str(server.client.base_url), "--searches", "150", "--users", "40"],
+        ],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert sent.returncode == 0, sent.stderr
+    assert "ab_report.py" in sent.stdout
+    assert "--experiment.name test --experiment.arms old,new" in sent.stdout
+    server.stop()
+    found = read_out(server.experiment, server.events)
+    assert set(found.arms) == {"old", "new"}
+    for name, arm in found.arms.items():
+        (row,) = (line for line in sent.stdout.splitlines() if line.startswith(f"│ {name} "))
+        searches, clicks, _, ctr, *_ = (cell.strip() for cell in row.split("│")[2:-1])
+        assert arm.searches == int(searches)
+        assert f"{arm.values['ctr']:.2%}" == ctr
+        assert round(arm.values["ctr"] * 16 * arm.searches) == int(clicks)
+    assert sum(arm.searches for arm in found.arms.values()) == 150
+    assert sum(arm.values["ctr"] for arm in found.arms.values()) > 0
+    assert (found.not_shown, found.without_search) == (0, 0)
+
+
+def test_shoppers_are_sent_to_no_service_without_an_experiment(address, world) -> None:
+    shown, searches = demo_searches(world.settings.demo, 5, 10, 0)
+    with pytest.raises(UserError, match="runs no experiment"):
+        asyncio.run(send(address, searches, shown, 2, 0))
+    with pytest.raises(UserError, match="cannot be reached"):
+        asyncio.run(send("http://127.0.0.1:9", searches, shown, 2, 0))
+
+
+def test_two_arms_are_compared_blind_and_votes_are_in_the_report(start, world) -> None:
+    server = start()
+    best = {}
+    for arm, bundle in (("old", world.bundle), ("new", world.other_bundle)):
+        vector = QueryEncoder.load(bundle / "model").encode(["red shoe"])[0]
+        best[arm] = world.ids[int(np.argmax(np.load(bundle / "vectors.npy") @ vector))]
+    assert best["old"] != best["new"]
+    sides = set()
+    for i in range(24):
+        asked = {"q": "red shoe", "k": 5}
+        answer = server.client.get("/compare", params=asked, headers={"X-User-Id": f"r{i % 6}"})
+        assert answer.status_code == 200, answer.text
+        assert set(answer.json()) == {"search_id", "left", "right"}
+        lists = {side: answer.json()[side] for side in ("left", "right")}
+        assert all(set(hit).isdisjoint({"score", "arm"}) for hits in lists.values() for hit in hits)
+        new = next(s for s, hits in lists.items() if hits[0]["product_id"] == best["new"])
+        sides.add(new)
+        voted = {"search_id": answer.json()["search_id"], "better": new if i % 3 else "neither"}
+        assert server.client.post("/votes", json=voted).status_code == 202
+    assert sides == {"left", "right"}
+    assert server.client.get("/compare", params={"q": "hat"}).status_code == 422
+    server.stop()
+    votes = read_out(server.experiment, server.events).votes["new"]
+    assert (votes.preference.value, votes.votes) == (1.0, 16)
+
+
+@pytest.mark.slow
+def test_a_reviewer_votes_on_the_page_and_does_not_learn_which_is_which(start, browser) -> None:
+    server = start()
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(f"{server.client.base_url}?compare=1&q=red+shoe")
+    expect(page.locator("#left .card")).to_have_count(12, timeout=60_000)
+    expect(page.locator("#right .card")).to_have_count(12)
+    shown = page.locator("main").inner_text()
+    assert "old" not in shown.split()
+    assert "new" not in shown.split()
+    expect(page.locator("#hits")).to_be_hidden()
+    page.get_by_role("button", name="B is better").click()
+    expect(page.locator("#status")).to_contain_text("your vote is kept", timeout=60_000)
+    expect(page.get_by_role("button", name="A is better")).to_be_disabled()
+    page.locator("#query").fill("blue bag")
+    expect(page.get_by_role("button", name="A is better")).to_be_enabled(timeout=60_000)
+    assert "compare=1" in page.url
+    page.get_by_role("button", name="No difference").click()
+    expect(page.locator("#status")).to_contain_text("your vote is kept", timeout=60_000)
+    page.close()
+    server.stop()
+    votes = [row["product_id"] for row in server.logged("action") if row["action"] == "vote"]
+    assert len(votes) == 2
+    assert votes.count("") == 1
+    assert set(votes) - {""} <= {"old", "new"}

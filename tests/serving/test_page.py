@@ -1,21 +1,7 @@
 """The search page in a real Chromium, by keyboard, on a desktop and on a phone."""
 
-import shutil
-from collections.abc import Iterator
-
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no Chromium on the PATH (apt-get install chromium)")
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=chromium)
-        yield launched
-        launched.close()
+from playwright.sync_api import Browser, Page, Route, expect
 
 
 def opened(browser: Browser, address: str, width: int, height: int) -> tuple[Page, list[str]]:

@@ -1,22 +1,39 @@
 "use strict";
-// The address holds what is shown (?q= or ?like=), so that back, forward and links work.
+// The address holds what is shown (?q= or ?like=), so that back, forward and links work. With
+// ?compare=1 two arms of the experiment that runs stand side by side, to be voted on.
 const $ = (id) => document.getElementById(id);
 const PATHS = { hot: "hot query", tail: "encoded now", product: "similar items" };
 let running = null;
 let typed = 0;
 
-async function ask(address, signal) {
+async function ask(address, signal, body) {
   const key = sessionStorage.getItem("key");
-  const answer = await fetch(address, { signal, headers: key ? { "X-API-Key": key } : {} });
+  const headers = key ? { "X-API-Key": key } : {};
+  if (comparing()) headers["X-User-Id"] = reviewer();
+  if (body) headers["Content-Type"] = "application/json";
+  const sent = body ? { method: "POST", body: JSON.stringify(body) } : {};
+  const answer = await fetch(address, { signal, headers, ...sent });
   if (answer.status === 401) {
     const given = window.prompt("API key");
     if (given === null) throw new Error("This service needs an API key.");
     sessionStorage.setItem("key", given);
-    return ask(address, signal);
+    return ask(address, signal, body);
   }
-  const body = await answer.json();
-  if (!answer.ok) throw new Error(body.error);
-  return body;
+  const told = await answer.json();
+  if (!answer.ok) throw new Error(told.error);
+  return told;
+}
+
+function comparing() {
+  return state().has("compare");
+}
+
+function reviewer() { // the same for all votes of this browser
+  if (!localStorage.getItem("reviewer")) {
+    const drawn = crypto.getRandomValues(new Uint32Array(4));
+    localStorage.setItem("reviewer", "reviewer-" + [...drawn].join("-"));
+  }
+  return localStorage.getItem("reviewer");
 }
 
 function state() {
@@ -24,7 +41,7 @@ function state() {
 }
 
 function go(values, replace) {
-  const wanted = new URLSearchParams();
+  const wanted = new URLSearchParams(comparing() ? { compare: "1" } : {});
   for (const [name, value] of Object.entries(values)) if (value) wanted.set(name, value);
   const address = wanted.size ? "?" + wanted : location.pathname;
   history[replace ? "replaceState" : "pushState"](null, "", address);
@@ -39,13 +56,17 @@ async function show() {
   $("category").value = now.get("category") || "";
   $("hybrid").checked = now.has("hybrid");
   if (running) running.abort();
+  $("hits").hidden = comparing();
+  $("hybrid").parentNode.hidden = comparing();
   if (!q && !like) {
     $("hits").replaceChildren();
+    $("sides").hidden = true;
     $("status").textContent = "";
     $("empty").hidden = false;
     return;
   }
   running = new AbortController();
+  if (comparing()) return compare(q, now.get("category"), running.signal);
   const asked = new URLSearchParams({ k: 40 });
   if (now.get("category")) asked.set("category", now.get("category"));
   if (!like) asked.set("q", q);
@@ -57,6 +78,40 @@ async function show() {
     draw(answer, like, performance.now() - start);
   } catch (error) {
     if (error.name !== "AbortError") $("status").textContent = error.message;
+  }
+}
+
+async function compare(q, category, signal) {
+  const asked = new URLSearchParams({ q, k: 12 });
+  if (category) asked.set("category", category);
+  try {
+    const answer = await ask("/compare?" + asked, signal);
+    $("empty").hidden = true;
+    $("sides").hidden = false;
+    for (const side of ["left", "right"]) $(side).replaceChildren(...answer[side].map(card));
+    for (const shown of $("sides").querySelectorAll(".card")) shown.disabled = true;
+    for (const button of votes()) {
+      button.disabled = false;
+      button.onclick = () => vote(answer.search_id, button.dataset.better);
+    }
+    $("status").textContent = "Which list is better?";
+  } catch (error) {
+    if (error.name !== "AbortError") $("status").textContent = error.message;
+  }
+}
+
+function votes() {
+  return $("verdict").querySelectorAll("button");
+}
+
+async function vote(search_id, better) {
+  for (const button of votes()) button.disabled = true;
+  try {
+    await ask("/votes", undefined, { search_id, better });
+    $("status").textContent = "Thank you: your vote is kept. Search again for the next one.";
+  } catch (error) {
+    for (const button of votes()) button.disabled = false;
+    $("status").textContent = error.message;
   }
 }
 
@@ -80,7 +135,7 @@ function card(hit) {
   made.querySelector(".price").textContent = hit.price === null ? "" : hit.price.toFixed(2);
   made.querySelector(".stock").textContent = hit.in_stock ? "" : "out of stock";
   made.querySelector(".category").textContent = hit.category || "";
-  made.querySelector(".score").textContent = hit.score.toFixed(3);
+  made.querySelector(".score").textContent = "score" in hit ? hit.score.toFixed(3) : "";
   button.setAttribute("aria-label", `${hit.title || hit.product_id}: show similar items`);
   button.addEventListener("click", () => {
     window.scrollTo(0, 0);
