@@ -76,7 +76,7 @@ def make_model(settings: Settings, paths: StagePaths, name: str, seed: int) -> P
 def make_bundle(settings: Settings, ingested: Stage, paths: StagePaths, model: Path) -> Stage:
     out = settings.workdir / f"embed-{model.name}"
     out.mkdir()
-    actor = embed._Embedder(settings, model, partial(embed._Products, settings, paths))
+    actor = embed._Embedder(settings, model, partial(embed._Products, settings, paths), 1)
     table = pq.read_table(ingested.path / "products", columns=["product", "product_id"])
     ids = table.sort_by("product")["product_id"]
     found = actor({"start": np.array([0]), "stop": np.array([len(ids)])})
