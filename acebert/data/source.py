@@ -157,29 +157,29 @@ class Source:
         Raises:
             UserError: a file that cannot be read to its end; it names the file.
         """
-        read = {"parquet": _parquet, "csv": _csv, "tsv": _csv, "jsonl": _json_lines}
         for number, (file, found) in enumerate(zip(self.files, self.present, strict=True)):
             texts = {ours: found[ours] for ours in self.text_columns if ours in found}
+            if file.format == "jsonl":  # an object may have what the first ones lack
+                texts |= {ours: ours for ours in self.text_columns if ours not in found}
             base = (self.first_file + number) << ROW_BITS
-            try:
-                for rows, problems, columns in read[file.format](file, texts):
-                    arrays = [columns.get(n, _nulls(len(rows))) for n in self.text_columns]
-                    seq = pa.array(base + rows, pa.int64())
-                    yield pa.record_batch([seq, problems, *arrays], schema=self.schema)
-            except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
-                raise UserError(f"{file.name}: cannot be read: {error}") from error
+            for rows, problems, columns in _rows(file, texts):
+                _check_late(file, found, rows, columns)
+                arrays = [columns.get(n, _nulls(len(rows))) for n in self.text_columns]
+                seq = pa.array(base + rows, pa.int64())
+                yield pa.record_batch([seq, problems, *arrays], schema=self.schema)
 
     def images(self) -> Iterator[pa.BinaryArray]:
         """The column `image` of all rows in the order of `batches`, a few at a time, undecoded."""
         for file, found in zip(self.files, self.present, strict=True):
+            if "image" not in found:
+                for rows, *_ in _rows(file, {"product_id": found["product_id"]}):
+                    yield pa.nulls(len(rows), pa.binary())
+                continue
             try:
                 # Images are there in Parquet only; other files were refused when opened.
                 with _open_parquet(file) as parquet:
-                    theirs = found.get("image")
-                    names = [theirs] if theirs else []
-                    for batch in parquet.iter_batches(IMAGE_BATCH_ROWS, columns=names):
-                        column = batch.column(0) if theirs else pa.nulls(batch.num_rows)
-                        yield column.cast(pa.binary())
+                    for batch in parquet.iter_batches(IMAGE_BATCH_ROWS, columns=[found["image"]]):
+                        yield batch.column(0).cast(pa.binary())
             except (pa.ArrowException, OSError) as error:
                 raise UserError(f"{file.name}: cannot be read: {error}") from error
 
@@ -224,6 +224,18 @@ def open_source(
 
 def _nulls(n: int) -> pa.StringArray:
     return pa.nulls(n, pa.string())
+
+
+def _rows(file: SourceFile, texts: dict[str, str]) -> Iterator[Rows]:
+    """
+    Raises:
+        UserError: a file that cannot be read to its end; it names the file.
+    """
+    read = {"parquet": _parquet, "csv": _csv, "tsv": _csv, "jsonl": _json_lines}
+    try:
+        yield from read[file.format](file, texts)
+    except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
+        raise UserError(f"{file.name}: cannot be read: {error}") from error
 
 
 def _open_parquet(file: SourceFile) -> pq.ParquetFile:
@@ -281,6 +293,22 @@ def _json_names(file: SourceFile) -> list[str]:
             "(jq -c '.[]' makes them)"
         )
     return list(dict.fromkeys(name for line in lines for name in _object(line) or {}))
+
+
+def _check_late(
+    file: SourceFile, found: dict[str, str], rows: np.ndarray, columns: dict[str, pa.StringArray]
+) -> None:
+    """
+    Raises:
+        UserError: `clicked` occurs, in a file that was taken for one of clicks alone.
+    """
+    late = columns.get("clicked") if "clicked" not in found else None
+    if late is not None and late.null_count < len(late):
+        line = rows[late.is_valid().index(True).as_py()]
+        raise UserError(
+            f"{file.name}: 'clicked' first occurs in line {line:,}. What it means that earlier "
+            f"rows lack it is told by the first {JSON_PEEK:,} lines: give it to one of them"
+        )
 
 
 def _json_lines(file: SourceFile, texts: dict[str, str]) -> Iterator[Rows]:
