@@ -112,7 +112,10 @@ class _Parser:
         comma, more = re.escape(delimiter.encode()), len(names) - 1
         open_ = rb'"[^"]*+(?:""[^"]*+)*+'
         cell = rb'(?:%b"(?=[%b\r\n])|(?!")[^%b\r\n]*+)' % (open_, comma, comma)
-        self.quoted = re.compile(rb'(?<![^%b\r\n])%b"?' % (comma, open_))  # wherever it ends
+        self.one_line_cells = re.compile(
+            rb'(?:[^"]++|(?<![^%b\r\n])"[^"\r\n]*+(?:""[^"\r\n]*+)*+"|(?<=[^%b\r\n])")*+'
+            % (comma, comma)
+        )
         self.row = re.compile(rb"%b(?:%b%b){%d}(?:\r\n?|\n)" % (cell, comma, cell, more))
         self.open_row = re.compile(rb"(?:%b%b){0,%d}+%b\Z" % (cell, comma, more, open_))
 
@@ -160,7 +163,7 @@ class _Parser:
                 invalid_row_handler=skip,
             ),
             pacsv.ConvertOptions(
-                include_columns=list(self.texts.values()),
+                include_columns=list(dict.fromkeys(self.texts.values())),
                 column_types={name: pa.string() for name in self.texts.values()},
                 strings_can_be_null=True,
                 null_values=[""],
@@ -184,19 +187,21 @@ class _Parser:
         # Were the last line's quote open, no line would be missing yet.
         filled = block.rstrip(b"\r\n")
         start = 1 + max(filled.rfind(b"\n"), filled.rfind(b"\r"))
-        return not any(_count_breaks(cell[0]) for cell in self.quoted.finditer(block, start))
+        return self._next_open(block, start) == len(block)
+
+    def _next_open(self, block: bytes, at: int) -> int:
+        """Where, from `at` on, the next quoted cell that goes beyond its line begins."""
+        cells = self.one_line_cells.match(block, at)
+        return cells.end() if cells else at
 
     def _mend(self, block: bytes, last: bool) -> tuple[bytes, int, bytes]:
         """The block with a mark for each line that has a stray quote; how many line breaks are left
         in its cells; and the lines of a row at its end that more of the file may complete."""
         mended: list[bytes] = []
-        breaks = taken = at = start = 0  # start: of the row in which `at` is
-        while cell := self.quoted.search(block, at):
-            before = (1 + block.rfind(end, at, cell.start()) for end in (b"\n", b"\r"))
-            start = max(start, *before)
-            if not _count_breaks(cell[0]):
-                at = cell.end()
-                continue
+        breaks = taken = at = start = 0  # start: of the row that opens a quote
+        while (opened := self._next_open(block, at)) < len(block):
+            ends = (1 + block.rfind(end, at, opened) for end in (b"\n", b"\r"))
+            start = max(start, *ends)
             row = self.row.match(block, start)
             if row and len(row[0]) <= LONGEST and not self._are_rows(row[0]):
                 breaks += _count_lines(row[0]) - 1
