@@ -152,7 +152,7 @@ class Source:
         return pa.schema([("seq", pa.int64()), ("problem", pa.string()), *texts])
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """All rows, at most BATCH_ROWS at a time; a column that a file lacks is null.
+        """All rows, at most BATCH_ROWS or, of CSV, a few MB at a time; a lacking column is null.
 
         Raises:
             UserError: a file that cannot be read to its end; it names the file.
