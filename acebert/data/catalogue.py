@@ -71,7 +71,8 @@ WITH typed AS (
         CASE
             WHEN problem IS NOT NULL THEN problem
             WHEN product_id IS NULL OR trim(product_id) = '' THEN 'no product_id'
-            WHEN row_number() OVER (PARTITION BY product_id ORDER BY seq) > 1
+            -- Among the rows without a problem: a bad first one does not condemn the good second.
+            WHEN row_number() OVER (PARTITION BY product_id, problem IS NULL ORDER BY seq) > 1
                 THEN 'duplicate product_id'
         END AS reason
     FROM raw_products

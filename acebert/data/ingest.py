@@ -53,7 +53,7 @@ from acebert.workdir import Stage, digest_of, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 ROBOT_SHARE = 0.1  # of the log's rows: more of robots than this is worth a second look
 
 Connection = duckdb.DuckDBPyConnection

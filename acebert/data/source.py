@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from acebert.data.csv_rows import Rows, csv_header, csv_rows
 from acebert.data.schema import Column, Kind, as_text, check_type, resolve
 from acebert.errors import UserError
 
@@ -42,7 +42,6 @@ WANTED = "Parquet (.parquet), CSV (.csv, .tsv) or JSON lines (.jsonl, .ndjson, .
 
 BATCH_ROWS = 65_536
 IMAGE_BATCH_ROWS = 250
-CSV_BLOCK = 4 << 20  # bytes; no single CSV row may be longer
 JSON_PEEK = 1000  # lines of a JSON file that show which columns it has
 
 ROW_BITS = 40
@@ -153,34 +152,34 @@ class Source:
         return pa.schema([("seq", pa.int64()), ("problem", pa.string()), *texts])
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """All rows, at most BATCH_ROWS at a time; a column that a file lacks is null.
+        """All rows, at most BATCH_ROWS or, of CSV, a few MB at a time; a lacking column is null.
 
         Raises:
             UserError: a file that cannot be read to its end; it names the file.
         """
-        read = {"parquet": _parquet, "csv": _csv, "tsv": _csv, "jsonl": _json_lines}
         for number, (file, found) in enumerate(zip(self.files, self.present, strict=True)):
             texts = {ours: found[ours] for ours in self.text_columns if ours in found}
+            if file.format == "jsonl":  # an object may have what the first ones lack
+                texts |= {ours: ours for ours in self.text_columns if ours not in found}
             base = (self.first_file + number) << ROW_BITS
-            try:
-                for rows, problems, columns in read[file.format](file, texts):
-                    arrays = [columns.get(n, _nulls(len(rows))) for n in self.text_columns]
-                    seq = pa.array(base + rows, pa.int64())
-                    yield pa.record_batch([seq, problems, *arrays], schema=self.schema)
-            except (pa.ArrowException, OSError, EOFError) as error:
-                raise UserError(f"{file.name}: cannot be read: {error}") from error
+            for rows, problems, columns in _rows(file, texts):
+                _check_late(file, found, rows, columns)
+                arrays = [columns.get(n, _nulls(len(rows))) for n in self.text_columns]
+                seq = pa.array(base + rows, pa.int64())
+                yield pa.record_batch([seq, problems, *arrays], schema=self.schema)
 
     def images(self) -> Iterator[pa.BinaryArray]:
         """The column `image` of all rows in the order of `batches`, a few at a time, undecoded."""
         for file, found in zip(self.files, self.present, strict=True):
+            if "image" not in found:
+                for rows, *_ in _rows(file, {"product_id": found["product_id"]}):
+                    yield pa.nulls(len(rows), pa.binary())
+                continue
             try:
                 # Images are there in Parquet only; other files were refused when opened.
                 with _open_parquet(file) as parquet:
-                    theirs = found.get("image")
-                    names = [theirs] if theirs else []
-                    for batch in parquet.iter_batches(IMAGE_BATCH_ROWS, columns=names):
-                        column = batch.column(0) if theirs else pa.nulls(batch.num_rows)
-                        yield column.cast(pa.binary())
+                    for batch in parquet.iter_batches(IMAGE_BATCH_ROWS, columns=[found["image"]]):
+                        yield batch.column(0).cast(pa.binary())
             except (pa.ArrowException, OSError) as error:
                 raise UserError(f"{file.name}: cannot be read: {error}") from error
 
@@ -227,8 +226,16 @@ def _nulls(n: int) -> pa.StringArray:
     return pa.nulls(n, pa.string())
 
 
-Rows = tuple[np.ndarray, pa.StringArray, dict[str, pa.StringArray]]
-"""Row numbers in the file (from 1), problems (mostly null), and columns by our names."""
+def _rows(file: SourceFile, texts: dict[str, str]) -> Iterator[Rows]:
+    """
+    Raises:
+        UserError: a file that cannot be read to its end; it names the file.
+    """
+    read = {"parquet": _parquet, "csv": _csv, "tsv": _csv, "jsonl": _json_lines}
+    try:
+        yield from read[file.format](file, texts)
+    except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
+        raise UserError(f"{file.name}: cannot be read: {error}") from error
 
 
 def _open_parquet(file: SourceFile) -> pq.ParquetFile:
@@ -265,74 +272,16 @@ def _stream(file: SourceFile) -> pa.NativeFile:
     return file.filesystem.open_input_stream(file.path, compression="detect")
 
 
-def _csv_names(file: SourceFile) -> list[str]:
-    with io.TextIOWrapper(
-        _stream(file), encoding="utf-8-sig", errors="replace", newline=""
-    ) as text:
-        return next(csv.reader(text, delimiter=_delimiter(file)), [])
-
-
 def _delimiter(file: SourceFile) -> str:
     return "\t" if file.format == "tsv" else ","
 
 
+def _csv_names(file: SourceFile) -> list[str]:
+    return csv_header(_stream(file), _delimiter(file))[0]
+
+
 def _csv(file: SourceFile, texts: dict[str, str]) -> Iterator[Rows]:
-    ragged: list[tuple[int, str]] = []  # row in the file, problem
-
-    def skip(row: pacsv.InvalidRow) -> str:
-        ragged.append((row.number - 1, "not as many CSV fields as the header"))  # header is 1
-        return "skip"
-
-    reader = pacsv.open_csv(
-        _stream(file),
-        # One thread: only then does the parser know row numbers.
-        pacsv.ReadOptions(block_size=CSV_BLOCK, use_threads=False),
-        pacsv.ParseOptions(
-            delimiter=_delimiter(file), newlines_in_values=True, invalid_row_handler=skip
-        ),
-        # As bytes: text that is not UTF-8 must fail its row, not the file.
-        pacsv.ConvertOptions(
-            include_columns=list(texts.values()),
-            column_types={name: pa.binary() for name in texts.values()},
-            strings_can_be_null=True,
-            null_values=[""],
-        ),
-    )
-    done = 0  # rows that were whole
-    with reader:
-        for batch in reader:
-            whole = np.arange(done + 1, done + batch.num_rows + 1)
-            # The i-th ragged row, number b, comes before the b - i-th whole one.
-            before = np.array([number for number, _ in ragged], np.int64) - np.arange(len(ragged))
-            rows = whole + np.searchsorted(before, whole, side="right")
-            yield rows, *_decoded(batch, texts)
-            done += batch.num_rows
-    for start in range(0, len(ragged), BATCH_ROWS):
-        part = ragged[start : start + BATCH_ROWS]
-        problems = pa.array([problem for _, problem in part], pa.string())
-        yield np.array([number for number, _ in part]), problems, {}
-
-
-def _decoded(
-    batch: pa.RecordBatch, texts: dict[str, str]
-) -> tuple[pa.StringArray, dict[str, pa.StringArray]]:
-    """Binary columns as text; a row with a cell that is not UTF-8 loses it and has a problem."""
-    problems = np.full(batch.num_rows, None, object)
-    columns = {}
-    for ours, theirs in texts.items():
-        column = batch.column(theirs)
-        try:
-            columns[ours] = column.cast(pa.string())
-        except pa.ArrowInvalid:
-            cells = []
-            for row, cell in enumerate(column.to_pylist()):
-                try:
-                    cells.append(None if cell is None else cell.decode())
-                except UnicodeDecodeError:
-                    cells.append(None)
-                    problems[row] = "not UTF-8"
-            columns[ours] = pa.array(cells, pa.string())
-    return pa.array(problems, pa.string()), columns
+    return csv_rows(_stream(file), _delimiter(file), texts)
 
 
 def _json_names(file: SourceFile) -> list[str]:
@@ -344,6 +293,22 @@ def _json_names(file: SourceFile) -> list[str]:
             "(jq -c '.[]' makes them)"
         )
     return list(dict.fromkeys(name for line in lines for name in _object(line) or {}))
+
+
+def _check_late(
+    file: SourceFile, found: dict[str, str], rows: np.ndarray, columns: dict[str, pa.StringArray]
+) -> None:
+    """
+    Raises:
+        UserError: `clicked` occurs, in a file that was taken for one of clicks alone.
+    """
+    late = columns.get("clicked") if "clicked" not in found else None
+    if late is not None and late.null_count < len(late):
+        line = rows[late.is_valid().index(True).as_py()]
+        raise UserError(
+            f"{file.name}: 'clicked' first occurs in line {line:,}. What it means that earlier "
+            f"rows lack it is told by the first {JSON_PEEK:,} lines: give it to one of them"
+        )
 
 
 def _json_lines(file: SourceFile, texts: dict[str, str]) -> Iterator[Rows]:

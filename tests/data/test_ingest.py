@@ -552,6 +552,42 @@ def test_rows_kept_filtered_and_quarantined_are_the_rows_read(
     assert sum(bad.values()) == len(hopeless)
 
 
+RAW = st.sampled_from(["red shoe", '"red shoe', 'tv 55"', 'a "good" hat', '"hat"', "hat"])
+
+
+@hypothesis_settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    queries=st.lists(RAW, max_size=12),
+    titles=st.lists(RAW, max_size=12),
+    suffix=st.sampled_from([".csv", ".tsv"]),
+)
+def test_the_lines_of_raw_text_with_stray_quotes_are_the_rows_read(
+    tmp_path_factory: pytest.TempPathFactory, queries: list[str], titles: list[str], suffix: str
+) -> None:
+    root = tmp_path_factory.mktemp("raw")
+    catalogue = ["product_id,title,category,price", "a,x,,", "b,x,,", "c,x,,", "d,x,,"]
+    catalogue += [f"p{i},{title},shoes,1.5" for i, title in enumerate(titles)]
+    log = ["query,product_id,clicked,timestamp"]
+    log += [f"{r['query']},{r['product_id']},{r['clicked']},{r['timestamp']}" for r in LOG]
+    log += [f"{query},a,true,2026-01-01 10:00:00" for query in queries]
+    paths = []
+    for name, lines in (("products", catalogue), ("impressions", log)):
+        text = "\n".join(lines) + "\n"
+        paths.append(root / f"{name}{suffix}")
+        paths[-1].write_text(text if suffix == ".csv" else text.replace(",", "\t"))
+    got = Result(ingest(make_settings(root / "work", max_bad_share=1), *map(str, paths)))
+    for name, lines in (("products", catalogue), ("impressions", log)):
+        report = got.report[name]
+        bad = report["rows_quarantined"]
+        assert report["rows_read"] == len(lines) - 1
+        assert report["rows_kept"] == len(lines) - 1 - sum(bad.values())
+        assert len(got.rows(f"quarantine/{name}.parquet")) == sum(bad.values())
+        stray = sum('"red shoe' in line for line in lines) if suffix == ".csv" else 0
+        assert bad == ({"stray quote": stray} if stray else {})
+
+
 # What is refused
 
 
@@ -646,6 +682,56 @@ def test_a_json_array_is_told_apart_from_json_lines(tmp_path: Path) -> None:
     products.write_text(json.dumps(PRODUCTS))
     with pytest.raises(UserError, match="JSON array"):
         ingest(make_settings(tmp_path / "work"), str(products), write(LOG, tmp_path / "l.csv"))
+
+
+def test_columns_of_json_lines_may_come_late(tmp_path: Path) -> None:
+    many: list[Row] = [{"product_id": f"p{i}", "title": f"title {i}"} for i in range(1500)]
+    many[-1] |= {"category": "hats", "price": 2}
+    bare = [{name: row[name] for name in ("product_id", "title")} for row in PRODUCTS]
+    products = write([*bare, *many], tmp_path / "p.jsonl")
+    rows = [{k: v for k, v in row.items() if k != "position"} for row in LOG]
+    log = write([*rows * 120, *LOG], tmp_path / "log.jsonl")
+    lax = {"robot_same_click": 10**6, "robot_clicks_per_minute": 10**6}
+    got = Result(ingest(make_settings(tmp_path / "work", **lax), products, log))
+    last = got.rows("products")[-1]
+    assert (last["category"], last["price"]) == ("hats", 2.0)
+    positions = {row["position"] for row in got.rows("test_impressions.parquet")}
+    assert positions == {None, 1}
+
+
+def test_clicked_that_comes_late_is_refused_for_earlier_rows_would_be_clicks(
+    tmp_path: Path,
+) -> None:
+    rows = [{k: v for k, v in row.items() if k != "clicked"} for row in LOG]
+    log = write([*rows * 120, *LOG], tmp_path / "log.jsonl")
+    products = write(PRODUCTS, tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=r"log.jsonl: 'clicked' first occurs in line 1,081\."):
+        ingest(make_settings(tmp_path / "work"), products, log)
+
+
+def test_a_good_row_is_kept_where_a_bad_one_before_it_has_the_same_id(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_bytes(b"product_id,title\na,red\nb,bl\xffue\nb,blue\nb,navy\nc,green\nd,x\n")
+    settings = make_settings(tmp_path / "work", max_bad_share=0.9)
+    got = Result(ingest(settings, str(path), write(LOG, tmp_path / "log.csv")))
+    assert [row["title"] for row in got.rows("products")] == ["red", "blue", "green", "x"]
+    reasons = [(r["row"], r["reason"]) for r in got.rows("quarantine/products.parquet")]
+    assert reasons == [(2, "not UTF-8"), (4, "duplicate product_id")]
+
+
+def test_images_are_read_from_those_files_that_have_them(tmp_path: Path) -> None:
+    parts = tmp_path / "products"
+    write([{**PRODUCTS[0], "image": b"A"}], parts / "1.parquet")
+    write([PRODUCTS[1]], parts / "2.csv")
+    with (parts / "2.csv").open("a") as file:
+        file.write("ragged\n")
+    write([PRODUCTS[2]], parts / "3.jsonl")
+    write([PRODUCTS[3]], parts / "4.parquet")
+    write([{"product_id": "e", "title": "e", "image": b"E"}], parts / "5.parquet")
+    settings = make_settings(tmp_path / "work", max_bad_share=0.5)
+    got = Result(ingest(settings, str(parts), write(LOG, tmp_path / "log.csv")))
+    images = {row["product_id"]: row["image"] for row in got.rows("products")}
+    assert images == {"a": b"A", "b": None, "c": None, "d": None, "e": b"E"}
 
 
 def test_ragged_and_undecodable_csv_rows_are_quarantined_with_their_row(tmp_path: Path) -> None:
