@@ -7,6 +7,7 @@
 | `index/` | the FAISS index of these (`acebert.index.ProductIndex`) |
 | `products.sqlite` | `product` (row, product_id, title, category, price, photo, digest), `words` |
 | `hot.npy`, `hot_queries.parquet` | vectors of the most frequent queries, float32 [h, d]; texts |
+| `query_mean.npy` | mean vector of the log's queries by clicks, float32 [d]; a refresh keeps it |
 | `model/`, `query_encoder/` | model directory (products are encoded by it), query encoder |
 
 Vectors of products, hot queries and the query encoder are of one model: `version` says which, and
@@ -28,6 +29,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -103,6 +105,7 @@ def build_bundle(
             codec=serve.codec,
         )
         index.save(out / "index")
+        np.save(out / "query_mean.npy", _query_mean(ingested.path, queries, hot, version, earlier))
         queries, hot = queries[: serve.hot_queries], hot[: serve.hot_queries]
         np.save(out / "hot.npy", hot)
         pq.write_table(pa.table({"query": queries}), out / "hot_queries.parquet")
@@ -143,6 +146,21 @@ def _times(model: Path, ingested: Path) -> dict[str, str]:
         end = date.fromisoformat(report["log_until"]) + timedelta(days=1)
         times["hot_lists"] = datetime.combine(end, datetime.min.time(), UTC).isoformat()
     return {part: time for part, time in times.items() if time}
+
+
+def _query_mean(
+    ingested: Path,
+    queries: list[str],
+    hot: NDArray[np.float32],
+    version: str,
+    earlier: Path | None,
+) -> NDArray[np.float32]:
+    """What live queries are compared with: the mean of when the model was first published."""
+    if earlier and _has_digests(earlier) and stage_key(earlier)["model"] == version:
+        return np.load(earlier / "query_mean.npy", allow_pickle=False)
+    table = pq.read_table(ingested / "queries.parquet", columns=["text", "clicks"])
+    clicks = table["clicks"].take(pc.index_in(pa.array(queries), table["text"]))
+    return np.average(hot, axis=0, weights=clicks.to_numpy()).astype(np.float32)
 
 
 def hot_queries(ingested: Stage, count: int) -> list[str]:
@@ -191,6 +209,7 @@ class Bundle:
         directory: where it lies.
         version: of the model, see the module's docstring.
         info: bundle.json.
+        query_mean: of the log's queries, float32 [d], or None.
         made: part (bundle, catalogue, hot_lists, model) → as of when it is.
         vectors: float32 [n, d], mapped.
         index: the FAISS index of these.
@@ -209,6 +228,8 @@ class Bundle:
             self.vectors = np.load(directory / "vectors.npy", mmap_mode="r", allow_pickle=False)
             self.hot_vectors = np.load(directory / "hot.npy", mmap_mode="r", allow_pickle=False)
             texts = pq.read_table(directory / "hot_queries.parquet")["query"].to_pylist()
+            mean = directory / "query_mean.npy"  # bundles of older versions have none
+            self.query_mean = np.load(mean, allow_pickle=False) if mean.is_file() else None
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{directory}: no bundle that can be read ({error})") from error
         self.version: str = self.info["version"]
