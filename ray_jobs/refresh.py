@@ -17,7 +17,7 @@ from pathlib import Path
 from acebert.config import Settings
 from acebert.job import run_job
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("acebert.refresh")
 
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:

@@ -198,9 +198,11 @@ def test_hot_lists_are_of_all_days_and_the_bundle_says_as_of_when_its_parts_are(
 KILLED = """
 import logging, os, runpy, sys
 
+moment = sys.argv[1]
+
 class Killer(logging.Handler):
     def emit(self, record):
-        if sys.argv[1] in record.getMessage():
+        if moment in record.getMessage():
             os.kill(os.getpid(), 9)
 
 logging.getLogger("acebert").addHandler(Killer())
@@ -215,16 +217,10 @@ def test_a_refresh_that_is_killed_leaves_the_old_bundle_and_the_same_command_end
     import ray
 
     root = days.settings.workdir.parent
-    publish(tmp_path, days.first)
-    for name in ("bundle", "embed", "features", "ingest", "tokens"):  # of the first day alone
-        first = {
-            "bundle": days.first,
-            "embed": stage_of(days.first, "embed"),
-            "features": stage_of(days.first, "embed", "features"),
-            "ingest": stage_of(days.first, "ingest"),
-            "tokens": stage_of(days.first, "embed", "tokens"),
-        }[name]
-        shutil.copytree(first, tmp_path / name / first.name)
+    embedded = stage_of(days.first, "embed")
+    of_vectors = (stage_of(embedded, name) for name in ("features", "ingest"))
+    for stage in (days.first, embedded, *of_vectors):  # of the first day alone
+        shutil.copytree(stage, tmp_path / stage.parent.name / stage.name)
     publish(tmp_path, tmp_path / "bundle" / days.first.name)
     job = str(Path(__file__).parents[2] / "ray_jobs" / "refresh.py")
     command = [job, "--workdir", str(tmp_path), "--model", str(days.model)]
@@ -232,11 +228,12 @@ def test_a_refresh_that_is_killed_leaves_the_old_bundle_and_the_same_command_end
     command += ["--data.impressions", str(root / "log2"), "--serve.hot_queries", "30"]
     address = ray.get_runtime_context().gcs_address
     environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": job.rsplit("/", 2)[0]}
-    for moment in ("queries, 1", "embed: ", "index: ", "bundle: done", None):
+    for moment in ("ingest: queries", "queries, ", "index: ", "bundle: done", None):
         argv = [sys.executable, "-c", KILLED, moment or "no such line", *command]
         done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=400)
         if moment is None:
             assert done.returncode == 0, done.stdout + done.stderr
+            assert "refresh: 2 products new" in done.stdout
             break
         assert done.returncode == -9, f"{moment}: {done.stdout}{done.stderr}"
         still = Bundle(published(tmp_path))
