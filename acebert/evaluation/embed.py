@@ -49,6 +49,7 @@ VERSION = 2
 MODEL_FILES = ("model.safetensors", "config.json", "settings.yaml", "tokenizer/tokenizer.json")
 RUN_ROWS = 16_384  # 8 MiB of vectors
 RUNS_AN_ACTOR = 4  # at least, so that actors end together
+FEW_ROWS = 500
 SAY_EVERY = 10.0
 INPUTS = "inputs.npy"
 DIGEST = 16  # bytes that tell inputs apart
@@ -405,7 +406,13 @@ def _embedded(
     rows: NDArray[np.int64] | None,
     total: int,
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """Rows and vectors, by actors; `total` is the number of `rows` (none: all)."""
+    """Rows and vectors, by actors; `total` is the number of `rows` (none: all). The few that an
+    earlier stage leaves are embedded here, sooner than actors would start."""
+    if rows is not None and total <= FEW_ROWS:
+        yield _Embedder(settings, model, make, rows)(
+            {"start": np.array([0]), "stop": np.array([total])}
+        )
+        return
     resources = ray.cluster_resources()
     gpus = 1 if resources.get("GPU", 0) else 0
     actors = settings.eval.num_actors
