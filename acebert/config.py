@@ -534,6 +534,8 @@ class ServeSettings(Section):
     """larger request bodies are refused unread [MiB]"""
     max_megapixels: float = Field(16, gt=0)
     """photos in requests that claim to be larger are refused undecoded [10^6 px]"""
+    request_log: Literal["off", "paths", "texts"] = "off"
+    """a line of JSON for each request: with its path, or with the text of a search too"""
     good_score: float | None = Field(None, ge=-1, le=1)
     """below this best score an answer says `no_good_match` (none: never)"""
 

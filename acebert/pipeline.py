@@ -10,6 +10,7 @@ from acebert.cluster import connect
 from acebert.config import Settings, flatten, load_settings, read_recipe, settings_from
 from acebert.data.cnn_labels import label_photos
 from acebert.data.demo import build_demo
+from acebert.data.earlier import Earlier
 from acebert.data.ingest import ingest
 from acebert.data.partitions import plan
 from acebert.data.preprocess import preprocess
@@ -45,24 +46,36 @@ class Catalogue:
     features: Stage | None
 
 
-def ingest_stage(settings: Settings) -> Stage:
+@dataclass(frozen=True)
+class Refresh:
+    """For a service, of a new day: all days of the log, none held out; and what `earlier` has
+    already is not computed again."""
+
+    earlier: Earlier | None
+
+
+def ingest_stage(settings: Settings, refresh: Refresh | None = None) -> Stage:
     """The validated catalogue and log: the user's, or the demo's."""
     products, impressions = settings.data.products, settings.data.impressions
     if products is None or impressions is None:
         demo = tracked(settings, build_demo(settings))
         products, impressions = str(demo.path / "products.parquet"), str(demo.path / "impressions")
-    return tracked(settings, ingest(settings, products, impressions))
+    hold_out = refresh is None
+    return tracked(settings, ingest(settings, products, impressions, hold_out=hold_out))
 
 
-def catalogue_stages(settings: Settings, tokenizer: Path | None = None) -> Catalogue:
+def catalogue_stages(
+    settings: Settings, tokenizer: Path | None = None, refresh: Refresh | None = None
+) -> Catalogue:
     """`tokenizer`: a trained model's, for it alone."""
-    ingested = ingest_stage(settings)
+    ingested = ingest_stage(settings, refresh)
     tokens = tracked(settings, tokenize(settings, ingested, tokenizer))
     features = None
     if settings.reads_images:
         settings = with_own_cnn(settings)
         connect()
-        features = tracked(settings, preprocess(settings, ingested))
+        earlier = refresh.earlier if refresh else None
+        features = tracked(settings, preprocess(settings, ingested, earlier))
     return Catalogue(ingested, tokens, features)
 
 
@@ -134,14 +147,16 @@ def mine_stage(settings: Settings) -> Stage:
     return tracked(settings, mine(miner, model, data.ingested, data.tokens, data.features, ranks))
 
 
-def embed_stage(settings: Settings, model: Path, queries: list[str]) -> Stage:
+def embed_stage(
+    settings: Settings, model: Path, queries: list[str], refresh: Refresh | None = None
+) -> Stage:
     """Vectors of the whole catalogue and of `queries`, by a model directory."""
     settings = model_settings(settings, model)
-    data = catalogue_stages(settings, model / "tokenizer")
+    data = catalogue_stages(settings, model / "tokenizer", refresh)
     connect()
-    return tracked(
-        settings, embed(settings, model, data.ingested, data.tokens, data.features, queries)
-    )
+    earlier = refresh.earlier if refresh else None
+    stages = data.ingested, data.tokens, data.features
+    return tracked(settings, embed(settings, model, *stages, queries, earlier))
 
 
 def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
@@ -174,13 +189,17 @@ def distill_stages(settings: Settings, teacher: Path) -> tuple[list[Stage], Stag
     return list(exports.values()), table
 
 
-def bundle_stage(settings: Settings, model: Path, query_encoder: Path) -> Stage:
+def bundle_stage(
+    settings: Settings, model: Path, query_encoder: Path, refresh: Refresh | None = None
+) -> Stage:
     """What the service needs of a model directory and a query encoder that fits it."""
     settings = model_settings(settings, model)
-    ingested = ingest_stage(settings)
+    ingested = ingest_stage(settings, refresh)
     hot = hot_queries(ingested, settings.serve.hot_queries)
-    embedded = embed_stage(settings, model, hot)
-    return tracked(settings, build_bundle(settings, model, query_encoder, ingested, embedded))
+    embedded = embed_stage(settings, model, hot, refresh)
+    earlier = refresh.earlier.bundle if refresh and refresh.earlier else None
+    stages = ingested, embedded
+    return tracked(settings, build_bundle(settings, model, query_encoder, *stages, earlier))
 
 
 def baselines_stage(settings: Settings) -> Stage:

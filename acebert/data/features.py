@@ -15,16 +15,19 @@ import os
 import uuid
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from acebert.data.image import decode
 from acebert.errors import UserError
 
 N_PATCHES = 16
+PHOTO_DIGEST = 16
 MAX_MAPPED = 16_384  # shards mapped at a time: Linux allows a process 65,530 maps
 SHARDS_FILE = "shards.json"
 
@@ -61,6 +64,15 @@ class Shard:
     """float16 [n, 16, D1]"""
     pixels: np.ndarray | list[bytes] | None
     """uint8 [n, S, S, 3], or n JPEGs"""
+    found: np.ndarray | None = None
+    """bool [n]: the box is a region of interest, not the whole photo for want of one"""
+    photo: np.ndarray | None = None
+    """uint8 [n, 16]: digest of the photo's bytes (`photo_digest`)"""
+
+
+def photo_digest(data: bytes) -> NDArray[np.uint8]:
+    """What tells photos apart: 128 bits of BLAKE2b of their bytes → uint8 [16]."""
+    return np.frombuffer(blake2b(data, digest_size=PHOTO_DIGEST).digest(), np.uint8)
 
 
 def write_shard(directory: Path, name: str, shard: Shard) -> ShardEntry:
@@ -70,6 +82,8 @@ def write_shard(directory: Path, name: str, shard: Shard) -> ShardEntry:
         "has_image": pa.array(shard.has_image.view(np.uint8)),  # Arrow's bools are bits: no view
         "roi": _rows(shard.roi.astype(np.int32, copy=False)),
     }
+    if shard.found is not None and shard.photo is not None:
+        columns |= {"found": pa.array(shard.found.view(np.uint8)), "photo": _rows(shard.photo)}
     if shard.patches is not None:
         columns["patches"] = _rows(shard.patches)
     if isinstance(shard.pixels, list):
@@ -154,6 +168,19 @@ class FeatureStore:
         """int32 [B, 4]: x0, y0, x1, y1 of the region of interest in the photo [px]."""
         return self._gather("roi", rows, np.empty((len(rows), 4), np.int32))
 
+    @property
+    def knows_photos(self) -> bool:
+        """Whether `found` and `photos` are there: stages of older versions have none."""
+        return "photo" in self._columns(0)
+
+    def found(self, rows: np.ndarray) -> np.ndarray:
+        """bool [B]: a region of interest was found."""
+        return self._gather("found", rows, np.empty((len(rows), 1), np.uint8)).view(bool)[:, 0]
+
+    def photos(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 [B, 16]: digests of the photos' bytes; zeros where there is no image."""
+        return self._gather("photo", rows, np.empty((len(rows), PHOTO_DIGEST), np.uint8))
+
     def patches(self, rows: np.ndarray) -> np.ndarray:
         """float16 [B, 16, D1]; zeros where there is no image."""
         out = np.empty((len(rows), N_PATCHES * self.patch_dim), np.float16)
@@ -167,6 +194,16 @@ class FeatureStore:
         return self._gather("pixels", rows, np.empty((len(rows), S * S * 3), np.uint8)).reshape(
             len(rows), S, S, 3
         )
+
+    def stored_pixels(self, rows: np.ndarray) -> np.ndarray | list[bytes]:
+        """Pixels as they are stored: uint8 [B, S, S, 3], or B JPEGs."""
+        if not isinstance(self._columns(0)["pixels"], pa.Array):
+            return self.pixels(rows)
+        shards = self._shard_of(np.asarray(rows))
+        return [
+            self._columns(int(shard))["pixels"][int(row - self._first[shard])].as_py()
+            for row, shard in zip(rows, shards, strict=True)
+        ]
 
     def _gather(self, name: str, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Rows of a column into `out` [B, width]: one NumPy gather for each shard it meets."""

@@ -19,10 +19,14 @@ A log without timestamps needs validation and test logs of its own (data.valid_i
 data.test_impressions). Its days are then 1970-01-01 (train), -02 (validation) and -03 (test), and
 since leaving out a pair's day would leave nothing, a pair's hot list leaves out the pair's own
 query instead. With such files, timestamps serve the robot filter alone.
+
+For what is served (`hold_out` false) all days train, and a product's hot list is of all of them;
+the tables of validation and test are empty then.
 """
 
 import json
 import logging
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +50,14 @@ from acebert.data.search_log import (
     rows_per_day,
 )
 from acebert.data.source import Source, SourceFile, find_files, open_source
-from acebert.data.split import FILE_DAYS, SPLITS, Days, check_clicks, choose_days
+from acebert.data.split import (
+    FILE_DAYS,
+    SPLITS,
+    Days,
+    check_clicks,
+    choose_days,
+    no_held_out_days,
+)
 from acebert.data.tables import tables
 from acebert.errors import UserError
 from acebert.workdir import Stage, digest_of, run_stage
@@ -60,11 +71,12 @@ Connection = duckdb.DuckDBPyConnection
 Report = dict[str, Any]
 
 
-def ingest(settings: Settings, products: str, impressions: str) -> Stage:
+def ingest(settings: Settings, products: str, impressions: str, *, hold_out: bool = True) -> Stage:
     """Read, check, split and count a catalogue and its log; reused when nothing has changed.
 
     `products` and `impressions` are files, directories or URIs (Parquet, CSV, JSON lines).
-    Days are days in UTC.
+    Days are days in UTC. Without `hold_out` no day validates or tests, whatever data.test_from
+    says.
 
     Raises:
         UserError: an input that is not there, not readable, empty, lacks a column or has one of
@@ -84,12 +96,14 @@ def ingest(settings: Settings, products: str, impressions: str) -> Stage:
         # Where the files lie is in their fingerprints; memory changes no result.
         "data": data.model_dump(mode="json", exclude={*where, "memory_limit"}),
     }
+    if not hold_out:
+        key["held_out"] = "nothing"
     kept_aside = settings.workdir / "quarantine" / digest_of(key)
 
     def build(out: Path) -> None:
         sources = _open(inputs, data)
         with open_database(out / "scratch", data.memory_limit) as con:
-            _build(con, data, where, sources, out, kept_aside)
+            _build(con, data, where, sources, out, kept_aside, hold_out)
 
     return run_stage(settings.workdir, "ingest", key, build)
 
@@ -116,6 +130,7 @@ def _build(
     sources: dict[str, Source],
     out: Path,
     kept_aside: Path,
+    hold_out: bool,
 ) -> None:
     logs = _logs(sources)
     _name_files(con, sources)
@@ -129,7 +144,9 @@ def _build(
 
     load_log(con, logs)
     bad = _judge(con, "impressions", logs, where, data, out, kept_aside)
-    if len(logs) == 1:
+    if not hold_out:
+        days = no_held_out_days(rows_per_day(con), where["impressions"])
+    elif len(logs) == 1:
         days = choose_days(rows_per_day(con), data.test_from, where["impressions"])
     else:
         days = Days(valid=FILE_DAYS[1], test=FILE_DAYS[2])
@@ -141,7 +158,7 @@ def _build(
     _warn_of_robots(robots, read)
     splits = _splits(con)
     clicks = {split: counts["clicks"] for split, counts in splits.items()}
-    check_clicks(clicks, where["impressions"])
+    check_clicks(clicks, where["impressions"], hold_out)
     _say_days(splits)
 
     _number_queries(con)
@@ -150,7 +167,10 @@ def _build(
     rows = _write(con, leave_out, out)
     with_image = write_products(con, sources["products"], out / "products")
 
+    last_days = [counts["last"] for counts in splits.values() if counts["last"]]
     report: Report = {
+        "products_written": _written(sources["products"]),
+        "log_until": max(last_days) if len(logs) == 1 else None,
         "products": products | {"without_image": products["rows_kept"] - with_image},
         **read,
         "robots": robots,
@@ -160,6 +180,12 @@ def _build(
         "rows_written": rows,
     }
     (out / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
+
+
+def _written(products: Source) -> str | None:
+    """When the oldest file of the catalogue was written, where its storage says so."""
+    times = [file.mtime_ns for file in products.files if file.mtime_ns is not None]
+    return datetime.fromtimestamp(min(times) / 1e9, UTC).isoformat() if times else None
 
 
 def _name_files(con: Connection, sources: dict[str, Source]) -> None:
@@ -289,6 +315,8 @@ def _warn_of_robots(robots: dict[str, int], read: dict[str, Report]) -> None:
 
 def _say_days(splits: dict[str, Report]) -> None:
     for split, counts in splits.items():
+        if not counts["days"]:
+            continue
         span = str(counts["first"]) + (f" to {counts['last']}" if counts["days"] > 1 else "")
         log.info(
             "%s: %s, %s rows, %s clicks",

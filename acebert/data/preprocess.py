@@ -12,6 +12,9 @@ counts, so that neither photos nor features pass through the object store:
 * CNN on GPUs: tasks decode and crop; two actors a GPU run the CNN, one of them while the other
   writes. Only here blocks of crops (at most 128 MiB) pass through the object store.
 
+Photos that have not changed since an earlier catalogue are read, to tell that they have not, and
+neither decoded nor put through the CNN: their features are copied.
+
 Memory is bounded by the number of workers times the bytes of a run, whatever the catalogue's size.
 """
 
@@ -32,7 +35,8 @@ import pyarrow.parquet as pq
 import ray
 
 from acebert.config import Settings
-from acebert.data.crops import Batch, CropSpec, ShardReport, encode, prepare
+from acebert.data.crops import Batch, CropSpec, Reuse, ShardReport, encode, prepare
+from acebert.data.earlier import Earlier, earlier_rows, product_ids, same_key
 from acebert.data.features import FeatureStore, write_shard_list
 from acebert.data.image import decode, draw_roi
 from acebert.data.photos import PhotoStorage, Rows
@@ -54,8 +58,9 @@ REPORT_SECONDS = 5.0
 GRID_PHOTOS = 24
 
 
-def preprocess(settings: Settings, ingested: Stage) -> Stage:
+def preprocess(settings: Settings, ingested: Stage, earlier: Earlier | None = None) -> Stage:
     """Compute what the settings' model reads of the photos; reused when nothing has changed.
+    `earlier` saves work and changes no result beyond the CNN's rounding, so it is not in the key.
 
     The key knows photos in the rows by ingest's digest, and those behind an `image_uri` by their
     address only: a file that changes under the same address goes unnoticed.
@@ -69,9 +74,30 @@ def preprocess(settings: Settings, ingested: Stage) -> Stage:
         raise ValueError("a model that reads neither patches nor pixels needs no features")
     spec = crop_spec(settings)
     key = {"version": VERSION, "ingest": ingested.digest, **_image_key(settings)}
-    return run_stage(
-        settings.workdir, "features", key, lambda out: _build(settings, spec, ingested, out)
-    )
+
+    def build(out: Path) -> None:
+        reuse = _reuse(earlier, key, ingested, out)
+        _build(settings, spec, ingested, out, reuse)
+        if reuse is not None:
+            reuse.rows.unlink()
+
+    return run_stage(settings.workdir, "features", key, build)
+
+
+def _reuse(
+    earlier: Earlier | None, key: dict[str, Any], ingested: Stage, out: Path
+) -> Reuse | None:
+    """What can be taken from `earlier` for a stage with this key, if anything."""
+    if earlier is None or earlier.features is None:
+        return None
+    there = same_key(earlier.features, key, "ingest") and (earlier.ingest / "products").is_dir()
+    if not there or not FeatureStore(earlier.features).knows_photos:
+        log.info("features: those of %s are gone or of other settings", earlier.features)
+        return None
+    rows = earlier_rows(product_ids(ingested.path), product_ids(earlier.ingest))
+    path = out / ".earlier_rows.npy"
+    np.save(path, rows)
+    return Reuse(earlier.features, path)
 
 
 def crop_spec(settings: Settings) -> CropSpec:
@@ -111,7 +137,9 @@ def weights_digest(weights: str) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
-def _build(settings: Settings, spec: CropSpec, ingested: Stage, out: Path) -> None:
+def _build(
+    settings: Settings, spec: CropSpec, ingested: Stage, out: Path, reuse: Reuse | None
+) -> None:
     products = ingested.path / "products"
     cnn = _load_cnn(settings) if spec.cnn_side else None
     workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -121,7 +149,7 @@ def _build(settings: Settings, spec: CropSpec, ingested: Stage, out: Path) -> No
     start = time.perf_counter()
     reports: list[ShardReport] = []
     broken: list[tuple[str, str]] = []
-    for report in _progress(stream_shards(runs, spec, cnn, out), total):
+    for report in _progress(stream_shards(runs, spec, cnn, out, reuse), total):
         reports.append(report)
         broken += report.broken
         if len(broken) > limit * total:  # no need to see the rest
@@ -147,6 +175,7 @@ def _build(settings: Settings, spec: CropSpec, ingested: Stage, out: Path) -> No
         "missing": done - photos,
         "broken": len(broken),
         "broken_by_reason": reasons,
+        "photos_as_before": sum(report.reused for report in reports),
         "rois_found": sum(report.rois for report in reports),
         "cnn": settings.image.cnn if cnn else None,
         "cnn_weights": cnn.weights_name if cnn else None,
@@ -157,8 +186,10 @@ def _build(settings: Settings, spec: CropSpec, ingested: Stage, out: Path) -> No
     }
     (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     log.info(
-        "features: %s photos, %s missing, %s broken %s, RoI found in %s; %.0f images/s",
+        "features: %s photos, %s as before, %s missing, %s broken %s, RoI found in %s; "
+        "%.0f images/s",
         f"{photos:,}",
+        f"{summary['photos_as_before']:,}",
         f"{done - photos:,}",
         f"{len(broken):,}",
         reasons or "",
@@ -193,7 +224,11 @@ def plan_runs(products: Path, spec: CropSpec, workers: int) -> list[Rows]:
 
 
 def stream_shards(
-    runs: list[Rows], spec: CropSpec, cnn: "PatchCNN | None", out: Path
+    runs: list[Rows],
+    spec: CropSpec,
+    cnn: "PatchCNN | None",
+    out: Path,
+    reuse: Reuse | None = None,
 ) -> Iterator[ShardReport]:
     """Write a shard for each run under `out`, by Ray Data; what each held comes as it is done."""
     resources = ray.cluster_resources()
@@ -206,9 +241,11 @@ def stream_shards(
     context.enable_progress_bars = False  # ours counts photos, and writes a line into any log
     context.print_on_execution_start = False
     if gpus:
-        shards = rows.map_batches(_Prepare(spec), batch_size=1, num_cpus=CPU_SHARE).map_batches(
+        shards = rows.map_batches(
+            _Prepare(spec, reuse), batch_size=1, num_cpus=CPU_SHARE
+        ).map_batches(
             _Encode,
-            fn_constructor_args=(shared, out),
+            fn_constructor_args=(shared, out, reuse),
             # Ray wants a number where there are GPUs. This one joins short runs; it splits none.
             batch_size=max(run.count for run in runs),
             num_gpus=0.5,
@@ -218,7 +255,7 @@ def stream_shards(
     else:
         shards = rows.map_batches(
             _PrepareAndEncode,
-            fn_constructor_args=(spec, shared, out),
+            fn_constructor_args=(spec, shared, out, reuse),
             batch_size=1,
             num_cpus=CPU_SHARE,
             compute=ray.data.ActorPoolStrategy(size=min(cpus, len(runs))),
@@ -232,18 +269,18 @@ def stream_shards(
 class _Prepare:
     """One run of rows → the batch of its crops."""
 
-    def __init__(self, spec: CropSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: CropSpec, reuse: Reuse | None) -> None:
+        self.spec, self.reuse = spec, reuse
 
     def __call__(self, batch: Batch) -> Batch:
-        return prepare(_only_row(batch), self.spec)
+        return prepare(_only_row(batch), self.spec, self.reuse)
 
 
 class _Encode:
     """A batch of crops → the reports of its shards, which it writes."""
 
-    def __init__(self, shared: list["ray.ObjectRef"], out: Path) -> None:
-        self.out = out
+    def __init__(self, shared: list["ray.ObjectRef"], out: Path, reuse: Reuse | None) -> None:
+        self.out, self.reuse = out, reuse
         self.cnn: PatchCNN | None = ray.get(shared[0])
         if self.cnn is not None:
             import torch
@@ -258,7 +295,12 @@ class _Encode:
         cuts = np.flatnonzero(np.diff(batch["product"]) != 1) + 1
         edges = [0, *cuts.tolist(), len(batch["product"])]
         reports = [
-            encode({name: column[a:b] for name, column in batch.items()}, self.cnn, self.out)
+            encode(
+                {name: column[a:b] for name, column in batch.items()},
+                self.cnn,
+                self.out,
+                self.reuse,
+            )
             for a, b in pairwise(edges)
         ]
         return pa.table({"report": [json.dumps(asdict(report)) for report in reports]})
@@ -267,8 +309,14 @@ class _Encode:
 class _PrepareAndEncode:
     """Both in one process."""
 
-    def __init__(self, spec: CropSpec, shared: list["ray.ObjectRef"], out: Path) -> None:
-        self.prepare, self.encode = _Prepare(spec), _Encode(shared, out)
+    def __init__(
+        self,
+        spec: CropSpec,
+        shared: list["ray.ObjectRef"],
+        out: Path,
+        reuse: Reuse | None,
+    ) -> None:
+        self.prepare, self.encode = _Prepare(spec, reuse), _Encode(shared, out, reuse)
 
     def __call__(self, batch: Batch) -> pa.Table:
         return self.encode(self.prepare(batch))

@@ -1,4 +1,6 @@
-"""The split by time: the test day, the day before it for validation, all before that to train."""
+"""The split by time: the test day, the day before it for validation, all before that to train.
+
+What is served learns nothing more from days that are held out: there, all days train."""
 
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -56,13 +58,27 @@ def choose_days(rows: dict[date, int], test_from: date | None, log: str) -> Days
     return Days(valid=valid, test=test)
 
 
-def check_clicks(clicks: dict[str, int], log: str) -> None:
+def no_held_out_days(rows: dict[date, int], log: str) -> Days:
+    """Days that lie after the log, so that all of it trains.
+
+    Raises:
+        UserError: there is no row. `log` names the log.
+    """
+    if not rows:
+        raise UserError(f"{log}: no usable row, so there is nothing to take hot queries from")
+    last = max(rows)
+    return Days(valid=last + ONE_DAY, test=last + 2 * ONE_DAY)
+
+
+def check_clicks(clicks: dict[str, int], log: str, hold_out: bool) -> None:
     """
     Raises:
-        UserError: a split (`train`, `valid`, `test`) without any click: nothing could be learned
-            or measured there.
+        UserError: no click to train, or, where days are held out, none on one of these: nothing
+            could be learned or measured there.
     """
-    empty = [split for split in SPLITS if not clicks.get(split)]
+    empty = [split for split in SPLITS[: None if hold_out else 1] if not clicks.get(split)]
+    if empty and not hold_out:
+        raise UserError(f"{log}: no click in it, so there are no hot queries")
     if empty:
         counts = ", ".join(f"{split} {clicks.get(split, 0):,}" for split in SPLITS)
         raise UserError(

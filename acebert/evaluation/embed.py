@@ -4,16 +4,22 @@ Ray Data hands the actors addresses, runs of rows; what a row holds they read th
 takes the rows of its run by length, so that a batch is padded little. The product side is put
 together as the model's own settings say (hot queries, patches, pixels).
 
+Beside the vectors stands a digest of what each was made from. So a later stage of the same model
+takes those whose inputs have not changed, and hands only the others to the actors.
+
 Memory: of an actor the model and a batch, of the driver a few runs. Vectors are gathered in a
 mapped file, from which the Parquet file is written.
 """
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -28,6 +34,7 @@ from numpy.typing import NDArray
 from acebert.cluster import encoder_pool, node_resources
 from acebert.config import Settings
 from acebert.data.batches import query_arrays
+from acebert.data.earlier import Earlier, earlier_rows, product_ids, same_key, stage_key
 from acebert.data.lookups import Lookups
 from acebert.data.schema import normalize_query
 from acebert.data.tokens import encode, load_tokenizer
@@ -42,7 +49,11 @@ VERSION = 3
 MODEL_FILES = ("model.safetensors", "config.json", "settings.yaml", "tokenizer/tokenizer.json")
 RUN_ROWS = 16_384  # 8 MiB of vectors
 RUNS_AN_ACTOR = 4  # at least, so that actors end together
+FEW_ROWS = 500
 SAY_EVERY = 10.0
+INPUTS = "inputs.npy"
+DIGEST = 16  # bytes that tell inputs apart
+DIGEST_ROWS = 2_048  # put together at once
 
 
 def embed(
@@ -52,8 +63,10 @@ def embed(
     tokens: Stage,
     features: Stage | None,
     queries: list[str],
+    earlier: Earlier | None = None,
 ) -> Stage:
     """The 'embed' stage: products.parquet and queries.parquet for `queries`, as they are given.
+    `earlier` saves work and changes no result beyond rounding, so it is not in the key.
 
     `settings` are the model's own. Hot lists end before the test day.
 
@@ -78,9 +91,19 @@ def embed(
             )
     paths = StagePaths(ingested.path, tokens.path, features.path if features else None)
 
+    image_key = features and {k: v for k, v in stage_key(features.path).items() if k != "ingest"}
+    of_catalogue = ("ingest", "tokens", "features", "queries")
+
     def build(out: Path) -> None:
-        embed_products(settings, model, paths, out)
-        embed_queries(settings, model, queries, out)
+        before = earlier.embed if earlier else None
+        if before is not None and not same_key(before, key, *of_catalogue):
+            log.info("embed: the vectors in %s are gone or another model's", before)
+            before = None
+        report = {
+            "products": embed_products(settings, model, paths, out, digest_of(image_key), before),
+            "queries": embed_queries(settings, model, queries, out, before),
+        }
+        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
     return run_stage(settings.workdir, "embed", key, build)
 
@@ -129,6 +152,26 @@ class _Products:
             lengths = lengths + more.astype(np.int64)
         return lengths
 
+    def digests(self, image_key: str) -> NDArray[np.uint8] | None:
+        """Of all that the model reads of each product (its tokens and its photo, as the features
+        of `image_key` show it), uint8 [n, 16]; None where the features do not know the photos."""
+        text, features = self._inputs.text, self._inputs.features
+        if features is not None and not features.knows_photos:
+            return None
+        n = len(text.titles)
+        found = np.empty((n, DIGEST), np.uint8)
+        for first in range(0, n, DIGEST_ROWS):
+            rows = np.arange(first, min(first + DIGEST_ROWS, n))
+            tokens = text.product_batch(rows, self._hot_lists(rows))
+            photos = np.zeros((len(rows), 0)) if features is None else features.photos(rows)
+            for row, ids, mask, photo in zip(
+                rows, tokens.input_ids, tokens.attention_mask, photos, strict=True
+            ):
+                digest = blake2b(ids[mask].tobytes(), digest_size=DIGEST, key=image_key.encode())
+                digest.update(photo.tobytes())
+                found[row] = np.frombuffer(digest.digest(), np.uint8)
+        return found
+
     def embed(self, encoder: DualEncoder, rows: NDArray[np.int64]) -> torch.Tensor:
         tokens, image = self._inputs.products(rows, self._hot_lists(rows))
         device = encoder.device
@@ -152,18 +195,89 @@ class _Queries:
         return encoder.encode_queries(query_inputs(self._tokenizer, pieces).to(encoder.device))
 
 
-def embed_products(settings: Settings, model: Path, paths: StagePaths, out: Path) -> None:
-    """Write `out`/products.parquet: product_id, embedding (float32 [d], length 1)."""
-    with product_vectors(settings, model, paths, out) as found:
-        tables = (pq.read_table(part, columns=["product_id"]) for part in _parts(paths))
-        ids = (table["product_id"].combine_chunks() for table in tables)  # in row order
-        _write(out / "products.parquet", "product_id", ids, found)
+@dataclass(frozen=True)
+class _Kept:
+    """Vectors that an earlier stage has: row `rows[i]` here is row `theirs[i]` of its `file`."""
+
+    file: Path
+    rows: NDArray[np.int64]
+    theirs: NDArray[np.int64]
+
+    def dimensions(self) -> int:
+        return pq.read_schema(self.file).field("embedding").type.list_size
+
+    def copy(self, to: NDArray[np.float32]) -> None:
+        """Into `to` [n, d], a row group at a time."""
+        order = np.argsort(self.theirs)
+        rows, theirs = self.rows[order], self.theirs[order]
+        first = 0
+        with pq.ParquetFile(self.file) as file:
+            for group in range(file.num_row_groups):
+                vectors = file.read_row_group(group, columns=["embedding"])["embedding"]
+                flat = vectors.combine_chunks().flatten().to_numpy()
+                low, high = np.searchsorted(theirs, [first, first + len(vectors)])
+                to[rows[low:high]] = flat.reshape(len(vectors), -1)[theirs[low:high] - first]
+                first += len(vectors)
 
 
-def embed_queries(settings: Settings, model: Path, queries: list[str], out: Path) -> None:
-    """Write `out`/queries.parquet: query (as given), embedding (float32 [d], length 1)."""
-    with query_vectors(settings, model, queries, out) as found:
-        _write(out / "queries.parquet", "query", iter([pa.array(queries, pa.string())]), found)
+def embed_products(
+    settings: Settings,
+    model: Path,
+    paths: StagePaths,
+    out: Path,
+    image_key: str = "",
+    before: Path | None = None,
+) -> dict[str, int]:
+    """Write `out`/products.parquet: product_id, embedding (float32 [d], length 1), and inputs.npy:
+    digests of what each was made from, uint8 [n, 16].
+
+    Args:
+        image_key: tells features of other settings apart.
+        before: an 'embed' stage of the same model, which vectors are taken from.
+
+    Returns:
+        Numbers of products that are `new`, `changed`, `as_before` or `gone`.
+    """
+    ids = product_ids(paths.ingest)
+    digests = _Products(settings, paths).digests(image_key)
+    counts = {"new": len(ids), "changed": 0, "as_before": 0, "gone": 0}
+    kept = None
+    if digests is not None:
+        np.save(out / INPUTS, digests)
+    if digests is not None and before is not None and (before / INPUTS).is_file():
+        file = before / "products.parquet"
+        old_ids = pq.read_table(file, columns=["product_id"]).column(0)
+        row = earlier_rows(ids, old_ids).astype(np.int64)
+        old = np.load(before / INPUTS, mmap_mode="r", allow_pickle=False)
+        same = (row >= 0) & (old[row] == digests).all(axis=1)
+        kept = _Kept(file, np.flatnonzero(same), row[same])
+        there, as_before = int((row >= 0).sum()), int(same.sum())
+        counts = {
+            "new": len(ids) - there,
+            "changed": there - as_before,
+            "as_before": as_before,
+            "gone": len(old_ids) - there,
+        }
+    with product_vectors(settings, model, paths, out, kept=kept) as found:
+        _write(out / "products.parquet", "product_id", iter(ids.chunks), found)
+    return counts
+
+
+def embed_queries(
+    settings: Settings, model: Path, queries: list[str], out: Path, before: Path | None = None
+) -> dict[str, int]:
+    """Write `out`/queries.parquet: query (as given), embedding (float32 [d], length 1). `before`
+    is a stage of the same model; how many queries are `new` to it, or `as_before`."""
+    texts = pa.chunked_array([pa.array(queries, pa.string())])
+    kept = None
+    if before is not None:
+        file = before / "queries.parquet"
+        row = earlier_rows(texts, pq.read_table(file, columns=["query"]).column(0)).astype(np.int64)
+        kept = _Kept(file, np.flatnonzero(row >= 0), row[row >= 0])
+    with query_vectors(settings, model, queries, out, kept) as found:
+        _write(out / "queries.parquet", "query", iter(texts.chunks), found)
+    as_before = len(kept.rows) if kept else 0
+    return {"new": len(queries) - as_before, "as_before": as_before}
 
 
 def product_vectors(
@@ -172,16 +286,17 @@ def product_vectors(
     paths: StagePaths,
     out: Path,
     lists: Literal["train", "test"] = "test",
+    kept: _Kept | None = None,
 ) -> AbstractContextManager[NDArray[np.float32]]:
     """Vectors of the catalogue's rows, float32 [n, d], mapped from a file under `out` for as long
     as the block lasts. `lists`: hot queries of the training days, or all before the test day."""
     n = sum(pq.read_metadata(part).num_rows for part in _parts(paths))
     make = partial(_Products, settings, paths, lists)
-    return _vectors(settings, model, "products", n, make, out)
+    return _vectors(settings, model, "products", n, make, out, kept)
 
 
 def query_vectors(
-    settings: Settings, model: Path, queries: list[str], out: Path
+    settings: Settings, model: Path, queries: list[str], out: Path, kept: _Kept | None = None
 ) -> AbstractContextManager[NDArray[np.float32]]:
     """The same for queries' texts.
 
@@ -193,7 +308,7 @@ def query_vectors(
     if empty:
         raise UserError(f"{len(empty)} queries are empty after normalisation, e.g. {empty[0]!r}")
     make = partial(_Queries, settings, model, ray.put(pa.array(texts, pa.string())))
-    return _vectors(settings, model, "queries", len(queries), make, out)
+    return _vectors(settings, model, "queries", len(queries), make, out, kept)
 
 
 def _parts(paths: StagePaths) -> list[Path]:
@@ -207,11 +322,18 @@ def query_inputs(tokenizer: Any, pieces: Any) -> Any:
 
 
 class _Embedder:
-    """One actor: the model and a way to put its inputs together."""
+    """One actor: the model and a way to put its inputs together. A run is some of `rows`, or of
+    all there are."""
 
     def __init__(
-        self, settings: Settings, model: Path, make: Callable[[], Inputs], threads: int
+        self,
+        settings: Settings,
+        model: Path,
+        make: Callable[[], Inputs],
+        threads: int,
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
+        self.rows = rows
         use_gpu = torch.cuda.is_available()
         if not use_gpu:
             torch.set_num_threads(threads)
@@ -223,6 +345,7 @@ class _Embedder:
 
     def __call__(self, run: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
         rows = np.arange(run["start"][0], run["stop"][0])
+        rows = rows if self.rows is None else self.rows[rows]
         rows = rows[np.argsort(self.inputs.lengths(rows), kind="stable")]
         device = self.encoder.device.type
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
@@ -238,30 +361,30 @@ class _Embedder:
 
 @contextmanager
 def _vectors(
-    settings: Settings, model: Path, what: str, n: int, make: Callable[[], Inputs], out: Path
+    settings: Settings,
+    model: Path,
+    what: str,
+    n: int,
+    make: Callable[[], Inputs],
+    out: Path,
+    kept: _Kept | None = None,
 ) -> Iterator[NDArray[np.float32]]:
     """Vectors of rows 0 … n − 1 as float32 [n, d], in a file under `out` for as long as the block
-    lasts: they come in any order, and 100 million of them are 51 GB."""
+    lasts: they come in any order, and 100 million of them are 51 GB. Those of `kept` are copied."""
     if not n:
         raise UserError(f"embed: there are no {what} to embed")
-    log.info("embed: %d %s", n, what)
-    pool = encoder_pool(settings.eval.num_actors, node_resources())
-    run = min(RUN_ROWS, -(-n // (RUNS_AN_ACTOR * pool.actors)))
-    starts = range(0, n, run)
-    items = [{"start": start, "stop": min(start + run, n)} for start in starts]
-    embedded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _Embedder,
-        fn_constructor_args=(settings, model, make, pool.threads),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=pool.actors),
-        num_gpus=pool.num_gpus,
-        num_cpus=pool.num_cpus,
-    )
     path = out / f".{what}.f4"
     found: NDArray[np.float32] | None = None
+    rows = None
+    if kept is not None and len(kept.rows):
+        found = np.memmap(path, np.float32, "w+", shape=(n, kept.dimensions()))
+        kept.copy(found)
+        rows = np.setdiff1d(np.arange(n), kept.rows)
+    total = n if rows is None else len(rows)
+    log.info("embed: %d %s, %d as before", total, what, n - total)
     done, said = 0, time.monotonic()
     try:
-        for batch in embedded.iter_batches(batch_size=None):
+        for batch in _embedded(settings, model, make, rows, total) if total else ():
             vectors = batch["embedding"]
             if found is None:
                 found = np.memmap(path, np.float32, "w+", shape=(n, vectors.shape[1]))
@@ -269,11 +392,39 @@ def _vectors(
             done += len(vectors)
             if time.monotonic() - said > SAY_EVERY:
                 said = time.monotonic()
-                log.info("embed: %d of %d %s", done, n, what)
+                log.info("embed: %d of %d %s", done, total, what)
         assert found is not None
         yield found
     finally:
         path.unlink(missing_ok=True)
+
+
+def _embedded(
+    settings: Settings,
+    model: Path,
+    make: Callable[[], Inputs],
+    rows: NDArray[np.int64] | None,
+    total: int,
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Rows and vectors, by actors; `total` is the number of `rows` (none: all). The few that an
+    earlier stage leaves are embedded here, sooner than actors would start."""
+    pool = encoder_pool(settings.eval.num_actors, node_resources())
+    if rows is not None and total <= FEW_ROWS:
+        here = _Embedder(settings, model, make, pool.threads, rows)
+        yield here({"start": np.array([0]), "stop": np.array([total])})
+        return
+    run = min(RUN_ROWS, -(-total // (RUNS_AN_ACTOR * pool.actors)))
+    starts = range(0, total, run)
+    items = [{"start": start, "stop": min(start + run, total)} for start in starts]
+    embedded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _Embedder,
+        fn_constructor_args=(settings, model, make, pool.threads, rows),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=pool.actors),
+        num_gpus=pool.num_gpus,
+        num_cpus=pool.num_cpus,
+    )
+    yield from embedded.iter_batches(batch_size=None)
 
 
 def _write(path: Path, name: str, ids: Iterator[pa.Array], vectors: NDArray[np.float32]) -> None:

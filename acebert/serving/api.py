@@ -21,6 +21,7 @@ from acebert.serving.catalogue import Unavailable
 from acebert.serving.changes import Source
 from acebert.serving.gate import RETRY_SECONDS, Gate
 from acebert.serving.products import Filter, Product
+from acebert.serving.request_log import RequestLog
 from acebert.serving.service import Found, SearchService
 
 PAGE = Path(__file__).parent / "page"
@@ -63,7 +64,10 @@ def make_api(service: SearchService, key: str | None) -> ASGIApp:
     _problems(app)
     settings = service.settings
     body = int(settings.max_body_mb * 2**20)
-    return Gate(app, settings.max_requests, body, key, service.metrics)
+    gate = Gate(app, settings.max_requests, body, key, service.metrics)
+    if settings.request_log == "off":
+        return gate
+    return RequestLog(gate, texts=settings.request_log == "texts")
 
 
 def _searches(app: FastAPI, service: SearchService) -> None:

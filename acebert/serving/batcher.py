@@ -33,6 +33,11 @@ class Batcher:
         self._waiting: list[tuple[Any, asyncio.Future[Any]]] = []
         self._running: asyncio.Task[None] | None = None
 
+    @property
+    def waiting(self) -> int:
+        """Items that no call of `work` has taken yet."""
+        return len(self._waiting)
+
     async def __call__(self, item: Any) -> Any:
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, done))

@@ -5,13 +5,15 @@
 | `bundle.json` | `version` (of the model: `product_side_version`), numbers, expected hit rate |
 | `vectors.npy` | product vectors, float32 [n, d], mapped |
 | `index/` | the FAISS index of these (`acebert.index.ProductIndex`) |
-| `products.sqlite` | `product` (row, product_id, title, category, price, photo), `words` (FTS5) |
+| `products.sqlite` | `product` (row, product_id, title, category, price, photo, digest), `words` |
 | `hot.npy`, `hot_queries.parquet` | vectors of the most frequent queries, float32 [h, d]; texts |
+| `query_mean.npy` | mean vector of the log's queries by clicks, float32 [d]; a refresh keeps it |
 | `model/`, `query_encoder/` | model directory (products are encoded by it), query encoder |
 
 Vectors of products, hot queries and the query encoder are of one model: `version` says which, and
 what does not carry it is refused. A bundle never changes; what happens to products later is in the
-change log (`acebert.serving.changes`).
+change log (`acebert.serving.changes`): later than the catalogue was written (`made` in bundle.json
+says when, and as of when its other parts are).
 """
 
 import json
@@ -20,18 +22,22 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from acebert.config import Settings
+from acebert.data.earlier import stage_key
+from acebert.data.features import photo_digest
 from acebert.data.image import BrokenImage, decode
-from acebert.data.photos import PhotoStorage, Rows
+from acebert.data.photos import Photo, PhotoStorage, Rows
 from acebert.errors import UserError
 from acebert.index import TUNE_QUERIES, Kind, ProductIndex
 from acebert.serving.products import Product
@@ -40,7 +46,7 @@ from acebert.workdir import Stage, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 FLAT_UP_TO = 10_000  # products up to which exact search takes less than a millisecond
 PHOTO_SIDE = 320  # photos of hits are not shown larger [px]
 PHOTO_BYTES = 40_000  # smaller files are kept as they are
@@ -49,7 +55,12 @@ TOKENS = "porter unicode61 remove_diacritics 2"
 
 
 def build_bundle(
-    settings: Settings, model: Path, query_encoder: Path, ingested: Stage, embedded: Stage
+    settings: Settings,
+    model: Path,
+    query_encoder: Path,
+    ingested: Stage,
+    embedded: Stage,
+    earlier: Path | None = None,
 ) -> Stage:
     """The 'bundle' stage, from a model's vectors of the catalogue and of the hot queries.
 
@@ -58,6 +69,7 @@ def build_bundle(
         model: model directory.
         query_encoder: directory of a query encoder of the same version, e.g. `model`.
         embedded: products in catalogue order; queries by falling frequency.
+        earlier: a bundle whose photos are taken where they have not changed.
 
     Raises:
         UserError: the query encoder is another model's.
@@ -93,11 +105,13 @@ def build_bundle(
             codec=serve.codec,
         )
         index.save(out / "index")
+        np.save(out / "query_mean.npy", _query_mean(ingested.path, queries, hot, version, earlier))
         queries, hot = queries[: serve.hot_queries], hot[: serve.hot_queries]
         np.save(out / "hot.npy", hot)
         pq.write_table(pa.table({"query": queries}), out / "hot_queries.parquet")
         storage = PhotoStorage(settings.data.products, int(settings.image.max_megapixels * 3e6))
-        photos = _write_products(ingested.path / "products", storage, settings, out)
+        known = earlier if earlier and _has_digests(earlier) else None
+        photos = _write_products(ingested.path / "products", storage, settings, out, known)
         shutil.copytree(model, out / "model")
         weights = Path(settings.image.cnn_weights)
         if settings.model.patches and weights.is_file():
@@ -109,13 +123,44 @@ def build_bundle(
             "dimensions": vectors.shape[1],
             "photos": photos,
             "hot_queries": len(queries),
-            "hot_share_of_test_searches": round(_hit_rate(ingested.path, set(queries)), 4),
+            "hot_share_of_test_searches": _hit_rate(ingested.path, set(queries)),
             "index_recall_at_100": round(index.info.tuned_recall, 4),
+            "made": _times(model, ingested.path),
         }
         (out / "bundle.json").write_text(json.dumps(info, indent=2) + "\n")
         log.info("bundle: %s", info)
 
     return run_stage(settings.workdir, "bundle", key, build)
+
+
+def _times(model: Path, ingested: Path) -> dict[str, str]:
+    """Part of a bundle → as of when it is, where that is known (ISO 8601, UTC)."""
+    report = json.loads((ingested / "report.json").read_text())
+    trained = datetime.fromtimestamp((model / "model.safetensors").stat().st_mtime, UTC)
+    times = {
+        "bundle": datetime.now(UTC).isoformat(),
+        "catalogue": report.get("products_written"),
+        "model": trained.isoformat(),
+    }
+    if report.get("log_until"):  # the log holds all of its last day
+        end = date.fromisoformat(report["log_until"]) + timedelta(days=1)
+        times["hot_lists"] = datetime.combine(end, datetime.min.time(), UTC).isoformat()
+    return {part: time for part, time in times.items() if time}
+
+
+def _query_mean(
+    ingested: Path,
+    queries: list[str],
+    hot: NDArray[np.float32],
+    version: str,
+    earlier: Path | None,
+) -> NDArray[np.float32]:
+    """What live queries are compared with: the mean of when the model was first published."""
+    if earlier and _has_digests(earlier) and stage_key(earlier)["model"] == version:
+        return np.load(earlier / "query_mean.npy", allow_pickle=False)
+    table = pq.read_table(ingested / "queries.parquet", columns=["text", "clicks"])
+    clicks = table["clicks"].take(pc.index_in(pa.array(queries), table["text"]))
+    return np.average(hot, axis=0, weights=clicks.to_numpy()).astype(np.float32)
 
 
 def hot_queries(ingested: Stage, count: int) -> list[str]:
@@ -164,6 +209,8 @@ class Bundle:
         directory: where it lies.
         version: of the model, see the module's docstring.
         info: bundle.json.
+        query_mean: of the log's queries, float32 [d], or None.
+        made: part (bundle, catalogue, hot_lists, model) → as of when it is.
         vectors: float32 [n, d], mapped.
         index: the FAISS index of these.
         hot: text of a hot query → its row of `hot_vectors`.
@@ -181,16 +228,20 @@ class Bundle:
             self.vectors = np.load(directory / "vectors.npy", mmap_mode="r", allow_pickle=False)
             self.hot_vectors = np.load(directory / "hot.npy", mmap_mode="r", allow_pickle=False)
             texts = pq.read_table(directory / "hot_queries.parquet")["query"].to_pylist()
+            mean = directory / "query_mean.npy"  # bundles of older versions have none
+            self.query_mean = np.load(mean, allow_pickle=False) if mean.is_file() else None
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{directory}: no bundle that can be read ({error})") from error
         self.version: str = self.info["version"]
+        self.made = {
+            part: datetime.fromisoformat(time) for part, time in self.info.get("made", {}).items()
+        }
         of_model = product_side_version(directory / "model")
         if of_model != self.version:
             raise UserError(f"{directory}: model {of_model} in a bundle of model {self.version}")
         self.hot = {text: row for row, text in enumerate(texts)}
         self.index = ProductIndex.load(directory / "index", self.vectors)
-        address = f"file:{directory / 'products.sqlite'}?mode=ro&immutable=1"
-        self._db = sqlite3.connect(address, uri=True, check_same_thread=False)
+        self._db = sqlite3.connect(_address(directory), uri=True, check_same_thread=False)
         n = len(self.vectors)
         if not n == self.index.info.products == self.info["products"]:
             raise UserError(
@@ -226,6 +277,10 @@ class Bundle:
         return match_words(self._db, query)
 
 
+def _address(bundle: Path) -> str:
+    return f"file:{bundle / 'products.sqlite'}?mode=ro&immutable=1"
+
+
 def create_words(db: sqlite3.Connection) -> None:
     db.execute(f"CREATE VIRTUAL TABLE words USING fts5(title, content='', tokenize='{TOKENS}')")
 
@@ -252,21 +307,34 @@ def _read_vectors(path: Path, name: str) -> tuple[list[str], NDArray[np.float32]
     return table[name].to_pylist(), flat.reshape(table.num_rows, -1)
 
 
-def _hit_rate(ingested: Path, hot: set[str]) -> float:
-    """Share of the test day's searches whose query is hot."""
+def _hit_rate(ingested: Path, hot: set[str]) -> float | None:
+    """Share of the test day's searches whose query is hot, where one is held out."""
     shown = pq.read_table(ingested / "test_impressions.parquet", columns=["search", "query"])
     searches = shown.group_by(["search", "query"]).aggregate([])
     texts = pq.read_table(ingested / "queries.parquet")["text"].take(searches["query"])
-    return float(np.mean([text in hot for text in texts.to_pylist()])) if len(texts) else 0.0
+    if not len(texts):
+        return None
+    return round(float(np.mean([text in hot for text in texts.to_pylist()])), 4)
 
 
-def _write_products(folder: Path, storage: PhotoStorage, settings: Settings, out: Path) -> int:
+def _has_digests(bundle: Path) -> bool:
+    """Whether `bundle` is there and knows what its photos were made from."""
+    try:
+        return stage_key(bundle)["version"] >= 2
+    except OSError:
+        return False
+
+
+def _write_products(
+    folder: Path, storage: PhotoStorage, settings: Settings, out: Path, earlier: Path | None
+) -> int:
     """Write products.sqlite; returns how many products have a photo to show."""
     db = sqlite3.connect(out / "products.sqlite")
     db.execute(
         "CREATE TABLE product (row INTEGER PRIMARY KEY, product_id TEXT NOT NULL, "
-        "title TEXT NOT NULL, category TEXT, price REAL, photo BLOB)"
+        "title TEXT NOT NULL, category TEXT, price REAL, photo BLOB, digest BLOB)"
     )
+    known = sqlite3.connect(_address(earlier), uri=True) if earlier else None
     create_words(db)
     photos = 0
     columns = ["product", "product_id", "title", "category", "price"]
@@ -275,24 +343,44 @@ def _write_products(folder: Path, storage: PhotoStorage, settings: Settings, out
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=columns)
                 run = Rows(str(path), group, 0, table.num_rows)
-                shown = [_small(photo.data, settings) for photo in storage.read(run)]
-                photos += sum(photo is not None for photo in shown)
-                rows = zip(*(table[name].to_pylist() for name in columns), shown, strict=True)
-                db.executemany("INSERT INTO product VALUES (?, ?, ?, ?, ?, ?)", rows)
+                shown = [_shown(photo, known, settings) for photo in storage.read(run)]
+                photos += sum(small is not None for small, _ in shown)
+                rows = (
+                    (*fields, *photo)
+                    for fields, photo in zip(
+                        zip(*(table[name].to_pylist() for name in columns), strict=True),
+                        shown,
+                        strict=True,
+                    )
+                )
+                db.executemany("INSERT INTO product VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
                 texts = zip(table["product"].to_pylist(), table["title"].to_pylist(), strict=True)
                 db.executemany("INSERT INTO words (rowid, title) VALUES (?, ?)", texts)
     db.execute("CREATE UNIQUE INDEX by_id ON product (product_id)")
     db.commit()
     db.close()
+    if known:
+        known.close()
     return photos
 
 
-def _small(data: bytes | None, settings: Settings) -> bytes | None:
-    """A photo as it is shown: a JPEG of at most PHOTO_SIDE; None where it cannot be read."""
+def _shown(
+    photo: Photo, known: sqlite3.Connection | None, settings: Settings
+) -> tuple[bytes | None, bytes | None]:
+    """A photo as it is shown: a JPEG of at most PHOTO_SIDE, `known` or made here, None where it
+    cannot be read; and the digest of its bytes."""
+    if photo.data is None:
+        return None, None
+    digest = photo_digest(photo.data).tobytes()
+    if known is not None:
+        same = "SELECT photo FROM product WHERE product_id = ? AND digest = ?"
+        found = known.execute(same, (photo.product_id, digest)).fetchone()
+        if found:
+            return found[0], digest
     try:
-        return None if data is None else small_photo(data, settings.image.max_megapixels)
+        return small_photo(photo.data, settings.image.max_megapixels), digest
     except BrokenImage:
-        return None
+        return None, digest
 
 
 def small_photo(data: bytes, max_megapixels: float) -> bytes:

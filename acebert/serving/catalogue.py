@@ -8,6 +8,7 @@ after a swap, are encoded then.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -36,6 +37,8 @@ class Products(Protocol):
     async def delete(self, product_id: str) -> int: ...
 
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]: ...
+
+    async def before(self, moment: datetime) -> int: ...
 
     async def photo(self, product_id: str) -> bytes | None: ...
 
@@ -92,6 +95,10 @@ class Catalogue:
                 self._log.add_vectors, [seq for seq, _ in lacking], vectors, version
             )
         return await asyncio.to_thread(self._log.since, since, version, LIMIT)
+
+    async def before(self, moment: datetime) -> int:
+        """`seq` of the last change made before `moment`; 0: there is none."""
+        return await asyncio.to_thread(self._log.before, moment)
 
     async def photo(self, product_id: str) -> bytes | None:
         return await asyncio.to_thread(self._log.photo, product_id)

@@ -7,12 +7,17 @@ also what lets WAL work on a network file system); replicas follow by asking it.
 
 Vectors are kept by model version, beside the product and its photo: for another model the same
 products are encoded again.
+
+Each change has its time: a bundle of a catalogue that was written later holds it already, so those
+who serve that bundle begin `before` that time.
 """
 
 import sqlite3
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +31,8 @@ WAIT_SECONDS = 30.0  # for the process that had the log before to end
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS change (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, product_id TEXT NOT NULL UNIQUE,
-    deleted INTEGER NOT NULL, title TEXT, category TEXT, price REAL, in_stock INTEGER, photo BLOB
+    deleted INTEGER NOT NULL, title TEXT, category TEXT, price REAL, in_stock INTEGER, photo BLOB,
+    at REAL
 );
 CREATE TABLE IF NOT EXISTS vector (
     seq INTEGER NOT NULL, version TEXT NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (seq, version)
@@ -61,6 +67,10 @@ class ChangeLog:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA recursive_triggers=ON")  # REPLACE deletes the old row's vector
             self._db.executescript(_SCHEMA)
+            if not self._db.execute(
+                "SELECT 1 FROM pragma_table_info('change') WHERE name = 'at'"
+            ).fetchone():  # made by an older version
+                self._db.execute("ALTER TABLE change ADD COLUMN at REAL")
         except sqlite3.DatabaseError as error:
             raise UserError(f"{path}: the change log cannot be opened: {error}") from error
 
@@ -75,17 +85,21 @@ class ChangeLog:
             for source, vector in zip(sources, vectors, strict=True):
                 product = source.product
                 row = (product.product_id, product.title, product.category, product.price)
-                seq = self._insert("(?, 0, ?, ?, ?, ?, ?)", (*row, product.in_stock, source.photo))
+                seq = self._insert(
+                    "(?, 0, ?, ?, ?, ?, ?, ?)",
+                    (*row, product.in_stock, source.photo, time.time()),
+                )
                 self._set_vector(seq, version, vector)
         return seq
 
     def delete(self, product_id: str) -> int:
         """Mark a product as deleted; durable when it returns. Its `seq`."""
         with self._lock, self._db:
-            return self._insert("(?, 1, NULL, NULL, NULL, NULL, NULL)", (product_id,))
+            values = "(?, 1, NULL, NULL, NULL, NULL, NULL, ?)"
+            return self._insert(values, (product_id, time.time()))
 
     def _insert(self, values: str, row: tuple[object, ...]) -> int:
-        columns = "product_id, deleted, title, category, price, in_stock, photo"
+        columns = "product_id, deleted, title, category, price, in_stock, photo, at"
         found = self._db.execute(f"REPLACE INTO change ({columns}) VALUES {values}", row)
         assert found.lastrowid is not None
         return found.lastrowid
@@ -147,6 +161,13 @@ class ChangeLog:
                 "SELECT photo FROM change WHERE product_id = ?", (product_id,)
             ).fetchone()
         return row and row[0]
+
+    def before(self, moment: datetime) -> int:
+        """`seq` of the last change made before `moment`; 0: there is none."""
+        with self._lock:
+            return self._db.execute(
+                "SELECT coalesce(max(seq), 0) FROM change WHERE at < ?", (moment.timestamp(),)
+            ).fetchone()[0]
 
     def last(self) -> int:
         """`seq` of the last change; 0: there is none."""

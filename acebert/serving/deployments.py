@@ -14,6 +14,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Sequence
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,9 @@ class Changes:
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]:
         return await self._catalogue.changes(since, bundle, version)
 
+    async def before(self, moment: datetime) -> int:
+        return await self._catalogue.before(moment)
+
     async def photo(self, product_id: str) -> bytes | None:
         return await self._catalogue.photo(product_id)
 
@@ -145,6 +149,9 @@ class RemoteProducts:
 
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]:
         return await _asked(self._changes.changes.remote(since, bundle, version))
+
+    async def before(self, moment: datetime) -> int:
+        return await _asked(self._changes.before.remote(moment))
 
     async def photo(self, product_id: str) -> bytes | None:
         return await _asked(self._changes.photo.remote(product_id))

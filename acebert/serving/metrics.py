@@ -3,10 +3,18 @@
 `acebert_queries` by `path` (hot, tail, product, photo), so the hit rate is hot over hot + tail;
 `acebert_stage_ms` by `stage` (encode, index, products, total) and `path`;
 `acebert_refused` by `status`; `acebert_changes_applied`; gauge `acebert_behind_s`, how long ago a
-replica last heard of changes.
+replica last heard of changes; of the published bundle, `acebert_products` and `acebert_age_s` by
+`part` (bundle, catalogue, hot_lists, model); of a replica, `acebert_queries_waiting`
+for the query encoder, and `acebert_query_drift` (`drift`).
 """
 
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
 from ray.util.metrics import Counter, Gauge, Histogram
+
+if TYPE_CHECKING:
+    from acebert.serving.bundle import Bundle
 
 BOUNDARIES = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
 
@@ -20,6 +28,17 @@ class Metrics:
         self.refused = Counter("acebert_refused", "requests refused", ("status",))
         self.changes = Counter("acebert_changes_applied", "changes of products applied")
         self.behind = Gauge("acebert_behind_s", "since changes were last asked for [s]")
+        self.products = Gauge("acebert_products", "products of the bundle")
+        self.waiting = Gauge("acebert_queries_waiting", "queries that wait for the encoder")
+        self.drift = Gauge("acebert_query_drift", "cosine distance of live queries from the log's")
+        self.age = Gauge("acebert_age_s", "since a part of the bundle was current [s]", ("part",))
 
     def stage(self, stage: str, path: str, seconds: float) -> None:
         self.stage_ms.observe(max(1e-6, 1000 * seconds), {"stage": stage, "path": path})
+
+    def state(self, bundle: "Bundle") -> None:
+        """What is served, and how old it is by now."""
+        self.products.set(bundle.info["products"])
+        now = datetime.now(UTC)
+        for part, made in bundle.made.items():
+            self.age.set(max(0.0, (now - made).total_seconds()), {"part": part})

@@ -6,7 +6,8 @@ there; the index is searched at once. All others share forwards of the query enc
 Both kinds end in one thread pool, so that the event loop is free for health checks and refusals.
 
 Swap: `_follow` loads the new bundle with its encoder and index beside the old, applies all changes
-to it, and then puts it in place at once. A request keeps the bundle that it began with.
+to it that were made since its catalogue was written, and then puts it in place at once. A request
+keeps the bundle that it began with.
 """
 
 import asyncio
@@ -32,6 +33,7 @@ from acebert.experiment.interleaving import team_draft
 from acebert.serving.batcher import Batcher
 from acebert.serving.bundle import Bundle, published
 from acebert.serving.catalogue import Products, Unavailable
+from acebert.serving.drift import QueryDrift
 from acebert.serving.live_index import LiveIndex, LiveProducts, fuse
 from acebert.serving.metrics import Metrics
 from acebert.serving.products import Filter, Hit
@@ -73,6 +75,8 @@ class Loaded:
         self.bundle = Bundle(directory)
         self.version = self.bundle.version
         self.seq = 0
+        mean = self.bundle.query_mean
+        self.drift = None if mean is None else QueryDrift(mean)
         self.index: LiveProducts
         if serve.milvus_uri is None:
             self.index = LiveIndex(self.bundle)
@@ -157,6 +161,9 @@ class SearchService:
 
     async def load(self, directory: Path) -> Loaded:
         loaded = await asyncio.to_thread(Loaded, directory, self.all_settings, self._pool)
+        written = loaded.bundle.made.get("catalogue")
+        if written is not None:
+            loaded.seq = await self.products.before(written)
         while await self.catch_up(loaded):
             pass
         log.info("serves %s, %d changes", directory, loaded.seq)
@@ -189,6 +196,15 @@ class SearchService:
             except Exception:  # a bundle is broken: serve what there is
                 log.exception("cannot follow, goes on with what it has")
             self.metrics.behind.set(self.behind)
+            self._tell()
+
+    def _tell(self) -> None:
+        """Metrics of what is served, and of what waits."""
+        loaded = self.current()
+        self.metrics.state(loaded.bundle)
+        self.metrics.waiting.set(loaded.batcher.waiting if loaded.batcher else 0)
+        if loaded.drift is not None and loaded.drift.value is not None:
+            self.metrics.drift.set(loaded.drift.value)
 
     async def search(
         self,
@@ -217,6 +233,8 @@ class SearchService:
         else:
             vector = await self._vector(loaded, text)
             self.metrics.stage("encode", path, time.perf_counter() - start)
+        if loaded.drift is not None:
+            loaded.drift.add(vector)
         return await self._nearest(
             loaded, vector, k, where, path, start, text if hybrid else None, min_score
         )

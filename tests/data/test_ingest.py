@@ -151,6 +151,41 @@ def test_test_from_moves_the_split_and_filters_what_comes_after(tmp_path: Path) 
     assert not later & got.pairs("pairs.parquet")
 
 
+def test_without_held_out_days_all_days_train_and_hot_lists_are_of_all_of_them(
+    tmp_path: Path,
+) -> None:
+    where = write(PRODUCTS, tmp_path / "products.parquet")
+    rows = write(LOG[:-2], tmp_path / "log.parquet")  # the last day has but one click left
+    settings = make_settings(tmp_path / "work", test_from=date(2026, 1, 1))
+    got = Result(ingest(settings, where, rows, hold_out=False))
+    clicked = Counter(
+        (row["query"].strip().lower(), row["product_id"]) for row in LOG[:-2] if row["clicked"]
+    )
+    assert {(q, p) for q, p, _, _ in got.pairs("pairs.parquet")} == {
+        (normalize_query(q), p) for q, p in clicked
+    }
+    lists = {
+        got.ids[r["product"]]: got.hot(r["test"]) for r in got.rows("product_hot_lists.parquet")
+    }
+    assert lists == {"a": ["red shoe", "shoe"], "b": ["blue shoe"], "c": ["hat"], "d": []}
+    for name in ("valid_pairs", "test_pairs", "valid_impressions", "test_impressions"):
+        assert got.rows(f"{name}.parquet") == []
+    assert got.path != ingest(make_settings(tmp_path / "work"), where, rows).path
+
+
+def test_without_held_out_days_a_log_of_one_day_will_do_and_one_without_clicks_will_not(
+    tmp_path: Path,
+) -> None:
+    where = write(PRODUCTS, tmp_path / "products.parquet")
+    settings = make_settings(tmp_path / "work")
+    one_day = write(LOG[:3], tmp_path / "one.parquet")
+    got = Result(ingest(settings, where, one_day, hold_out=False))
+    assert got.report["splits"]["train"]["days"] == 1
+    unclicked = write([row for row in LOG if not row["clicked"]], tmp_path / "none.parquet")
+    with pytest.raises(UserError, match=r"none\.parquet: no click in it"):
+        ingest(settings, where, unclicked, hold_out=False)
+
+
 def test_the_files_have_the_documented_columns_and_types(tmp_path: Path) -> None:
     path = run(tmp_path).path
     want = {

@@ -4,9 +4,11 @@ import asyncio
 import base64
 import io
 import json
+import shutil
 import struct
 import zlib
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import cv2
@@ -168,6 +170,36 @@ def test_a_swap_takes_changes_over_to_the_new_model_and_fails_no_request(
         assert encoded is not None
         own = await local.catalogue.encode(world.other_bundle, ["red shoe"], [None])
         np.testing.assert_allclose(encoded, own[0], atol=1e-5)
+
+    with_service(test)
+
+
+def test_a_newer_catalogue_supersedes_the_changes_made_before_it_was_written(
+    world, with_service, tmp_path
+) -> None:
+    newer = tmp_path / "newer"
+    shutil.copytree(world.other_bundle, newer)
+    info = json.loads((newer / "bundle.json").read_text())
+    changed, deleted = world.ids[0], world.ids[1]
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        await client.put(f"/products/{changed}", json={"title": "of the old day"})
+        await client.delete(f"/products/{deleted}")
+        await asyncio.sleep(0.05)
+        info["made"]["catalogue"] = datetime.now(UTC).isoformat()
+        (newer / "bundle.json").write_text(json.dumps(info))
+        await asyncio.sleep(0.05)
+        await client.put("/products/later", json={"title": "of the new day"})
+        publish(world.settings.workdir, newer)
+
+        async def swapped() -> bool:
+            return (await client.get("/version")).json()["bundle"] == "newer"
+
+        await until(swapped, 60)
+        assert (await client.get(f"/products/{changed}")).json()["title"] != "of the old day"
+        assert (await client.get(f"/products/{deleted}")).status_code == 200
+        assert (await client.get("/products/later")).json()["title"] == "of the new day"
+        assert (await client.get("/version")).json()["changes"] == 3
 
     with_service(test)
 

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +118,37 @@ def test_a_second_writer_is_refused(
     monkeypatch.setattr(module, "WAIT_SECONDS", 0.1)
     with pytest.raises(UserError, match=r"changes\.sqlite.*locked"):
         ChangeLog(tmp_path / "changes.sqlite")
+
+
+def test_changes_before_a_moment_are_those_made_before_it(log: ChangeLog) -> None:
+    assert log.before(datetime.now(UTC)) == 0
+    log.put([source("a")], vector(1), "v")
+    first = log.delete("b")
+    time.sleep(0.01)
+    moment = datetime.now(UTC)
+    time.sleep(0.01)
+    last = log.put([source("c")], vector(1), "v")
+    assert log.before(moment) == first
+    assert log.before(datetime.now(UTC)) == last
+
+
+def test_a_log_of_an_older_version_is_taken_over_and_its_changes_have_no_time(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "changes.sqlite"
+    with sqlite3.connect(path) as db:
+        db.execute(
+            "CREATE TABLE change (seq INTEGER PRIMARY KEY AUTOINCREMENT, product_id TEXT NOT NULL "
+            "UNIQUE, deleted INTEGER NOT NULL, title TEXT, category TEXT, price REAL, "
+            "in_stock INTEGER, photo BLOB)"
+        )
+        db.execute("INSERT INTO change (product_id, deleted) VALUES ('a', 1)")
+    db.close()
+    log = ChangeLog(path)
+    log.delete("b")
+    assert [change.product_id for change in log.since(0, "v", 10)] == ["a", "b"]
+    assert log.before(datetime(2020, 1, 1, tzinfo=UTC)) == 0
+    log.close()
 
 
 WRITER = """

@@ -1,6 +1,8 @@
 """The service on Ray Serve, over HTTP; replicas and the writer are killed with -9."""
 
+import json
 import os
+import re
 import signal
 import socket
 import time
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from acebert.serving.bundle import publish
+from acebert.serving.drift import WINDOW
 from acebert.serving.query_encoder import QueryEncoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -112,3 +115,37 @@ def test_a_photo_that_is_none_is_refused_through_both_deployments(client: httpx.
     answer = client.put("/products/x", json={"title": "x", "photo": "R0lGODlh"})
     assert answer.status_code == 422
     assert "photo" in answer.json()["error"]
+
+
+def test_every_metric_that_the_dashboard_asks_for_is_one_that_the_service_exports(
+    client: httpx.Client,
+) -> None:
+    import ray
+
+    dashboard = json.loads((Path(__file__).parents[2] / "serve" / "grafana.json").read_text())
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"ray_\w+", target["expr"])
+    }
+    assert len(asked) == 9
+    for _ in range(2 * WINDOW // 100):  # drift is told from WINDOW searches of a replica on
+        answer = client.post("/search/batch", json={"queries": ["red shoe"] * 100, "k": 1})
+        assert answer.status_code == 200, answer.text
+    assert client.get("/search", params={"q": "a tail query"}).status_code == 200
+    assert client.put("/products/new", json={"title": "new"}).status_code == 202
+    assert client.post("/search/batch", content=b"x" * (17 << 20)).status_code == 413
+    (node,) = ray.nodes()
+    address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    missing = asked
+
+    def exported() -> bool:
+        nonlocal missing
+        missing = asked - set(re.findall(r"^(ray_\w+)", httpx.get(address).text, re.MULTILINE))
+        return not missing
+
+    try:
+        until(exported, 120)
+    except AssertionError:
+        assert missing == set()

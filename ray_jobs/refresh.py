@@ -1,0 +1,60 @@
+"""Take a new day's catalogue and log into the service: hot lists of all days, new products.
+
+    python ray_jobs/refresh.py --workdir W --model MODEL_DIR --data.products P --data.impressions L
+
+As publish.py, with two differences. No day of the log is held out. And what the bundle that is
+published has already, of the same model, is taken over: photos that are the same are not put
+through the CNN again, and products are embedded again only where their title, photo or hot queries
+changed. A run that is stopped leaves the old bundle published; the same command goes on.
+"""
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+
+from acebert.config import Settings
+from acebert.job import run_job
+
+log = logging.getLogger("acebert.refresh")
+
+
+def work(settings: Settings, arguments: argparse.Namespace) -> None:
+    from acebert.cluster import leave
+    from acebert.data.earlier import Earlier, stage_key
+    from acebert.errors import UserError
+    from acebert.pipeline import Refresh, bundle_stage, settings_for
+    from acebert.serving.bundle import publish, published
+    from acebert.tracking import registered_model
+
+    start = time.perf_counter()
+    model = arguments.model
+    directory = registered_model(settings, model) if model.startswith("models:/") else Path(model)
+    settings = settings_for(directory, arguments.settings)
+    try:
+        earlier = Earlier.of_bundle(published(settings.workdir, arguments.arm))
+    except UserError:  # nothing is published: all is new
+        earlier = None
+    query_encoder = arguments.query_encoder or directory
+    stage = bundle_stage(settings, directory, query_encoder, Refresh(earlier))
+    publish(settings.workdir, stage.path, arguments.arm)
+    leave()
+    embedded = settings.workdir / "embed" / stage_key(stage.path)["embed"]
+    products = json.loads((embedded / "report.json").read_text())["products"]
+    log.info(
+        "refresh: %s products new, %s changed, %s as before, %s gone; published after %.0f s",
+        *(f"{products[name]:,}" for name in ("new", "changed", "as_before", "gone")),
+        time.perf_counter() - start,
+    )
+    print(stage.path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--model", required=True, help="directory that finetune printed, or models:/"
+    )
+    parser.add_argument("--query_encoder", type=Path, help="directory that distill printed")
+    parser.add_argument("--arm", help="of an experiment (docs/experiments.md)")
+    run_job(work, __doc__, parser)

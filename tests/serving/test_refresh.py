@@ -1,0 +1,245 @@
+"""A new day's catalogue and log taken into a bundle, against one made from scratch."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from acebert.config import Settings, load_settings
+from acebert.data.demo import build_demo
+from acebert.data.earlier import Earlier, stage_key
+from acebert.data.ingest import ingest
+from acebert.data.tokens import tokenize
+from acebert.pipeline import Refresh, bundle_stage
+from acebert.serving.bundle import Bundle, publish, published
+from acebert.training.finetune import new_model
+from acebert.training.pairs import StagePaths
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+SMALL = [
+    *["--demo.products", "60", "--demo.searches_per_day", "100", "--demo.days", "4"],
+    *["--demo.image_side", "64", "--model.width", "32", "--model.heads", "2"],
+    *["--model.layers", "1", "--text.vocab_size", "400", "--train.precision", "fp32"],
+    *["--serve.hot_queries", "30", "--eval.batch_size", "8"],
+]
+GONE, NEW, RETITLED, NEW_PHOTO = {3, 17, 40}, {5, 20}, {8}, {11, 30}
+"""rows of the first day's catalogue; NEW: those that come again under another id"""
+
+
+@dataclass(frozen=True)
+class Days:
+    settings: Settings
+    """of the second day"""
+    model: Path
+    first: Path
+    """bundle of the first day"""
+    second: Path
+    """of the second, from the first"""
+    scratch: Path
+    """of the second, from nothing"""
+
+
+def second_catalogue(products: pa.Table) -> pa.Table:
+    rows = products.to_pylist()
+    photos = {i: rows[i]["image"] for i in NEW_PHOTO}
+    for i, other in zip(NEW_PHOTO, reversed(list(NEW_PHOTO)), strict=True):
+        rows[i]["image"] = photos[other]
+    for i in RETITLED:
+        rows[i]["title"] += " deluxe"
+    new = [rows[i] | {"product_id": f"new-{i}"} for i in sorted(NEW)]
+    kept = [row for i, row in enumerate(rows) if i not in GONE]
+    return pa.Table.from_pylist([*new, *kept], schema=products.schema)  # all rows move
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Iterator[Days]:
+    work = tmp_path_factory.mktemp("refresh")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{work / 'mlflow.db'}")
+        argv = ["--recipe", "acebert_tiny", "--workdir", str(work / "w"), *SMALL]
+        demo = build_demo(load_settings(argv), processes=1).path
+        products = pq.read_table(demo / "products.parquet")
+        pq.write_table(products, work / "products1.parquet")
+        pq.write_table(second_catalogue(products), work / "products2.parquet")
+        ids = products["product_id"].to_pylist()
+        logs = sorted((demo / "impressions").glob("*.parquet"))
+        for day, files in ((1, logs[:3]), (2, logs)):
+            (work / f"log{day}").mkdir()
+            for file in files:
+                table = pq.read_table(file)
+                if file == logs[3]:  # a day on which few products were seen
+                    few = pa.array(ids[:6])
+                    table = table.filter(pc.is_in(table["product_id"], few))
+                pq.write_table(table, work / f"log{day}" / file.name)
+
+        def on(day: int, workdir: str) -> Settings:
+            files = ["--data.products", str(work / f"products{day}.parquet")]
+            log = ["--data.impressions", str(work / f"log{day}")]
+            return load_settings([*argv, *files, *log, "--workdir", str(work / workdir)])
+
+        settings = on(1, "w")
+        model = untrained(settings, work / "model")
+        first = bundle_stage(settings, model, model, Refresh(None)).path
+        publish(settings.workdir, first)
+        settings = on(2, "w")
+        earlier = Earlier.of_bundle(published(settings.workdir))
+        second = bundle_stage(settings, model, model, Refresh(earlier)).path
+        scratch = bundle_stage(on(2, "scratch"), model, model, Refresh(None)).path
+        yield Days(settings, model, first, second, scratch)
+
+
+def untrained(settings: Settings, directory: Path) -> Path:
+    """A model directory of random weights, large enough to tell products apart."""
+    data = settings.data
+    assert data.products is not None
+    assert data.impressions is not None
+    ingested = ingest(settings, data.products, data.impressions, hold_out=False)
+    paths = StagePaths(ingested.path, tokenize(settings, ingested).path, None)
+    torch.manual_seed(0)
+    model = new_model(settings, paths)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else None
+    model.save(directory)
+    shutil.copytree(paths.tokens / "tokenizer", directory / "tokenizer")
+    tree = settings.model_dump(mode="json")
+    (directory / "settings.yaml").write_text(yaml.safe_dump(tree))
+    return directory
+
+
+def stage_of(bundle: Path, *names: str) -> Path:
+    """The stage that a bundle was made of: embed, then features or ingest of that."""
+    for name in names:
+        bundle = bundle.parents[1] / name / stage_key(bundle)[name]
+    return bundle
+
+
+def read_by_the_model(bundle: Path) -> dict[str, tuple[Any, ...]]:
+    """product id → title, photo and texts of the hot queries, from ingest's tables."""
+    ingested = stage_of(bundle, "ingest")
+    texts = pq.read_table(ingested / "queries.parquet")["text"].to_pylist()
+    hot = pq.read_table(ingested / "hot_lists.parquet")["queries"].to_pylist()
+    lists = pq.read_table(ingested / "product_hot_lists.parquet")["test"].to_pylist()
+    columns = ["product_id", "title", "image"]
+    rows = pq.read_table(ingested / "products", columns=columns).to_pylist()
+    return {
+        row["product_id"]: (row["title"], row["image"], [texts[q] for q in hot[number]])
+        for row, number in zip(rows, lists, strict=True)
+    }
+
+
+def test_a_refreshed_bundle_equals_one_from_scratch(days: Days) -> None:
+    refreshed, scratch = Bundle(days.second), Bundle(days.scratch)
+    assert refreshed.index.product_ids == scratch.index.product_ids
+    assert len(refreshed.index.product_ids) == 60 - len(GONE) + len(NEW)
+    np.testing.assert_allclose(refreshed.vectors, scratch.vectors, atol=1e-5)
+    assert refreshed.hot == scratch.hot
+    np.testing.assert_allclose(refreshed.hot_vectors, scratch.hot_vectors, atol=1e-5)
+    for row in range(len(scratch.vectors)):
+        assert refreshed.products([row]) == scratch.products([row])
+        assert refreshed.photo(row) == scratch.photo(row)
+    scores, rows = refreshed.index.search(np.array(scratch.hot_vectors), 10)
+    expected, expected_rows = scratch.index.search(np.array(scratch.hot_vectors), 10)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    swapped = np.flatnonzero(rows != expected_rows)  # only products as good as each other
+    gap = np.abs(np.diff(expected, axis=1, append=-9)).ravel()
+    assert all(gap[swapped] < 1e-5)
+
+
+def test_only_what_changed_is_embedded_and_put_through_the_cnn(days: Days) -> None:
+    before, now = read_by_the_model(days.first), read_by_the_model(days.second)
+    common = before.keys() & now.keys()
+    changed = sum(before[key] != now[key] for key in common)
+    assert len(RETITLED | NEW_PHOTO) < changed < len(common) / 2  # hot lists changed, few of them
+    embedded = yaml.safe_load((stage_of(days.second, "embed") / "report.json").read_text())
+    assert embedded["products"] == {
+        "new": len(NEW),
+        "changed": changed,
+        "as_before": len(common) - changed,
+        "gone": len(GONE),
+    }
+    features = stage_of(days.second, "embed", "features")
+    broken = set(pq.read_table(features / "broken_images.parquet")["product_id"].to_pylist())
+    same_photos = sum(before[key][1] == now[key][1] is not None for key in common - broken)
+    counts = yaml.safe_load((features / "report.json").read_text())
+    assert counts["photos_as_before"] == same_photos
+    assert same_photos > 0.8 * len(common)
+    rois = stage_of(days.scratch, "embed", "features") / "report.json"
+    assert counts["rois_found"] == yaml.safe_load(rois.read_text())["rois_found"]
+
+
+def test_hot_lists_are_of_all_days_and_the_bundle_says_as_of_when_its_parts_are(
+    days: Days,
+) -> None:
+    pairs = pq.read_table(stage_of(days.second, "ingest") / "pairs.parquet")
+    last = pc.max(pairs["day"]).as_py()
+    assert last == date.fromisoformat(
+        sorted(p.stem for p in Path(days.settings.data.impressions or "").iterdir())[-1]
+    )
+    made = Bundle(days.second).made
+    assert (made["hot_lists"].date() - last).days == 1
+    written = Path(days.settings.data.products or "").stat().st_mtime
+    assert made["catalogue"].timestamp() == pytest.approx(written, abs=1)
+
+
+KILLED = """
+import logging, os, runpy, sys
+
+moment = sys.argv[1]
+
+class Killer(logging.Handler):
+    def emit(self, record):
+        if moment in record.getMessage():
+            os.kill(os.getpid(), 9)
+
+logging.getLogger("acebert").addHandler(Killer())
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_refresh_that_is_killed_leaves_the_old_bundle_and_the_same_command_ends_well(
+    days: Days, tmp_path: Path
+) -> None:
+    import ray
+
+    root = days.settings.workdir.parent
+    embedded = stage_of(days.first, "embed")
+    of_vectors = (stage_of(embedded, name) for name in ("features", "ingest"))
+    for stage in (days.first, embedded, *of_vectors):  # of the first day alone
+        shutil.copytree(stage, tmp_path / stage.parent.name / stage.name)
+    publish(tmp_path, tmp_path / "bundle" / days.first.name)
+    job = str(Path(__file__).parents[2] / "ray_jobs" / "refresh.py")
+    command = [job, "--workdir", str(tmp_path), "--model", str(days.model)]
+    command += ["--data.products", str(root / "products2.parquet")]
+    command += ["--data.impressions", str(root / "log2"), "--serve.hot_queries", "30"]
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": job.rsplit("/", 2)[0]}
+    for moment in ("ingest: queries", "queries, ", "index: ", "bundle: done", None):
+        argv = [sys.executable, "-c", KILLED, moment or "no such line", *command]
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=400)
+        if moment is None:
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "refresh: 2 products new" in done.stdout
+            break
+        assert done.returncode == -9, f"{moment}: {done.stdout}{done.stderr}"
+        still = Bundle(published(tmp_path))
+        assert still.directory.name == days.first.name
+        assert still.index.product_ids == Bundle(days.first).index.product_ids
+    now, expected = Bundle(published(tmp_path)), Bundle(days.second)
+    assert now.index.product_ids == expected.index.product_ids
+    np.testing.assert_allclose(now.vectors, expected.vectors, atol=1e-5)
+    assert not list(tmp_path.glob("*/.*.partial"))
