@@ -170,7 +170,7 @@ class FeatureStore:
 
     @property
     def knows_photos(self) -> bool:
-        """Whether `found` and `photos` are there: stages of older versions have none."""
+        """Whether `found` and `photos` are there, as `preprocess` writes them."""
         return "photo" in self._columns(0)
 
     def found(self, rows: np.ndarray) -> np.ndarray:

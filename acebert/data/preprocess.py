@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 MAX_ROWS = 1_000
 MIN_ROWS = 100
 MAX_BYTES = 96 << 20  # of a run's crops and pixels; below the size at which Ray splits blocks
@@ -91,7 +91,7 @@ def _reuse(
     if earlier is None or earlier.features is None:
         return None
     there = same_key(earlier.features, key, "ingest") and (earlier.ingest / "products").is_dir()
-    if not there or not FeatureStore(earlier.features).knows_photos:
+    if not there:
         log.info("features: those of %s are gone or of other settings", earlier.features)
         return None
     rows = earlier_rows(product_ids(ingested.path), product_ids(earlier.ingest))

@@ -110,7 +110,7 @@ def build_bundle(
         np.save(out / "hot.npy", hot)
         pq.write_table(pa.table({"query": queries}), out / "hot_queries.parquet")
         storage = PhotoStorage(settings.data.products, int(settings.image.max_megapixels * 3e6))
-        known = earlier if earlier and _has_digests(earlier) else None
+        known = earlier if earlier and _is_one_of_ours(earlier) else None
         photos = _write_products(ingested.path / "products", storage, settings, out, known)
         shutil.copytree(model, out / "model")
         weights = Path(settings.image.cnn_weights)
@@ -156,7 +156,7 @@ def _query_mean(
     earlier: Path | None,
 ) -> NDArray[np.float32]:
     """What live queries are compared with: the mean of when the model was first published."""
-    if earlier and _has_digests(earlier) and stage_key(earlier)["model"] == version:
+    if earlier and _is_one_of_ours(earlier) and stage_key(earlier)["model"] == version:
         return np.load(earlier / "query_mean.npy", allow_pickle=False)
     table = pq.read_table(ingested / "queries.parquet", columns=["text", "clicks"])
     clicks = table["clicks"].take(pc.index_in(pa.array(queries), table["text"]))
@@ -209,7 +209,7 @@ class Bundle:
         directory: where it lies.
         version: of the model, see the module's docstring.
         info: bundle.json.
-        query_mean: of the log's queries, float32 [d], or None.
+        query_mean: of the log's queries, float32 [d].
         made: part (bundle, catalogue, hot_lists, model) → as of when it is.
         vectors: float32 [n, d], mapped.
         index: the FAISS index of these.
@@ -228,14 +228,14 @@ class Bundle:
             self.vectors = np.load(directory / "vectors.npy", mmap_mode="r", allow_pickle=False)
             self.hot_vectors = np.load(directory / "hot.npy", mmap_mode="r", allow_pickle=False)
             texts = pq.read_table(directory / "hot_queries.parquet")["query"].to_pylist()
-            mean = directory / "query_mean.npy"  # bundles of older versions have none
-            self.query_mean = np.load(mean, allow_pickle=False) if mean.is_file() else None
+            self.query_mean = np.load(directory / "query_mean.npy", allow_pickle=False)
+            self.version: str = self.info["version"]
+            made = self.info["made"].items()
+            self.made = {part: datetime.fromisoformat(time) for part, time in made}
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{directory}: no bundle that can be read ({error})") from error
-        self.version: str = self.info["version"]
-        self.made = {
-            part: datetime.fromisoformat(time) for part, time in self.info.get("made", {}).items()
-        }
+            raise UserError(
+                f"{directory}: no bundle that can be read ({error!r}); publish the model again"
+            ) from error
         of_model = product_side_version(directory / "model")
         if of_model != self.version:
             raise UserError(f"{directory}: model {of_model} in a bundle of model {self.version}")
@@ -317,10 +317,10 @@ def _hit_rate(ingested: Path, hot: set[str]) -> float | None:
     return round(float(np.mean([text in hot for text in texts.to_pylist()])), 4)
 
 
-def _has_digests(bundle: Path) -> bool:
-    """Whether `bundle` is there and knows what its photos were made from."""
+def _is_one_of_ours(bundle: Path) -> bool:
+    """Whether `bundle` is there, written as this code writes one."""
     try:
-        return stage_key(bundle)["version"] >= 2
+        return bool(stage_key(bundle)["version"] == VERSION)
     except OSError:
         return False
 

@@ -32,7 +32,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS change (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, product_id TEXT NOT NULL UNIQUE,
     deleted INTEGER NOT NULL, title TEXT, category TEXT, price REAL, in_stock INTEGER, photo BLOB,
-    at REAL
+    at REAL NOT NULL
 );
 CREATE TABLE IF NOT EXISTS vector (
     seq INTEGER NOT NULL, version TEXT NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (seq, version)
@@ -67,10 +67,6 @@ class ChangeLog:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA recursive_triggers=ON")  # REPLACE deletes the old row's vector
             self._db.executescript(_SCHEMA)
-            if not self._db.execute(
-                "SELECT 1 FROM pragma_table_info('change') WHERE name = 'at'"
-            ).fetchone():  # made by an older version
-                self._db.execute("ALTER TABLE change ADD COLUMN at REAL")
         except sqlite3.DatabaseError as error:
             raise UserError(f"{path}: the change log cannot be opened: {error}") from error
 

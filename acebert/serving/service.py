@@ -75,8 +75,7 @@ class Loaded:
         self.bundle = Bundle(directory)
         self.version = self.bundle.version
         self.seq = 0
-        mean = self.bundle.query_mean
-        self.drift = None if mean is None else QueryDrift(mean)
+        self.drift = QueryDrift(self.bundle.query_mean)
         self.index: LiveProducts
         if serve.milvus_uri is None:
             self.index = LiveIndex(self.bundle)
@@ -203,7 +202,7 @@ class SearchService:
         loaded = self.current()
         self.metrics.state(loaded.bundle)
         self.metrics.waiting.set(loaded.batcher.waiting if loaded.batcher else 0)
-        if loaded.drift is not None and loaded.drift.value is not None:
+        if loaded.drift.value is not None:
             self.metrics.drift.set(loaded.drift.value)
 
     async def search(
@@ -233,8 +232,7 @@ class SearchService:
         else:
             vector = await self._vector(loaded, text)
             self.metrics.stage("encode", path, time.perf_counter() - start)
-        if loaded.drift is not None:
-            loaded.drift.add(vector)
+        loaded.drift.add(vector)
         return await self._nearest(
             loaded, vector, k, where, path, start, text if hybrid else None, min_score
         )

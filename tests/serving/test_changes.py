@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -130,25 +129,6 @@ def test_changes_before_a_moment_are_those_made_before_it(log: ChangeLog) -> Non
     last = log.put([source("c")], vector(1), "v")
     assert log.before(moment) == first
     assert log.before(datetime.now(UTC)) == last
-
-
-def test_a_log_of_an_older_version_is_taken_over_and_its_changes_have_no_time(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "changes.sqlite"
-    with sqlite3.connect(path) as db:
-        db.execute(
-            "CREATE TABLE change (seq INTEGER PRIMARY KEY AUTOINCREMENT, product_id TEXT NOT NULL "
-            "UNIQUE, deleted INTEGER NOT NULL, title TEXT, category TEXT, price REAL, "
-            "in_stock INTEGER, photo BLOB)"
-        )
-        db.execute("INSERT INTO change (product_id, deleted) VALUES ('a', 1)")
-    db.close()
-    log = ChangeLog(path)
-    log.delete("b")
-    assert [change.product_id for change in log.since(0, "v", 10)] == ["a", "b"]
-    assert log.before(datetime(2020, 1, 1, tzinfo=UTC)) == 0
-    log.close()
 
 
 WRITER = """
