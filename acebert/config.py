@@ -791,7 +791,15 @@ def _describe(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             lines.append(f"--{key}: there is no such setting (--help lists them all)")
         elif item["type"] == "value_error":
-            lines.append(f"--{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"]))
+            said = str(item["ctx"]["error"])
+            section = (
+                Settings.model_fields[key].annotation if key in Settings.model_fields else None
+            )
+            if isinstance(section, type) and issubclass(section, Section):
+                key = f"{key}." if re.split(r"\W", said)[0] in section.model_fields else f"{key}: "
+                lines.append(f"--{key}{said}")
+            else:
+                lines.append(f"--{key}: {said}" if key else said)
         else:
             lines.append(f"--{key}: {item['msg']}, got {item['input']!r}")
     return "\n".join(lines)

@@ -46,7 +46,7 @@ from acebert.workdir import Stage, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 FLAT_UP_TO = 10_000  # products up to which exact search takes less than a millisecond
 PHOTO_SIDE = 320  # photos of hits are not shown larger [px]
 PHOTO_BYTES = 40_000  # smaller files are kept as they are
@@ -345,6 +345,9 @@ def _write_products(
                 run = Rows(str(path), group, 0, table.num_rows)
                 shown = [_shown(photo, known, settings) for photo in storage.read(run)]
                 photos += sum(small is not None for small, _ in shown)
+                # 48.91, and not its float32's 48.90999984741211.
+                price = table["price"].cast(pa.string()).cast(pa.float64())
+                table = table.set_column(columns.index("price"), "price", price)
                 rows = (
                     (*fields, *photo)
                     for fields, photo in zip(
