@@ -156,7 +156,7 @@ def test_two_columns_are_mapped_as_the_guide_says():
 
 
 def test_a_cut_off_below_one_is_refused():
-    with pytest.raises(UserError, match=r"eval: .*ks must be 1 or more"):
+    with pytest.raises(UserError, match=r"^--eval\.ks must be 1 or more"):
         load_settings(["--eval.ks", "10,0"])
 
 
