@@ -58,6 +58,8 @@ def test_what_is_typed_before_the_categories_have_come_is_kept(
     page.route("**/categories", lambda route: held.append(route))
     page.goto(address)
     page.keyboard.insert_text("red shoe")
+    while not held:  # the page asks for them when it has loaded
+        page.wait_for_timeout(20)
     held[0].continue_()
     expect(page.locator("#category option")).not_to_have_count(1)
     expect(page.locator(".card")).to_have_count(40)
