@@ -16,15 +16,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, for `make test` deals files to two processes."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A real two-CPU Ray on this machine, started once a process."""
+    """A real two-CPU Ray on this machine, started once."""
     from acebert.cluster import ray  # imported after acebert, which keeps Ray on 127.0.0.1
 
     ray.init(
