@@ -401,7 +401,7 @@ class TrainSettings(ScheduleSettings):
     """autocast of forward and backward; weights and optimiser stay fp32. auto: bf16 where the
     machine that starts the job has a GPU or bf16 instructions, else fp32"""
     compile: bool = False
-    """torch.compile the encoder"""
+    """torch.compile the encoder (on CPUs it needs a C++ compiler)"""
     validate_every: int = Field(200, ge=1)
     """encoder steps between validations on the validation day"""
     valid_searches: int = Field(1000, ge=1)

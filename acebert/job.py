@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from acebert.config import Settings, load_settings, print_help
@@ -44,6 +45,17 @@ def run_job(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+def bundle_arguments() -> argparse.ArgumentParser:
+    """Of the jobs that make a bundle for the service and publish it."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--model", required=True, help="directory that finetune printed, or models:/"
+    )
+    parser.add_argument("--query_encoder", type=Path, help="directory that distill printed")
+    parser.add_argument("--arm", help="of an experiment (docs/experiments.md)")
+    return parser
 
 
 def set_up_logging() -> None:

@@ -260,12 +260,15 @@ def log_model(settings: Settings, run: Run, directory: Path) -> None:
     log.info("mlflow: model %s version %s, alias %s", name, version, settings.tracking.alias)
 
 
-def registered_model(settings: Settings, address: str) -> Path:
-    """The model directory behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+def model_directory(settings: Settings, address: str) -> Path:
+    """`address` itself, or the model directory behind `models:/NAME@ALIAS` or
+    `models:/NAME/VERSION`.
 
     Raises:
         UserError: the registry has no such model.
     """
+    if not address.startswith("models:/"):
+        return Path(address)
     import mlflow
 
     try:

@@ -8,20 +8,18 @@ a registered model, e.g. models:/acebert@candidate.
 """
 
 import argparse
-from pathlib import Path
 
 from acebert.config import Settings
-from acebert.job import run_job
+from acebert.job import bundle_arguments, run_job
 
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
     from acebert.cluster import leave
     from acebert.pipeline import bundle_stage, settings_for
     from acebert.serving.bundle import publish
-    from acebert.tracking import registered_model
+    from acebert.tracking import model_directory
 
-    model = arguments.model
-    directory = registered_model(settings, model) if model.startswith("models:/") else Path(model)
+    directory = model_directory(settings, arguments.model)
     settings = settings_for(directory, arguments.settings)
     stage = bundle_stage(settings, directory, arguments.query_encoder or directory)
     publish(settings.workdir, stage.path, arguments.arm)
@@ -30,10 +28,4 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "--model", required=True, help="directory that finetune printed, or models:/"
-    )
-    parser.add_argument("--query_encoder", type=Path, help="directory that distill printed")
-    parser.add_argument("--arm", help="of an experiment (docs/experiments.md)")
-    run_job(work, __doc__, parser)
+    run_job(work, __doc__, bundle_arguments())

@@ -12,10 +12,9 @@ import argparse
 import json
 import logging
 import time
-from pathlib import Path
 
 from acebert.config import Settings
-from acebert.job import run_job
+from acebert.job import bundle_arguments, run_job
 
 log = logging.getLogger("acebert.refresh")
 
@@ -26,11 +25,10 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     from acebert.errors import UserError
     from acebert.pipeline import Refresh, bundle_stage, settings_for
     from acebert.serving.bundle import publish, published
-    from acebert.tracking import registered_model
+    from acebert.tracking import model_directory
 
     start = time.perf_counter()
-    model = arguments.model
-    directory = registered_model(settings, model) if model.startswith("models:/") else Path(model)
+    directory = model_directory(settings, arguments.model)
     settings = settings_for(directory, arguments.settings)
     try:
         earlier = Earlier.of_bundle(published(settings.workdir, arguments.arm))
@@ -51,10 +49,4 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "--model", required=True, help="directory that finetune printed, or models:/"
-    )
-    parser.add_argument("--query_encoder", type=Path, help="directory that distill printed")
-    parser.add_argument("--arm", help="of an experiment (docs/experiments.md)")
-    run_job(work, __doc__, parser)
+    run_job(work, __doc__, bundle_arguments())

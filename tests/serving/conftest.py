@@ -15,10 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import uvicorn
-import yaml
 from playwright.sync_api import Browser, sync_playwright
+from untrained import untrained
 
 from acebert.config import Settings, load_settings
 from acebert.data.demo import build_demo
@@ -33,7 +32,6 @@ from acebert.serving.changes import ChangeLog
 from acebert.serving.product_encoder import ProductEncoder
 from acebert.serving.query_encoder import QueryEncoder, product_side_version
 from acebert.serving.service import SearchService
-from acebert.training.finetune import new_model
 from acebert.training.pairs import StagePaths
 from acebert.workdir import Stage
 
@@ -60,19 +58,6 @@ class World:
     """float32 [n, d], by the embed stage's own code"""
 
 
-def make_model(settings: Settings, paths: StagePaths, name: str, seed: int) -> Path:
-    directory = settings.workdir / name
-    model = new_model(settings, paths)
-    torch.manual_seed(seed)
-    for parameter in model.parameters():  # untrained vectors lie too close to be told apart
-        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else None
-    model.save(directory)
-    shutil.copytree(paths.tokens / "tokenizer", directory / "tokenizer")
-    tree = settings.model_dump(mode="json")
-    (directory / "settings.yaml").write_text(yaml.safe_dump(tree))
-    return directory
-
-
 def make_bundle(settings: Settings, ingested: Stage, paths: StagePaths, model: Path) -> Stage:
     out = settings.workdir / f"embed-{model.name}"
     out.mkdir()
@@ -97,7 +82,7 @@ def shared_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     demo = build_demo(settings, processes=1)
     ingested = ingest(settings, str(demo.path / "products.parquet"), str(demo.path / "impressions"))
     paths = StagePaths(ingested.path, tokenize(settings, ingested).path, None)
-    model, other = (make_model(settings, paths, f"model{i}", i) for i in range(2))
+    model, other = (untrained(settings, paths, settings.workdir / f"model{i}", i) for i in range(2))
     bundle, second = (make_bundle(settings, ingested, paths, m).path for m in (model, other))
     table = pq.read_table(settings.workdir / f"embed-{model.name}" / "products.parquet")
     vectors = np.array(table["embedding"].to_pylist(), np.float32)

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
+from untrained import untrained
 
 from acebert.config import Settings, load_settings
 from acebert.data.demo import build_demo
@@ -25,7 +25,6 @@ from acebert.data.ingest import ingest
 from acebert.data.tokens import tokenize
 from acebert.pipeline import Refresh, bundle_stage
 from acebert.serving.bundle import Bundle, publish, published
-from acebert.training.finetune import new_model
 from acebert.training.pairs import StagePaths
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -92,7 +91,7 @@ def days(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Iterato
             return load_settings([*argv, *files, *log, "--workdir", str(work / workdir)])
 
         settings = on(1, "w")
-        model = untrained(settings, work / "model")
+        model = model_of(settings, work / "model")
         first = bundle_stage(settings, model, model, Refresh(None)).path
         publish(settings.workdir, first)
         settings = on(2, "w")
@@ -102,22 +101,13 @@ def days(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Iterato
         yield Days(settings, model, first, second, scratch)
 
 
-def untrained(settings: Settings, directory: Path) -> Path:
-    """A model directory of random weights, large enough to tell products apart."""
+def model_of(settings: Settings, directory: Path) -> Path:
     data = settings.data
     assert data.products is not None
     assert data.impressions is not None
     ingested = ingest(settings, data.products, data.impressions, hold_out=False)
     paths = StagePaths(ingested.path, tokenize(settings, ingested).path, None)
-    torch.manual_seed(0)
-    model = new_model(settings, paths)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else None
-    model.save(directory)
-    shutil.copytree(paths.tokens / "tokenizer", directory / "tokenizer")
-    tree = settings.model_dump(mode="json")
-    (directory / "settings.yaml").write_text(yaml.safe_dump(tree))
-    return directory
+    return untrained(settings, paths, directory, seed=0)
 
 
 def stage_of(bundle: Path, *names: str) -> Path:

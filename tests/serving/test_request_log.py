@@ -13,7 +13,7 @@ SECRET = "anna+karenina"
 def test_each_request_is_a_line_of_json_with_the_id_that_its_answer_has(
     with_service, capsys: pytest.CaptureFixture[str], mode: str, query: str | None
 ) -> None:
-    async def test(client: httpx.AsyncClient, local: Any) -> None:
+    async def requests(client: httpx.AsyncClient, local: Any) -> None:
         sent = {"X-Request-Id": "client-7", "X-API-Key": "hidden", "X-User-Id": "someone"}
         own = await client.get(f"/search?q={SECRET}&k=1", headers=sent)
         made = await client.get("/products/no-such", headers={"X-Request-Id": "two words"})
@@ -21,7 +21,7 @@ def test_each_request_is_a_line_of_json_with_the_id_that_its_answer_has(
         answers.extend([own, made, refused])
 
     answers: list[httpx.Response] = []
-    with_service(test, key="hidden", request_log=mode)
+    with_service(requests, key="hidden", request_log=mode)
     printed = capsys.readouterr().out.splitlines()
     logged = [json.loads(line) for line in printed if line.startswith("{")]
     assert [line["status"] for line in logged] == [200, 401, 401]
@@ -36,8 +36,16 @@ def test_each_request_is_a_line_of_json_with_the_id_that_its_answer_has(
     assert "someone" not in text
 
 
-def test_no_line_is_written_where_none_is_asked_for(with_service) -> None:
-    async def test(client: httpx.AsyncClient, local: Any) -> None:
-        assert "x-request-id" not in (await client.get("/health")).headers
+def test_no_line_is_written_where_none_is_asked_for(
+    with_service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def requests(client: httpx.AsyncClient, local: Any) -> None:
+        answers.append(await client.get(f"/search?q={SECRET}&k=1"))
 
-    with_service(test)
+    answers: list[httpx.Response] = []
+    with_service(requests)
+    assert [answer.status_code for answer in answers] == [200]
+    assert "x-request-id" not in answers[0].headers
+    printed = capsys.readouterr().out
+    assert not [line for line in printed.splitlines() if line.startswith("{")]
+    assert "anna" not in printed
