@@ -222,6 +222,26 @@ def open_source(
     return Source(setting, spec, files, present, first_file)
 
 
+def distinct_texts(where: str, setting: str, column: str) -> list[str]:
+    """What a required column of text holds, each once, in the order of its first row.
+
+    Raises:
+        UserError: as `find_files`, `open_source` and `Source.batches`; or a row without it, by file
+            and row.
+    """
+    spec = (Column(column, Kind.TEXT, required=True),)
+    source = open_source(find_files(where, setting), setting, spec, {})
+    texts: dict[str, None] = {}
+    for batch in source.batches():
+        if batch[column].null_count:
+            first = batch[column].is_null().index(True).as_py()
+            file, row = divmod(batch["seq"][first].as_py(), 1 << ROW_BITS)
+            why = batch["problem"][first].as_py() or f"it has no {column}"
+            raise UserError(f"--{setting} {source.files[file].name}: row {row:,}: {why}")
+        texts |= dict.fromkeys(batch[column].to_pylist())
+    return list(texts)
+
+
 def _nulls(n: int) -> pa.StringArray:
     return pa.nulls(n, pa.string())
 

@@ -83,6 +83,7 @@ class Server:
             except httpx.TransportError:
                 assert self.process.poll() is None
                 time.sleep(0.1)
+        self.stop(signal.SIGKILL)
         raise AssertionError("it does not answer")
 
     def search(self, user: str, query: str = "red shoe") -> dict[str, Any]:
