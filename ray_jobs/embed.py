@@ -3,7 +3,8 @@
     python ray_jobs/embed.py --workdir W --model MODEL_DIR --queries FILE --out DIR
 
 writes DIR/products.parquet (product_id, embedding) and DIR/queries.parquet (query, embedding) for
-a file or directory of Parquet, CSV or JSON lines with a column `query`. The score of a query and a product is their inner product.
+a file or directory of Parquet, CSV or JSON lines with a column `query`. The score of a query and a
+product is their inner product.
 """
 
 import argparse
@@ -43,6 +44,8 @@ def work(_: Settings, arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model", type=Path, required=True, help="directory that finetune printed")
-    parser.add_argument("--queries", required=True, help="Parquet, CSV or JSON lines with a query column")
+    parser.add_argument(
+        "--queries", required=True, help="Parquet, CSV or JSON lines with a query column"
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory to write to")
     run_job(work, __doc__, parser)

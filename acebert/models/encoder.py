@@ -15,7 +15,7 @@ Decisions:
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, BertConfig, BertModel
 from transformers import initialization as init
 from transformers.models.bert.modeling_bert import (
@@ -252,7 +251,7 @@ class CEBertModel(BertPreTrainedModel):
     config_class = CEBertConfig
     config: CEBertConfig
     base_model_prefix = "ce_bert"
-    # Masks are made for SDPA: booleans, or a float where image tokens carry a bias.
+    # Attention is this module's own (`_attend`), whose masks other implementations do not take.
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
@@ -295,8 +294,9 @@ class CEBertModel(BertPreTrainedModel):
             ValueError: `image` lacks features that this model reads, or has the wrong shape.
         """
         hidden, mask = self._embed(text, image)
-        with _attention_kernel(hidden):
-            return self.encoder(hidden, attention_mask=mask).last_hidden_state
+        for layer in self.encoder.layer:
+            hidden = _first_outputs(layer, hidden, mask, hidden.shape[1])
+        return hidden
 
     def pooled(self, text: TextInputs, image: ImageInputs | None = None) -> Tensor:
         """One state a row, [B, D]: [CLS]'s, or the mean over the text's tokens (config.pooling).
@@ -322,13 +322,12 @@ class CEBertModel(BertPreTrainedModel):
         """
         hidden, mask = self._embed(text, image)
         *layers, last = self.encoder.layer
-        with _attention_kernel(hidden):
-            for layer in layers:
-                hidden = layer(hidden, mask)
-            return _first_tokens(last, hidden, mask[:, :, :n], n)
+        for layer in layers:
+            hidden = _first_outputs(layer, hidden, mask, hidden.shape[1])
+        return _first_outputs(last, hidden, mask, n)
 
     def _embed(self, text: TextInputs, image: ImageInputs | None) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L_total, D] and SDPA's mask [B, 1, L_total, L_total]."""
+        """Tokens [B, L_total, D] and the mask of `_attend` [B, 1, 1, L_total]."""
         config, (B, L) = self.config, text.input_ids.shape
         if config.max_position_embeddings < L:
             raise UserError(
@@ -353,15 +352,7 @@ class CEBertModel(BertPreTrainedModel):
             bias = hidden.new_zeros(hidden.shape[1])
             bias[L:] = config.image_attention_bias
             mask = torch.where(mask, bias, -torch.inf)
-        return hidden, mask.expand(-1, -1, hidden.shape[1], -1)
-
-
-def _attention_kernel(hidden: Tensor) -> AbstractContextManager[object]:
-    """The kernel that is fastest: on a CPU that trains, the plain one. The backward of the fused
-    CPU kernel took half of a step on titles and queries (docs/decisions.md, 'Speed')."""
-    if hidden.device.type == "cpu" and torch.is_grad_enabled():
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
+        return hidden, mask
 
 
 def _checked(name: str, x: Tensor | None, shape: tuple[int, ...]) -> Tensor:
@@ -371,24 +362,48 @@ def _checked(name: str, x: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     return x
 
 
-def _first_tokens(layer: BertLayer, hidden: Tensor, mask: Tensor, n: int) -> Tensor:
-    """Rows 0 … n-1 of `layer(hidden, mask)`: hidden [B, L, D], mask [B, 1, n, L] → [B, n, D]."""
+def _first_outputs(layer: BertLayer, hidden: Tensor, mask: Tensor, n: int) -> Tensor:
+    """What a BERT layer makes of the first n tokens: hidden [B, L, D], mask as `_attend`'s →
+    [B, n, D]."""
     attention = layer.attention.self
     first = hidden[:, :n]
 
     def heads(x: Tensor) -> Tensor:  # [B, l, D] → [B, heads, l, D/heads]
         return x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
 
-    context = F.scaled_dot_product_attention(
+    context = _attend(
         heads(attention.query(first)),
         heads(attention.key(hidden)),
         heads(attention.value(hidden)),
-        attn_mask=mask,
-        dropout_p=attention.dropout.p if layer.training else 0.0,
-        scale=attention.scaling,
+        mask,
+        attention.dropout.p if layer.training else 0.0,
+        plain=layer.training and hidden.device.type == "cpu",
     )
     attended = layer.attention.output(context.transpose(1, 2).flatten(2), first)
     return layer.feed_forward_chunk(attended)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, plain: bool
+) -> Tensor:
+    """Scaled dot-product attention: query [B, heads, n, d], key and value [B, heads, L, d] →
+    [B, heads, n, d].
+
+    Args:
+        mask: [B, 1, 1, L], False where a key counts for nothing, or a float that is added to the
+            scores; each row has a key that counts
+        plain: by matrix products and a softmax. On a CPU that trains, PyTorch's kernels take three
+            times as long (docs/decisions.md, 'Speed')
+    """
+    if not plain:
+        mask = mask.expand(-1, -1, query.shape[2], -1)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, -torch.inf)
+    else:
+        scores += mask
+    return F.dropout(scores.softmax(-1), dropout) @ value
 
 
 def load_backbone(

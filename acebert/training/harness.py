@@ -35,6 +35,7 @@ from acebert.cluster import node_resources, wait_for_nodes
 from acebert.config import Settings, settings_from
 from acebert.errors import UserError
 from acebert.job import set_up_logging
+from acebert.training.allocator import keep_freed_memory
 from acebert.training.checkpoint import (
     Checkpoints,
     Progress,
@@ -247,6 +248,7 @@ def _run_rank(loop: dict[str, Any]) -> str | None:
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
         torch.set_num_threads(settings.train.threads_per_worker or max(1, cores))
+        keep_freed_memory()
     checkpoints = Checkpoints(loop["directory"], loop["identity"], settings.train.checkpoints_kept)
     send = _mlflow_sender(loop["actor"], loop["mlflow_run"])
     path = broadcast_from_rank_zero(checkpoints.newest() if rank == 0 else None)

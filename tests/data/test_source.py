@@ -50,5 +50,5 @@ def test_a_missing_column_and_a_missing_file_are_told(tmp_path: Path):
     pq.write_table(pa.table({"text": ["watch"]}), tmp_path / "queries.parquet")
     with pytest.raises(UserError, match=r"queries.parquet.*'query'"):
         distinct_texts(str(tmp_path / "queries.parquet"), "queries", "query")
-    with pytest.raises(UserError, match="--queries .*no such file"):
+    with pytest.raises(UserError, match=r"--queries .*no such file"):
         distinct_texts(str(tmp_path / "none.parquet"), "queries", "query")

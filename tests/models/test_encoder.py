@@ -18,6 +18,7 @@ from acebert.models.encoder import (
     CEBertModel,
     ImageInputs,
     TextInputs,
+    _attend,
     cut_pixels,
     load_backbone,
 )
@@ -426,6 +427,39 @@ def test_inputs_that_do_not_fit_the_model_are_refused(bert_dir: Path) -> None:
         model(some_text(), ImageInputs(image.has_image, None, image.pixels))
     with pytest.raises(ValueError, match=r"reads pixels of shape \(3, 14, 14, 3\)"):
         model(some_text(), ImageInputs(image.has_image, image.patches, image.pixels[:, :7]))  # type: ignore[index]
+
+
+@pytest.mark.parametrize("bias", [0.0, -4.0])
+@pytest.mark.parametrize("with_image", [True, False])
+def test_a_cpu_that_trains_computes_what_sdpa_does(with_image: bool, bias: float) -> None:
+    """Its plain attention (`_attend`), in values and gradients."""
+    model = stir(encoder(None, patch_dim=D1, pixel_side=S, image_attention_bias=bias))
+    text, image = some_text(), some_images() if with_image else None
+    weight = torch.randn(3, 32)
+    states, gradients = [], []
+    for training in (False, True):
+        model.train(training)
+        model.zero_grad()
+        states.append(model.pooled(text, image))
+        (states[-1] * weight).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(states[1], states[0])
+    assert gradients[1].keys() == gradients[0].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_of_a_cpu_that_trains_scales_what_it_keeps() -> None:
+    """Attention alone: uniform over 1,000 keys of value 1, half of them dropped, is 1 on average."""
+    query, key, value = (
+        torch.zeros(1, 1, 200, 4),
+        torch.zeros(1, 1, 1000, 4),
+        torch.ones(1, 1, 1000, 4),
+    )
+    mask = torch.ones(1, 1, 1, 1000, dtype=torch.bool)
+    context = _attend(query, key, value, mask, 0.5, plain=True)
+    assert context.std() > 0.01
+    torch.testing.assert_close(context.mean(), torch.tensor(1.0), atol=0.01, rtol=0)
 
 
 def test_attention_other_than_sdpa_is_refused() -> None:
