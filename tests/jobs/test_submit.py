@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -102,23 +103,38 @@ def submit(env: dict[str, str], *argv: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.slow
-def test_a_submitted_job_trains_and_its_last_line_is_the_model_directory(
-    cluster: dict[str, str], tmp_path: Path
-):
-    argv = ["ray_jobs/finetune.py", "--workdir", str(tmp_path), *SMALL]
-    done = submit(cluster, *argv)
+@pytest.fixture(scope="module")
+def submitted(
+    cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A work directory and the job that was submitted to train in it."""
+    workdir = tmp_path_factory.mktemp("submitted")
+    return workdir, submit(cluster, "ray_jobs/finetune.py", "--workdir", str(workdir), *SMALL)
+
+
+@pytest.fixture(scope="module")
+def model(cluster: dict[str, str], submitted: Any) -> str:
+    """The last line of the job's log."""
+    _, done = submitted
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (submission,) = set(re.findall(r"raysubmit_\w+", done.stdout))
     logs = subprocess.run(
         [str(RAY), "job", "logs", submission], env=cluster, capture_output=True, text=True
     )
-    model = logs.stdout.rstrip().splitlines()[-1]
-    assert model.startswith(f"{tmp_path}/finetune")
+    return logs.stdout.rstrip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_submitted_job_trains_and_its_last_line_is_the_model_directory(
+    cluster: dict[str, str], submitted: Any, model: str
+):
+    workdir, _ = submitted
+    assert model.startswith(f"{workdir}/finetune")
     assert json.loads((Path(model) / "report.json").read_text())["steps"] == 4
 
     again = subprocess.run(  # the same job, by plain python, on the same work directory
-        [sys.executable, *argv], cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=400
+        [sys.executable, "ray_jobs/finetune.py", "--workdir", str(workdir), *SMALL],
+        **{"cwd": ROOT, "env": cluster, "capture_output": True, "text": True, "timeout": 400},
     )
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     assert again.stdout.splitlines()[-1] == model
@@ -126,13 +142,14 @@ def test_a_submitted_job_trains_and_its_last_line_is_the_model_directory(
 
 
 @pytest.mark.slow
-def test_embed_writes_vectors_that_others_can_score_with(cluster: dict[str, str], tmp_path: Path):
-    trained = submit(cluster, "ray_jobs/finetune.py", "--workdir", str(tmp_path), *SMALL)
-    (model,) = [s for s in trained.stdout.splitlines() if s.startswith(f"{tmp_path}/finetune")]
+def test_embed_writes_vectors_that_others_can_score_with(
+    cluster: dict[str, str], submitted: Any, model: str, tmp_path: Path
+):
+    workdir, _ = submitted
     queries = ["Red  Dress", "watch", "striped shirt", "watch"]
     pq.write_table(pa.table({"query": queries}), tmp_path / "q.parquet")
     out = tmp_path / "out"
-    command = [sys.executable, "ray_jobs/embed.py", "--workdir", tmp_path, "--model", model]
+    command = [sys.executable, "ray_jobs/embed.py", "--workdir", workdir, "--model", model]
     done = subprocess.run(
         [*map(str, command), "--queries", str(tmp_path / "q.parquet"), "--out", str(out)],
         **{"cwd": ROOT, "env": cluster, "capture_output": True, "text": True, "timeout": 400},
@@ -140,13 +157,13 @@ def test_embed_writes_vectors_that_others_can_score_with(cluster: dict[str, str]
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     products, embedded = (pq.read_table(out / f"{n}.parquet") for n in ("products", "queries"))
     assert embedded["query"].to_pylist() == queries[:3]  # each once, as it was given
-    demo = pq.read_table(next(tmp_path.glob("demo/*/products.parquet")), columns=["product_id"])
+    demo = pq.read_table(next(workdir.glob("demo/*/products.parquet")), columns=["product_id"])
     assert products["product_id"].to_pylist() == demo["product_id"].to_pylist()
     vectors = np.array(products["embedding"].to_pylist(), dtype=np.float32)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
     # The same by hand: one title through the model, without Ray, padding or bf16.
-    table = pq.read_table(next(tmp_path.glob("demo/*/products.parquet")), columns=["title"])
+    table = pq.read_table(next(workdir.glob("demo/*/products.parquet")), columns=["title"])
     row = next(i for i, title in enumerate(table["title"].to_pylist()) if title)
     tokenizer = AutoTokenizer.from_pretrained(f"{model}/tokenizer")
     pieces = tokenizer(table["title"][row].as_py(), add_special_tokens=False)["input_ids"]
