@@ -127,6 +127,14 @@ def node_resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def cores_here() -> int:
+    """Cores that this process may use: no more than Ray counts on its node, for Ray knows the quota
+    of a container, which the system's own count does not show."""
+    node = ray.get_runtime_context().get_node_id()
+    (counted,) = (n["Resources"].get("CPU", 1) for n in ray.nodes() if n["NodeID"] == node)
+    return max(1, min(len(os.sched_getaffinity(0)), int(counted)))
+
+
 def leave() -> None:
     """Leave Ray: lines that workers printed arrive by a thread, and none comes after this.
 

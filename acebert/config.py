@@ -427,14 +427,20 @@ class TrainSettings(ScheduleSettings):
         least = self.min_workers or self.num_workers
         if least > self.num_workers:
             raise ValueError(f"min_workers {least} is more than num_workers {self.num_workers}")
-        for workers in range(least, self.num_workers + 1):
-            if self.batch_size % workers:
-                raise ValueError(
-                    f"batch_size {self.batch_size} is not divisible by {workers} workers "
-                    f"(num_workers {self.num_workers}"
-                    + (f", min_workers {least})" if self.min_workers else ")")
-                )
+        if problem := self.not_shared("batch_size", self.batch_size):
+            raise ValueError(problem)
         return self
+
+    def not_shared(self, name: str, batch_size: int) -> str | None:
+        """What is wrong where a number of workers that may come to be cannot share a batch."""
+        for workers in range(self.min_workers or self.num_workers, self.num_workers + 1):
+            if batch_size % workers:
+                return (
+                    f"{name} {batch_size} is not divisible by {workers} workers "
+                    f"(num_workers {self.num_workers}"
+                    + (f", min_workers {self.min_workers})" if self.min_workers else ")")
+                )
+        return None
 
 
 class DistillSettings(ScheduleSettings):
@@ -656,12 +662,24 @@ class Settings(BaseSettings):
                     f"loss.matryoshka_dims {dims}: must be between 1 and model.embedding_dim "
                     f"{self.model.embedding_dim}, which is trained anyway"
                 )
+        before = {"pretrain": self.model.start == "pretrain", "cnn": self.trains_cnn}
+        for section in (name for name, happens in before.items() if happens):
+            if problem := self.not_shared(section):
+                raise ValueError(problem)
         if self.pretrain.adaptive_loss and not self.model.patches:
             raise ValueError(
                 "pretrain.adaptive_loss weighs three losses; a model without patches has no MPM: "
                 "set model.patches true, or pretrain.adaptive_loss false"
             )
         return self
+
+    def not_shared(self, section: str) -> str | None:
+        """What is wrong where the workers of `train` cannot share this training's batches."""
+        return self.train.not_shared(f"{section}.batch_size", getattr(self, section).batch_size)
+
+    @property
+    def trains_cnn(self) -> bool:
+        return self.image.cnn_weights == "trained" and self.model.patches
 
     @property
     def reads_images(self) -> bool:

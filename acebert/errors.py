@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exception that means: the user can mend this."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The jobs under ray_jobs/ print the message without a traceback and exit with status 2.
     """
+
+
+class AgreedError(UserError):
+    """One that all ranks of a training raise at the same step."""

@@ -81,6 +81,7 @@ def catalogue_stages(
 
 def cnn_stage(settings: Settings) -> Stage:
     """The patch CNN, trained on the catalogue."""
+    _refuse_uneven(settings, "cnn")
     ingested = ingest_stage(settings)
     connect()
     crops = tracked(settings, preprocess(crop_settings(settings), ingested))
@@ -88,10 +89,19 @@ def cnn_stage(settings: Settings) -> Stage:
     return train_cnn(settings, ingested, crops, labels)
 
 
+def _refuse_uneven(settings: Settings, section: str) -> None:
+    """
+    Raises:
+        UserError: batches of this training that the workers cannot share.
+    """
+    if problem := settings.not_shared(section):
+        raise UserError(f"--{problem}")
+
+
 def with_own_cnn(settings: Settings) -> Settings:
     """`image.cnn_weights trained` as the file that it stands for, trained first where it is not
     there. A model that is trained with it names the file, not the wish."""
-    if settings.image.cnn_weights != "trained" or not settings.model.patches:
+    if not settings.trains_cnn:
         return settings
     weights = str(cnn_stage(settings).path / WEIGHTS)
     image = settings.image.model_copy(update={"cnn_weights": weights})
@@ -106,6 +116,7 @@ def plan_stage(settings: Settings) -> Stage:
 
 def pretrain_stage(settings: Settings) -> Stage:
     """The directory of a pre-trained CE-BERT."""
+    _refuse_uneven(settings, "pretrain")
     settings = with_own_cnn(settings)
     data = catalogue_stages(settings)
     connect()
@@ -176,6 +187,7 @@ def distill_stages(settings: Settings, teacher: Path) -> tuple[list[Stage], Stag
     own = model_settings(settings, teacher)
     train = own.train.model_copy(update=how)
     own = own.model_copy(update={"distill": settings.distill, "train": train})
+    _refuse_uneven(own, "distill")
     ingested = ingest_stage(own)
     embedded = embed_stage(own, teacher, evaluation_queries(own, ingested))
     connect()

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 STAGE_TAG = "acebert.stage"
 DIGEST_TAG = "acebert.digest"
+WORKDIR_TAG = "acebert.workdir"
 TABLE_TAG = "table"
 SHARED_STAGES = ("demo", "ingest", "vocabulary", "tokens", "features", "plan", "cnn_labels")
 """of several recipes and seeds, so that no one's name is right for them"""
@@ -172,10 +173,10 @@ def start_run(
         [experiment],
         f"tags.`{STAGE_TAG}` = '{stage}' AND tags.`{DIGEST_TAG}` = '{digest}' "
         "AND attributes.status != 'FINISHED'",
-        max_results=1,
         order_by=["attributes.start_time DESC"],
     )
-    unfinished = known[0] if known else None
+    workdir = str(settings.workdir)  # another's may make the same stage, for the same server
+    unfinished = next((run for run in known if run.data.tags.get(WORKDIR_TAG) == workdir), None)
     has_steps = unfinished and any(name.startswith("train/") for name in unfinished.data.metrics)
     if unfinished and has_steps and not first_step:
         mlflow_client.set_terminated(unfinished.info.run_id, "KILLED")
@@ -188,6 +189,7 @@ def start_run(
     all_tags = {
         STAGE_TAG: stage,
         DIGEST_TAG: digest,
+        WORKDIR_TAG: workdir,
         "acebert.recipe": settings.recipe,
         **_provenance(),
         **own,

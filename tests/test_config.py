@@ -180,3 +180,11 @@ def test_a_recipe_holds_the_precision_that_was_chosen() -> None:
     assert load_settings(["--recipe", "acebert"]).train.precision == "bf16"
     chosen = load_settings(["--recipe", "acebert_tiny", "--train.precision", "fp32"])
     assert chosen.train.precision == "fp32"
+
+
+def test_workers_that_cannot_share_the_batches_of_pre_training_are_refused():
+    elastic = ["--train.num_workers", "4", "--train.min_workers", "1", "--train.batch_size", "384"]
+    fits = [*elastic, "--recipe", "cebert_tiny", "--pretrain.batch_size", "32"]
+    load_settings(fits)
+    with pytest.raises(UserError, match=r"pretrain\.batch_size 32 is not divisible by 3 workers"):
+        load_settings([*fits, "--model.start", "pretrain"])

@@ -72,6 +72,18 @@ def _make_run(settings: Settings) -> str:
         return client(settings).get_run(run.run_id).info.experiment_id
 
 
+def test_the_run_of_another_work_directory_is_left_alone(settings: Settings, tmp_path: Path):
+    server = tracking_uri(settings)
+    theirs = settings.model_copy(update={"workdir": tmp_path / "theirs"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", server)
+        with start_run(settings, "finetune", "d1") as ours:
+            with start_run(theirs, "finetune", "d1") as other:
+                pass
+            assert client(settings).get_run(ours.run_id).info.status == "RUNNING"
+    assert other.run_id != ours.run_id
+
+
 def test_processes_that_start_at_once_share_one_new_experiment(settings: Settings):
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         assert len(set(pool.map(_make_run, [settings] * 3))) == 1

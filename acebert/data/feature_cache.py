@@ -30,6 +30,7 @@ from acebert.data.features import (
     read_shard_list,
 )
 from acebert.errors import UserError
+from acebert.workdir import is_disk_full
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +107,9 @@ def _is_whole(copy: Path, shards: list[ShardEntry]) -> bool:
 def _fetch(directory: Path, copy: Path, shards: list[ShardEntry]) -> None:
     check_shards(directory, shards)
     aside = copy.with_name(f".{copy.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)  # left by a process that died here
-    total = sum(shard["bytes"] for shard in shards)
+    aside.mkdir(exist_ok=True)  # whole files that a process left that died here are kept
+    lacking = [shard for shard in shards if not _is_there(aside, shard)]
+    total = sum(shard["bytes"] for shard in lacking)
     free = shutil.disk_usage(copy.parent).free
     if total + SPARE > free:
         copies = ", ".join(str(path) for path in sorted(copy.parent.glob("features-*")))
@@ -116,25 +118,34 @@ def _fetch(directory: Path, copy: Path, shards: list[ShardEntry]) -> None:
             f"which has {free / 1e9:.1f} GB free. Remove copies that no job needs (there are: "
             f"{copies or 'none'}), or choose another --image.feature_cache_dir or no cache"
         )
-    aside.mkdir()
     start = time.perf_counter()
+
+    def fetch(shard: ShardEntry) -> None:
+        half = aside / f".{shard['file']}"
+        shutil.copyfile(directory / shard["file"], half)
+        half.rename(aside / shard["file"])
+
     try:
         with ThreadPoolExecutor(STREAMS) as pool:
-            names = [shard["file"] for shard in shards]
-            copied = pool.map(lambda name: shutil.copyfile(directory / name, aside / name), names)
-            for _ in _progress(copied, shards, total):
+            for _ in _progress(pool.map(fetch, lacking), lacking, total):
                 pass
         shutil.copyfile(directory / SHARDS_FILE, aside / SHARDS_FILE)
-        check_shards(aside, shards)
-        aside.rename(copy)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        if is_disk_full(error):
+            shutil.rmtree(aside)
         raise
+    check_shards(aside, shards)
+    aside.rename(copy)
     seconds = time.perf_counter() - start
     log.info("features: %.2f GB copied to %s in %.1f s", total / 1e9, copy, seconds)
 
 
-def _progress(copied: Iterator[str], shards: list[ShardEntry], total: int) -> Iterator[None]:
+def _is_there(directory: Path, shard: ShardEntry) -> bool:
+    file = directory / shard["file"]
+    return file.is_file() and file.stat().st_size == shard["bytes"]
+
+
+def _progress(copied: Iterator[None], shards: list[ShardEntry], total: int) -> Iterator[None]:
     done, last = 0, time.monotonic()
     for shard, _ in zip(shards, copied, strict=True):
         done += shard["bytes"]

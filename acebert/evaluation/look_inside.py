@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from acebert.cluster import encoder_pool, node_resources
 from acebert.config import Settings
-from acebert.data.feature_cache import open_features
+from acebert.data.features import FeatureStore
 from acebert.data.preprocess import crop_spec
 from acebert.data.tokens import Ragged, load_tokenizer
 from acebert.evaluation.look_inside_page import Example, Guess, PagePhotos, write_page
@@ -29,6 +29,7 @@ from acebert.models.encoder import ImageInputs, TextInputs
 from acebert.models.pretraining import CEBertForPreTraining
 from acebert.training.pairs import InputStore, StagePaths
 from acebert.training.pretrain_batches import PretrainBatches
+from acebert.training.pretrain_pairs import NO_PHOTO
 from acebert.training.pretrain_validation import OTHER, OWN, HeldOut
 from acebert.workdir import Stage, run_stage
 
@@ -70,7 +71,7 @@ def score_matches(
     assert paths.features is not None
     titles = Ragged.load(paths.tokens, "titles")
     rows = np.arange(len(titles))
-    pictured = open_features(settings.image, paths.features).has_image(rows)
+    pictured = FeatureStore(paths.features).has_image(rows)
     products = rows[pictured & (titles.lengths(rows) > 0)]
     by_length = products[np.argsort(titles.lengths(products), kind="stable")]
     blocks = [
@@ -138,12 +139,16 @@ def write_suspicious(
 @torch.inference_mode()
 def draw_examples(settings: Settings, model: Path, paths: StagePaths) -> list[Example]:
     """What the model guesses for each word of some held-out titles, one masked at a time."""
-    batches = PretrainBatches(settings, paths, rank=0, world=1)
+    here = settings.model_copy(  # a few products: no copy of all features for the driver's node
+        update={"image": settings.image.model_copy(update={"feature_cache": "none"})}
+    )
+    batches = PretrainBatches(here, paths, rank=0, world=1)
     sample = HeldOut(batches)
-    chosen = np.linspace(0, len(sample.products) - 1, EXAMPLES).astype(int)
+    lent = np.flatnonzero(sample.photos[OTHER] != NO_PHOTO)
+    chosen = lent[np.linspace(0, len(lent) - 1, min(EXAMPLES, len(lent))).astype(int)]
     bert = CEBertForPreTraining.from_pretrained(model).eval()
     tokenizer = load_tokenizer(model)
-    inputs = InputStore(settings, paths)
+    inputs = InputStore(here, paths)
     examples = []
     for row in np.unique(chosen):
         product, other = int(sample.photos[OWN][row]), int(sample.photos[OTHER][row])

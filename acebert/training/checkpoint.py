@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -179,13 +179,7 @@ class Checkpoints:
         return sorted(p for p in self.directory.glob("step-*") if p.suffix != ".corrupt")
 
     def _refuse_other(self, path: Path) -> None:
-        theirs = flatten(json.loads((path / MANIFEST).read_text())["identity"])
-        ours = flatten(self._identity)
-        differences = [
-            f"{name} was {theirs.get(name, 'not there')}, is {ours.get(name, 'not there')}"
-            for name in sorted(theirs.keys() | ours.keys())
-            if theirs.get(name) != ours.get(name)
-        ]
+        differences = _differences(_identity(path), self._identity)
         if differences:
             raise UserError(
                 f"{path} was written by other code or settings, so that training cannot go on "
@@ -219,6 +213,34 @@ class Checkpoints:
         for path in paths:
             if path not in kept:
                 _discard(path)
+
+
+def begun_otherwise(directory: Path, stage: str, key: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each training of this stage, beside the one in `directory`, that has a checkpoint:
+    how far it came, and in what its key is another."""
+    for checkpoints in sorted(directory.parent.glob(f"{stage}-*/checkpoints")):
+        paths = sorted(path for path in checkpoints.glob("step-*") if path.suffix != ".corrupt")
+        if checkpoints.parent == directory or not paths:
+            continue
+        try:
+            differences = _differences(_identity(paths[-1])["key"], key)
+        except (OSError, ValueError, KeyError):  # torn, or just being removed
+            continue
+        yield f"{paths[-1]}: {'; '.join(differences)}"
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    return json.loads((path / MANIFEST).read_text())["identity"]
+
+
+def _differences(of_theirs: Mapping[str, Any], of_ours: Mapping[str, Any]) -> list[str]:
+    """Leaves of two trees that differ: 'train.lr was 0.001, is 0.01'."""
+    theirs, ours = flatten(dict(of_theirs)), flatten(json.loads(json.dumps(of_ours, default=str)))
+    return [
+        f"{name} was {theirs.get(name, 'not there')}, is {ours.get(name, 'not there')}"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    ]
 
 
 def _discard(path: Path) -> None:

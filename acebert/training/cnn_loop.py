@@ -28,7 +28,7 @@ def run(settings: Settings, batches: PhotoBatches, model: TaggingCNN, rank: Rank
     (`acebert.training.steps.train`).
 
     Raises:
-        UserError: the loss is not finite. All ranks raise it at the same step.
+        AgreedError: the loss is not finite.
     """
     return train(CNNTraining(settings, batches, model, rank), rank)
 

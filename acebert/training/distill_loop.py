@@ -14,7 +14,7 @@ def run(trainer: Distiller, rank: Rank) -> Progress:
     """Train this rank's student (`acebert.training.steps.train`).
 
     Raises:
-        UserError: the loss is not finite. All ranks raise it at the same step.
+        AgreedError: the loss is not finite.
     """
     return train(Distillation(trainer), rank)
 

@@ -10,13 +10,17 @@ checkpoint; a job that was stopped does the same when it is started again.
 * A step reaches MLflow when a checkpoint holds it, from the thread that wrote that; the actor drops
   what the run has already (`acebert.tracking.MetricsActor`). So no step is there twice or missing.
 * A UserError inside a worker is returned, not raised: Ray Train would restart what cannot succeed.
+  One that a rank meets alone is raised, for the others wait for that rank: Ray Train stops them,
+  and the ranks that it starts next return the message.
+* `train.max_failures` counts deaths without a new checkpoint: a long run may die more often.
 """
 
 import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,19 +30,21 @@ import ray
 import ray.train
 import torch
 from ray.exceptions import RayError
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from acebert.cluster import node_resources, wait_for_nodes
+from acebert.cluster import cores_here, node_resources, wait_for_nodes
 from acebert.config import Settings, settings_from
-from acebert.errors import UserError
+from acebert.errors import AgreedError, UserError
 from acebert.job import set_up_logging
 from acebert.training.allocator import keep_freed_memory
 from acebert.training.checkpoint import (
     Checkpoints,
     Progress,
+    begun_otherwise,
     code_identity,
     load_progress,
     load_tensors,
@@ -60,6 +66,7 @@ HOW_IT_RUNS = frozenset(
 )
 """leaves of `train` that do not belong in a stage's key: a run goes on when they change"""
 MLFLOW_SECONDS = 60.0
+COLLECTIVE_SECONDS = 4 * 3600  # a node that joins late first copies the features to its disk
 
 
 Worker = Callable[[Settings, dict[str, Any], Rank], None]
@@ -104,6 +111,9 @@ def trained_stage(
         checkpoints = Checkpoints(directory / "checkpoints", identity, kept)
         newest = checkpoints.newest()  # refuses before anything is started
         step = load_progress(newest).step if newest else 0
+        if not newest and settings.tracking.parent_run is None:  # a sweep has many side by side
+            for other in begun_otherwise(directory, stage, key):
+                log.info("%s: begins anew. There is a checkpoint of another, %s", stage, other)
         tags = {"acebert.data": data}
         with start_run(settings, stage, digest, name=name, tags=tags, first_step=step) as mlrun:
             _train(settings, checkpoints, identity, worker, config, mlrun)
@@ -134,6 +144,7 @@ def _train(
     log.info(
         "%s: workers: %d, each %s, %s", directory.name, train.num_workers, each, train.precision
     )
+    actor = metrics_actor(settings)
     trainer = TorchTrainer(
         _run_rank,  # type: ignore[arg-type]
         train_loop_config={
@@ -142,9 +153,10 @@ def _train(
             "config": config,
             "directory": checkpoints.directory,
             "identity": identity,
-            "actor": metrics_actor(settings),
+            "actor": actor,
             "mlflow_run": mlrun.run_id,
         },
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # Train V2's; the checker sees V1's
             use_gpu=use_gpu,
@@ -157,10 +169,55 @@ def _train(
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    with _ray_by_address():
-        result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
-    if result.return_value is not None:
-        raise UserError(result.return_value)
+    message = _fit(trainer, checkpoints, train.max_failures)
+    if message is not None:
+        raise UserError(message)
+    last = checkpoints.newest()
+    if last is not None:
+        _mlflow_sender(actor, mlrun.run_id)(load_progress(last))  # what MLflow did not take before
+
+
+def _fit(trainer: TorchTrainer, checkpoints: Checkpoints, max_failures: int) -> str | None:
+    """Train to the end, again and again while deaths leave a newer checkpoint than before; the
+    message of a UserError inside, if there was one.
+
+    Raises:
+        UserError: workers died `max_failures` + 1 times without a new checkpoint.
+    """
+    told = _told_by_a_rank(checkpoints.directory)
+    while True:
+        told.unlink(missing_ok=True)
+        before = checkpoints.newest()
+        try:
+            with _ray_by_address():
+                result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
+            return result.return_value
+        except WorkerGroupError as error:
+            if told.exists():
+                return told.read_text()
+            failures = error.worker_failures.values()
+            if all(isinstance(failure, UserExceptionWithTraceback) for failure in failures):
+                raise
+            newest = checkpoints.newest()
+            if newest == before:
+                where = f"after {newest.name}" if newest else "before the first checkpoint"
+                raise UserError(
+                    f"{checkpoints.directory.parent.name}: workers died {max_failures + 1} times "
+                    f"{where} (--train.max_failures {max_failures}): {_first_line(failures)}. "
+                    "Start the job again, it goes on from there; workers that are killed for "
+                    "memory need a smaller --train.micro_batch"
+                ) from error
+            log.warning("workers died, goes on from %s: %s", newest, _first_line(failures))
+
+
+def _told_by_a_rank(directory: Path) -> Path:
+    """The file that takes the message of a UserError which one rank met alone."""
+    return directory.parent / "error.txt"
+
+
+def _first_line(failures: Iterable[Exception]) -> str:
+    died = (f for f in failures if not isinstance(f, UserExceptionWithTraceback))
+    return str(next(died)).strip().partition("\n")[0]
 
 
 @contextmanager
@@ -240,17 +297,20 @@ def _fits(bundle: dict[str, float], count: int) -> bool:
 
 def _run_rank(loop: dict[str, Any]) -> str | None:
     """One rank, inside Ray Train. Returns the message of a UserError."""
+    told = _told_by_a_rank(loop["directory"])
+    if told.exists():
+        return told.read_text()
     set_up_logging()
     settings = settings_from(loop["settings"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
+        cores = cores_here() // context.get_local_world_size()
         torch.set_num_threads(settings.train.threads_per_worker or max(1, cores))
         keep_freed_memory()
     checkpoints = Checkpoints(loop["directory"], loop["identity"], settings.train.checkpoints_kept)
-    send = _mlflow_sender(loop["actor"], loop["mlflow_run"])
+    send = _in_the_background(_mlflow_sender(loop["actor"], loop["mlflow_run"]))
     path = broadcast_from_rank_zero(checkpoints.newest() if rank == 0 else None)
     resume = None
     if path is not None:
@@ -268,9 +328,9 @@ def _run_rank(loop: dict[str, Any]) -> str | None:
                 checkpoints.save(tensors, progress, then=send)
             except UserError as error:
                 problem = error
-        # The others would wait for rank 0 in the next step, half an hour long.
+        # The others would wait for rank 0 in the next step.
         if any(of_rank_zero([float(problem is not None)], world)):
-            raise problem or UserError("rank 0 could not write the checkpoint")
+            raise AgreedError(problem or "rank 0 could not write the checkpoint")
         if validated:
             ray.train.report(progress.validations[-1])  # a sweep looks at these
 
@@ -280,6 +340,9 @@ def _run_rank(loop: dict[str, Any]) -> str | None:
         finally:
             checkpoints.wait()
     except UserError as error:
+        if world > 1 and not isinstance(error, AgreedError):
+            told.write_text(str(error))
+            raise
         return str(error)
     return None
 
@@ -302,6 +365,20 @@ def _mlflow_sender(actor: Any, run_id: str) -> Callable[[Progress], None]:
             steps = progress.history.num_rows
 
     return send
+
+
+def _in_the_background(send: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """`send` in a thread, which leaves out what comes while it is busy: no checkpoint waits for an
+    MLflow that does not answer, and the next call brings what was left out."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+    sending: Future[None] | None = None
+
+    def submit(progress: Progress) -> None:
+        nonlocal sending
+        if sending is None or sending.done():
+            sending = thread.submit(send, progress)
+
+    return submit
 
 
 def _named(prefix: str, table: pa.Table) -> pa.Table:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from acebert.config import Settings
-from acebert.errors import UserError
+from acebert.errors import AgreedError
 from acebert.models.dual import DualEncoder
 from acebert.training.checkpoint import Progress
 from acebert.training.finetuner import Finetuner
@@ -25,8 +25,7 @@ def run(settings: Settings, paths: StagePaths, model: DualEncoder, rank: Rank) -
     improving (`acebert.training.steps.train`).
 
     Raises:
-        UserError: loss or embeddings are not finite, or the validation day measures nothing. All
-            ranks raise it at the same step.
+        AgreedError: loss or embeddings are not finite, or the validation day measures nothing.
     """
     return train(FineTuning(settings, paths, model, rank), rank)
 
@@ -71,7 +70,7 @@ class FineTuning(Training[TrainBatch]):
         metric = self.settings.train.valid_metric
         value = measured[metric]
         if np.isnan(value):
-            raise UserError(
+            raise AgreedError(
                 f"--train.valid_metric {metric}: the validation day has no search to measure it "
                 "on (no clicks, or no row that was not clicked)"
             )

@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from acebert.config import Settings
-from acebert.data.feature_cache import open_features
+from acebert.data.features import FeatureStore
 from acebert.data.tokens import backbone_digest, load_tokenizer, special_ids
 from acebert.models.encoder import HOT_QUERY, TITLE, load_backbone
 from acebert.models.pretraining import CEBertForPreTraining, start_pretraining
@@ -26,7 +26,7 @@ from acebert.training.record import write_record
 from acebert.training.steps import Rank
 from acebert.workdir import Stage
 
-VERSION = 1
+VERSION = 2
 MODEL_SETTINGS = {
     *("backbone", "layers", "width", "heads", "dropout"),
     *("patches", "pixels", "pooling", "image_attention_bias"),
@@ -60,7 +60,7 @@ def pretrain(settings: Settings, ingested: Stage, tokens: Stage, features: Stage
 def new_model(settings: Settings, paths: StagePaths) -> CEBertForPreTraining:
     """CE-BERT with its heads at the start weights, sized to the vocabulary and the features."""
     model = settings.model
-    features = open_features(settings.image, paths.features) if paths.features else None
+    features = FeatureStore(paths.features) if paths.features else None
     encoder = load_backbone(
         model.backbone,
         layers=model.layers,

@@ -43,8 +43,10 @@ class PretrainBatch:
         inputs: what the model reads, and where it has to predict
         words: the masked words [M]
         matched: 1 where the photo is the title's own, float32 [B]
-        paired: 1 where that is a question at all, else 0, float32 [B]
-        all_words, all_patches, all_pairs: how many of each the ranks have together
+        paired: 1 where that is a question at all, else 0, float32 [B]: a title without a photo, or
+            whose neighbours in the batch all show the same picture, asks nothing
+        all_words, all_patches: how many of each the ranks have together
+        all_pairs: how many pairs they have where every picture has another in reach
         waited: how long training waited for this batch [s]
     """
 
@@ -248,6 +250,7 @@ class PretrainBatches:
         alike = np.where(wanted, alike, NO_PHOTO)[mine]
         photos = self.photos(np.concatenate([product, next_ones.ravel(), alike.ravel()]))
         lent, differs = lend(texts[pictured[mine]], next_ones, alike, photos)
+        matched.paired[pictured[mine] - self.rows.start] &= differs.any(axis=1)
         copies = np.tile(np.arange(1, r + 1), len(mine))
         mismatched = Rows(np.repeat(pictured[mine], r), copies, lent.ravel(), differs.ravel())
         return matched.and_those(mismatched), photos

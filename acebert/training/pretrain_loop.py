@@ -19,7 +19,7 @@ def run(settings: Settings, paths: StagePaths, model: CEBertForPreTraining, rank
     """Pre-train `model` on this rank (`acebert.training.steps.train`).
 
     Raises:
-        UserError: too few texts, or the loss is not finite. All ranks raise it at the same step.
+        UserError: too few texts, or (an AgreedError) the loss is not finite.
     """
     return train(PreTraining(settings, paths, model, rank), rank)
 

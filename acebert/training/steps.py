@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from acebert.config import ScheduleSettings
-from acebert.errors import UserError
+from acebert.errors import AgreedError
 from acebert.training.checkpoint import Progress
 from acebert.training.schedule import progress
 
@@ -124,9 +124,9 @@ class Training(ABC, Generic[B]):
         """Whether to stop before the budget is used."""
         return False
 
-    def not_finite(self, what: str, step: int) -> UserError:
+    def not_finite(self, what: str, step: int) -> AgreedError:
         """The error for a training that has diverged."""
-        return UserError(
+        return AgreedError(
             f"{self.stage}: the {what} is not finite after step {step}. Lower --{self.section}.lr, "
             f"raise --{self.section}.warmup_steps, or set --train.precision fp32"
         )
@@ -137,8 +137,8 @@ def train(training: Training[B], rank: Rank) -> Progress:
     after each validation, the last of them after the last step.
 
     Raises:
-        UserError: the loss is not finite, or what a validation raises. All ranks raise it at the
-            same step.
+        AgreedError: the loss is not finite.
+        UserError: what a batch or a validation raises.
     """
     state = Progress()
     if rank.resume is not None:

@@ -85,7 +85,7 @@ def test_processes_of_a_node_that_come_at_once_share_one_copy(stage: Path, tmp_p
     assert len(set(inodes)) == 1
 
 
-def test_a_fetch_that_was_killed_leaves_nothing_that_is_taken_for_whole(
+def test_a_fetch_that_was_killed_is_no_copy_and_the_next_one_goes_on_with_its_files(
     stage: Path, tmp_path: Path
 ) -> None:
     place = tmp_path / "node"
@@ -110,9 +110,11 @@ def test_a_fetch_that_was_killed_leaves_nothing_that_is_taken_for_whole(
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
-    assert (aside / "part-0.arrow").exists()
+    fetched = (aside / "part-0.arrow").stat().st_ino
     copy = local_copy(stage, place)
     assert not aside.exists()
+    assert {path.name for path in copy.iterdir()} == {path.name for path in stage.iterdir()}
+    assert (copy / "part-0.arrow").stat().st_ino == fetched  # what was whole is not fetched again
     FeatureStore(copy)
 
 

@@ -17,6 +17,7 @@ from acebert.training.checkpoint import (
     STATE,
     Checkpoints,
     Progress,
+    begun_otherwise,
     code_identity,
     load_progress,
     load_tensors,
@@ -167,6 +168,16 @@ def test_a_checkpoint_of_other_settings_or_code_is_refused(
     checkpoints.wait()
     with pytest.raises(UserError, match=rf"nothing had happened: {words}\. Go back"):
         Checkpoints(checkpoints.directory, identity, keep=2).newest()
+
+
+def test_a_training_begun_with_another_key_is_told_with_what_differs(tmp_path: Path):
+    for name, lr in (("finetune-a", 0.001), ("finetune-b", 0.002), ("pretrain-c", 0.003)):
+        made = Checkpoints(tmp_path / name / "checkpoints", {"key": {"train": {"lr": lr}}}, keep=1)
+        made.save(state(3), progress(3))
+        made.wait()
+    (line,) = begun_otherwise(tmp_path / "finetune-b", "finetune", {"train": {"lr": 0.002}})
+    checkpoint = tmp_path / "finetune-a" / "checkpoints" / "step-00000003"
+    assert line == f"{checkpoint}: train.lr was 0.001, is 0.002"
 
 
 def test_the_code_that_trains_is_known_by_file():

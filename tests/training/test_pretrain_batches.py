@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 
 import handmade
 import numpy as np
@@ -50,6 +51,24 @@ def test_each_title_with_a_photo_is_matched_once_and_mismatched_three_times(
         without = title[matched & ~paired]
         assert set(without) <= set(handmade.NO_PHOTO)
         assert not batch.inputs.has_photo[torch.from_numpy(matched & ~paired)].any()
+
+
+def test_a_title_without_another_picture_in_reach_asks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A placeholder on most photos must not be learned as what matches."""
+    monkeypatch.setattr(handmade, "TWINS", dict.fromkeys(range(1, 150), 0))
+    paths = handmade.build(tmp_path)
+    placeholders = make(paths, same_category_negatives=0.0)
+    asked = []
+    for batch in epochs(placeholders, 2):
+        title = handmade.titles_of(paths, batch.inputs)
+        matched, paired = batch.matched.bool().numpy(), batch.paired.bool().numpy()
+        for product in np.setdiff1d(title, [*handmade.SAME_TITLE, *handmade.NO_PHOTO]):
+            own = title == product
+            asked.append(bool(paired[own & matched].all()))
+            assert asked[-1] == bool(paired[own & ~matched].any())
+    assert 0 < sum(asked) < len(asked)
 
 
 def test_a_matched_photo_is_the_titles_own_and_a_mismatched_one_never_shows_the_same(

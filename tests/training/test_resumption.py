@@ -164,7 +164,8 @@ def workers_below(process: psutil.Process) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_a_killed_worker_costs_nothing(long: Settings, data: dict[str, Stage], undisturbed: Stage):
-    settings, known = of_its_own(long, 1), runs(long)
+    """Not even one of the failures allowed, for there is a checkpoint."""
+    settings, known = with_train(of_its_own(long, 1), max_failures=0), runs(long)
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(finetune, settings, **data)
         before = checkpoint_after(settings, known, 12)
