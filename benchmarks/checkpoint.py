@@ -22,6 +22,7 @@ from acebert.config import ModelSettings
 from acebert.models.dual import DualEncoder
 from acebert.models.encoder import TextInputs
 from acebert.models.losses import semantic_matching_loss
+from acebert.models.parameters import adamw_groups
 from acebert.training.checkpoint import Checkpoints, Progress
 
 
@@ -50,7 +51,7 @@ class Trainer:
             backbone=None, layers=size.layers, width=size.width, heads=size.heads, dropout=0.0
         )
         self.model = DualEncoder.new(model, vocab_size=size.vocabulary, sep_token_id=102)
-        groups = self.model.parameter_groups(1e-4, 1.0, 0.01)
+        groups = adamw_groups(self.model, (), 1e-4, 1.0, 0.01)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.query, self.product = (
             _words(size.batch, length, size.vocabulary) for length in (8, 20)

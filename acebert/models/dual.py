@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from acebert.config import ModelSettings
 from acebert.errors import UserError
 from acebert.models.encoder import (
+    ROWS_OF_ONE_LENGTH,
     CEBertConfig,
     CEBertModel,
     ImageInputs,
@@ -26,7 +27,6 @@ from acebert.models.encoder import (
     seeded,
 )
 
-ROWS_OF_ONE_LENGTH = 64  # rows that a CPU encodes at a time
 MAX_GAMMA = 100.0  # as CLIP bounds its learned scale
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -170,27 +170,6 @@ class DualEncoder(nn.Module):
             with torch.no_grad():  # after the optimiser's last step, before this one
                 self.log_gamma.clamp_(max=math.log(MAX_GAMMA))
         return self.encode_queries(query_text), self.encode_products(product_text, product_image)
-
-    def parameter_groups(
-        self, lr: float, new_layer_lr_factor: float, weight_decay: float
-    ) -> list[dict[str, object]]:
-        """Groups for AdamW: what did not come from the backbone learns at `new_layer_lr_factor`
-        times `lr`; only matrices of linear layers decay, not biases, norms, embeddings and γ."""
-        embeddings = {
-            id(module.weight) for module in self.modules() if isinstance(module, nn.Embedding)
-        }
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            decays = parameter.ndim > 1 and id(parameter) not in embeddings
-            groups.setdefault((name in self.new_parameters, decays), []).append(parameter)
-        return [
-            {
-                "params": parameters,
-                "lr": lr * (new_layer_lr_factor if new else 1.0),
-                "weight_decay": weight_decay if decays else 0.0,
-            }
-            for (new, decays), parameters in groups.items()
-        ]
 
     def save(self, directory: Path) -> None:
         """Write config.json and model.safetensors, all that `load` needs."""

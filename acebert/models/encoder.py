@@ -42,6 +42,7 @@ TITLE, HOT_QUERY, PATCH, PIXEL = range(4)  # segments
 NUM_PATCHES = 16  # N of section 2.1: the RoI's 4×4 cells
 PIXEL_GRID = 7  # section 4.4.1: 224 px in patches of 32 px
 NUM_PIXEL_PATCHES = PIXEL_GRID**2
+ROWS_OF_ONE_LENGTH = 64  # rows that a CPU encodes at a time
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

@@ -24,6 +24,7 @@ from transformers.models.bert.modeling_bert import (
 
 from acebert.models.encoder import (
     NUM_PATCHES,
+    ROWS_OF_ONE_LENGTH,
     CEBertConfig,
     CEBertModel,
     ImageInputs,
@@ -35,8 +36,6 @@ from acebert.models.encoder import (
 )
 
 log = logging.getLogger(__name__)
-
-ROWS_OF_ONE_LENGTH = 64  # rows that a CPU encodes at a time
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from acebert.config import Settings
 from acebert.models.domain import DomainClassifier, domain_accuracy, domain_loss, encoder_term
 from acebert.models.dual import ROWS_OF_ONE_LENGTH, DualEncoder, truncated
 from acebert.models.losses import semantic_matching_loss
+from acebert.models.parameters import adamw_groups
 from acebert.training.flops import matrix_peak, step_flops
 from acebert.training.gradient_cache import backward_parts, embed_parts
 from acebert.training.pairs import Part, TrainBatch
@@ -58,7 +59,9 @@ class Finetuner:
                 )
         train = settings.train
         self.optimizer = torch.optim.AdamW(
-            model.parameter_groups(train.lr, train.new_layer_lr_factor, train.weight_decay),
+            adamw_groups(
+                model, model.new_parameters, train.lr, train.new_layer_lr_factor, train.weight_decay
+            ),
             fused=True,
         )
         self._peak_lr = [group["lr"] for group in self.optimizer.param_groups]

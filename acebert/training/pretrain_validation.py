@@ -5,7 +5,6 @@ product's, with one of its own category's, and with none. The first three make T
 words are guessed better with the right photo than with another is how one sees that it is used.
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,8 +20,6 @@ from acebert.models.pretraining import mlm_loss, mpm_loss, tip_loss
 from acebert.training.pretrain_batches import Draws, PretrainBatches
 from acebert.training.pretrain_pairs import NO_PHOTO, SPARE
 from acebert.training.pretrainer import Pretrainer
-
-log = logging.getLogger(__name__)
 
 ROWS = 128  # rows of a forward
 OWN, OTHER, SAME_CATEGORY, NONE = "own", "other", "same_category", "none"

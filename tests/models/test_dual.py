@@ -13,6 +13,7 @@ from acebert.config import ModelSettings
 from acebert.errors import UserError
 from acebert.models.dual import DualEncoder
 from acebert.models.encoder import ImageInputs, TextInputs
+from acebert.models.parameters import adamw_groups
 
 D1, S, B = 8, 14, 4
 
@@ -175,7 +176,7 @@ def test_parameter_groups_hold_every_parameter_once_with_its_rate_and_decay(
     backbone: Path,
 ) -> None:
     model = dual(backbone, gamma_learned=True)
-    groups = model.parameter_groups(lr=1e-3, new_layer_lr_factor=10, weight_decay=0.01)
+    groups = adamw_groups(model, model.new_parameters, 1e-3, 10, 0.01)
     found = {id(p): group for group in groups for p in group["params"]}  # type: ignore[attr-defined]
     assert len(found) == sum(len(g["params"]) for g in groups) == len(list(model.parameters()))  # type: ignore[arg-type]
 

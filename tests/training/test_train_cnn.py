@@ -182,7 +182,7 @@ def test_trained_weights_are_made_first_and_features_are_made_anew_when_they_cha
 
 
 @pytest.mark.slow
-def test_two_workers_train_on_the_same_batches(
+def test_two_workers_train_each_step_once_and_validate_after_the_last(
     small: Settings, stages: dict[str, Stage], stage: Stage
 ):
     train = small.train.model_copy(update={"num_workers": 2, "threads_per_worker": 1})
