@@ -7,7 +7,9 @@ import yaml
 
 from acebert.config import load_settings
 from acebert.errors import UserError
-from acebert.pipeline import settings_for
+from acebert.pipeline import settings_for, tracked
+from acebert.tracking import client, finished_run
+from acebert.workdir import run_stage
 
 
 @pytest.fixture
@@ -58,3 +60,27 @@ def test_settings_that_repeat_the_models_own_are_taken(model: Path) -> None:
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{tmp_path}: no model directory"):
         settings_for(tmp_path, [])
+
+
+def test_a_stages_pictures_reports_and_numbers_are_in_its_mlflow_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    settings = load_settings(["--workdir", str(tmp_path)])
+
+    def build(out: Path) -> None:
+        (out / "grid.png").write_bytes(b"a picture")
+        (out / "report.json").write_text('{"photos": {"broken": 3}, "roi": "edges"}')
+        (out / "part-0.arrow").write_bytes(b"data")
+
+    stage = tracked(settings, run_stage(tmp_path, "features", {"of": "photos"}, build))
+    run = finished_run(settings, "features", stage.digest)
+    assert run is not None
+    artifacts = {file.path for file in client(settings).list_artifacts(run.run_id)}
+    assert artifacts == {"grid.png", "report.json", "stage.json"}
+    metrics = client(settings).get_run(run.run_id).data.metrics
+    assert metrics["photos/broken"] == 3
+    assert metrics["seconds"] >= 0
+    again = tracked(settings, run_stage(tmp_path, "features", {"of": "photos"}, build))
+    assert again.reused
+    assert len(client(settings).search_runs(["1"])) == 1
