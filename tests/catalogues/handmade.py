@@ -18,7 +18,7 @@ from acebert.models.pretraining import PretrainInputs
 from acebert.training.pairs import StagePaths
 
 PRODUCTS, QUERIES, CATEGORIES = 160, 40, 8
-REPEATS = 12
+REPEATS = 12  # of a query's word, and of a title's at most
 D1, SIDE = 8, 7
 TWINS = {21: 20, 22: 20, 60: 40, 100: 40}
 """product → the product whose photo is the same"""
@@ -41,7 +41,7 @@ def build(root: Path) -> StagePaths:
     tokenizer = train_wordpiece([word for word in words for _ in range(5)], vocab_size=2000)
     tokenizer.save_pretrained(root / "tokens" / "tokenizer")
     ids = [tokenizer.get_vocab()[word] for word in words]
-    titles = [[ids[_title(p)]] * (0 if p in NO_TITLE else REPEATS) for p in range(PRODUCTS)]
+    titles = [[ids[_title(p)]] * repeats(p) for p in range(PRODUCTS)]
     Ragged.from_rows(titles).save(root / "tokens", "titles")
     queries = [[ids[PRODUCTS + q]] * REPEATS for q in range(QUERIES)]
     Ragged.from_rows(queries).save(root / "tokens", "queries")
@@ -80,6 +80,11 @@ def build(root: Path) -> StagePaths:
     entry = write_shard(root / "features", "part-0.arrow", shard)
     write_shard_list(root / "features", [entry], D1, SIDE)
     return StagePaths(ingest, root / "tokens", root / "features")
+
+
+def repeats(product: int) -> int:
+    """Words of a title: 6 to 12, of its own for each product."""
+    return 0 if product in NO_TITLE else REPEATS - _title(product) % 7
 
 
 def _title(product: int) -> int:

@@ -124,8 +124,11 @@ def test_matched_and_mismatched_rows_are_masked_alike_and_only_matched_ones_are_
             rows = (batch.matched == label) & batch.paired.bool()
             text = inputs.text.input_ids[rows]
             words = inputs.text.attention_mask[rows].clone()
-            masked[label] += (text == mask)[:, 1 : 1 + handmade.REPEATS].flatten().tolist()
-            assert words.sum(dim=1).eq(2 + handmade.REPEATS).all()
+            words[:, 0] = False
+            words[torch.arange(len(words)), words.sum(dim=1)] = False  # [CLS] and [SEP] are neither
+            title = handmade.titles_of(paths, inputs)[rows.numpy()]
+            assert words.sum(dim=1).tolist() == [handmade.repeats(product) for product in title]
+            masked[label] += (text == mask)[words].tolist()
             patches[label] += inputs.masked_patches[rows].flatten().tolist()
         for predicted in (inputs.word_rows, inputs.patch_rows):
             assert batch.matched[predicted].all()
