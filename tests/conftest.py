@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the products of tests are too small to be shared
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
