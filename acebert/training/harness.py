@@ -138,6 +138,8 @@ def _train(
     cpus, use_gpu = _resources(settings)
     # Ray Train looks at its workers this often (its default: 2 s); a start and an end wait for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if len(node_resources()) == 1:  # it warns of nodes that are taken away: a process, and a line
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     train = settings.train
     workers = (train.min_workers, train.num_workers) if train.min_workers else train.num_workers
     each = "1 GPU" if use_gpu else f"{cpus:g} CPUs"
@@ -301,6 +303,7 @@ def _run_rank(loop: dict[str, Any]) -> str | None:
     if told.exists():
         return told.read_text()
     set_up_logging()
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train made it INFO: it prints each report
     settings = settings_from(loop["settings"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
