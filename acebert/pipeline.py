@@ -25,7 +25,7 @@ from acebert.evaluation.testset import evaluation_queries
 from acebert.serving.bundle import build_bundle, hot_queries
 from acebert.serving.onnx_export import export
 from acebert.serving.student_table import TEACHER, students_table
-from acebert.tracking import TABLE_TAG, finished_run, start_run
+from acebert.tracking import TABLE_TAG, finished_run, shared, start_run
 from acebert.training.distill import distill
 from acebert.training.finetune import finetune
 from acebert.training.harness import HOW_IT_RUNS
@@ -122,15 +122,35 @@ def look_inside_stage(settings: Settings, pretrained: Stage) -> Stage:
     return tracked(settings, stage)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """The stages that fine-tuning reads."""
+
+    data: Catalogue
+    planned: Stage
+    pretrained: Stage | None
+    mined: Stage | None
+
+
+def before_finetuning(settings: Settings) -> Prepared:
+    """All that comes before fine-tuning by these settings, which may be trainings too."""
+    settings = with_own_cnn(shared(settings))
+    return Prepared(
+        catalogue_stages(settings),
+        plan_stage(settings),
+        pretrain_stage(settings) if settings.model.start == "pretrain" else None,
+        mine_stage(settings) if settings.loss.hard_negatives else None,
+    )
+
+
 def finetune_stage(settings: Settings) -> Stage:
     """The model directory."""
+    before = before_finetuning(settings)
     settings = with_own_cnn(settings)
-    data = catalogue_stages(settings)
-    planned = plan_stage(settings)
     connect()
-    pretrained = pretrain_stage(settings) if settings.model.start == "pretrain" else None
-    mined = mine_stage(settings) if settings.loss.hard_negatives else None
-    return finetune(settings, data.ingested, data.tokens, data.features, planned, pretrained, mined)
+    data = before.data
+    stages = data.ingested, data.tokens, data.features, before.planned
+    return finetune(settings, *stages, before.pretrained, before.mined)
 
 
 def mine_stage(settings: Settings) -> Stage:

@@ -49,6 +49,13 @@ def tracking_uri(settings: Settings) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{settings.workdir / 'mlflow.db'}"
 
 
+def shared(settings: Settings) -> Settings:
+    """For the stages that come before what a job makes: name, tag and parent of its run are not
+    theirs, and no model of theirs is registered."""
+    own = dict.fromkeys(("run_name", "tag", "parent_run", "register_as"))
+    return settings.model_copy(update={"tracking": settings.tracking.model_copy(update=own)})
+
+
 @contextmanager
 def default_server(settings: Settings) -> Iterator[None]:
     """For those functions of MLflow that only know the process's server.
