@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,27 @@ import numpy as np
 
 from acebert.config import Settings
 from acebert.errors import UserError
-from acebert.evaluation.evaluate import BASELINES, evaluate_embeddings
+from acebert.evaluation.evaluate import BASELINES, HYBRID, evaluate_embeddings
 from acebert.evaluation.tables import Row
-from acebert.pipeline import baselines_stage, evaluate_stage, finetune_stage, ingest_stage
+from acebert.pipeline import (
+    baselines_stage,
+    evaluate_stage,
+    finetune_stage,
+    ingest_stage,
+    model_settings,
+    tracked,
+)
 from acebert.report.rival import sentence_transformers_stage
 from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT, System
+from acebert.tracking import tagged
 from acebert.workdir import Stage
 
 log = logging.getLogger(__name__)
 
-MakeSettings = Callable[[System, int, str], Settings]
-"""(system, seed, MLflow's tag) → its settings"""
+MakeSettings = Callable[[System, int], Settings]
+"""(system, seed) → its settings"""
+UNTRAINED_PART = "table1"
+"""the part in which rows stand that are not ours"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Results:
 
 
 def measure_untrained(settings: Settings, results: Results) -> None:
-    baselines = baselines_stage(settings)
+    baselines = baselines_stage(tagged(settings, UNTRAINED_PART))
     for name in BASELINES:
         results.rows[UNTRAINED[name]] = Measured(Row(UNTRAINED[name], (baselines.path / name,)))
 
@@ -81,10 +91,12 @@ def measure_systems(
 
     A system that cannot be trained (`UserError`) is left out with the reason; the others go on.
     """
-    first = {s: part for part, systems in reversed(wanted.items()) for s in systems}
-    order = dict.fromkeys(system for systems in wanted.values() for system in systems)
+    order: dict[System, list[str]] = {}
+    for part, systems in wanted.items():
+        for system in systems:
+            order.setdefault(system, []).append(part)
     began, spent = time.perf_counter(), 0
-    for number, system in enumerate(order):
+    for number, (system, parts) in enumerate(order.items()):
         log.info(
             "report: row %d of %d, %s%s",
             number + 1,
@@ -96,8 +108,7 @@ def measure_systems(
             else "",
         )
         try:
-            part = first[system]
-            measured, trained = _measure(system, part, seeds[part], make)
+            measured, trained = _measure(system, parts, seeds[parts[0]], make)
         except UserError as error:
             log.warning("report: %s is left out: %s", system.name, error)
             results.left_out[system.name] = str(error)
@@ -109,16 +120,22 @@ def measure_systems(
 
 
 def _measure(
-    system: System, tag: str, seeds: Sequence[int], make: MakeSettings
+    system: System, parts: Sequence[str], seeds: Sequence[int], make: MakeSettings
 ) -> tuple[Measured, bool]:
-    """The row, and whether anything had to be trained for it."""
-    all_settings = [make(system, seed, tag) for seed in seeds]
+    """The row, with an MLflow run in each of its parts; and whether anything had to be trained."""
+    all_settings = [make(system, seed) for seed in seeds]
     models, embedded, evaluated = [], [], []
     for settings in all_settings:
         models.append(finetune_stage(settings))
         vectors, result = evaluate_stage(settings, models[-1].path)
         embedded.append(vectors.path)
-        evaluated.append(result.path / "hybrid_bm25" if system.fused else result.path)
+        if system.fused:
+            fused = result.path / HYBRID
+            result = replace(result, path=fused, digest=f"{result.digest}/{HYBRID}")
+        own = model_settings(settings, models[-1].path)
+        for part in parts:
+            tracked(tagged(own, part), result, row=True)
+        evaluated.append(result.path)
     reports = [_read(model.path / "report.json") for model in models]
     measured = Measured(
         Row(system.name, tuple(evaluated)),
@@ -168,10 +185,13 @@ def measure_rival(
         except UserError as error:
             results.left_out[name] = str(error)
             continue
-        rows = [evaluate_embeddings(settings, ingested, s.path, name).path for s in stages]
+        rows = [evaluate_embeddings(settings, ingested, s.path, name) for s in stages]
+        for seed, row in zip(own_seeds, rows, strict=True):
+            own = tagged(settings, UNTRAINED_PART)
+            tracked(own, row, row=True, name=f"{name}, seed {seed}")
         reports = [_read(stage.path / "report.json") for stage in stages]
         results.rows[name] = Measured(
-            Row(name, tuple(rows)),
+            Row(name, tuple(row.path for row in rows)),
             seconds=float(np.mean([r["train_seconds"] for r in reports])) if pairs else None,
             pairs=pairs or None,
         )

@@ -10,8 +10,9 @@ from acebert.config import Settings, load_settings
 from acebert.data.hard_negatives import HardNegatives
 from acebert.data.lookups import Lookups
 from acebert.evaluation.evaluate import read_vectors
-from acebert.report.rows import ACEBERT, MATRYOSHKA, MATRYOSHKA_64, MINED, System
+from acebert.report.rows import ACEBERT, FUSED, MATRYOSHKA, MATRYOSHKA_64, MINED, System
 from acebert.report.run import Results, measure_rival, measure_systems
+from acebert.tracking import client
 
 SMALL = [
     *["--demo.products", "120", "--demo.searches_per_day", "300", "--demo.days", "4"],
@@ -24,7 +25,8 @@ TOO_DEEP = System(
     "acebert",
     ("--loss.hard_negatives", "1"),
 )
-WANTED = {"table4": [ACEBERT], "beyond": [ACEBERT, MINED, MATRYOSHKA, MATRYOSHKA_64, TOO_DEEP]}
+BEYOND = [ACEBERT, FUSED, MINED, MATRYOSHKA, MATRYOSHKA_64]
+WANTED = {"table4": [ACEBERT], "beyond": [*BEYOND, TOO_DEEP]}
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +34,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tupl
     """The results, and those of the same call once more."""
     workdir = str(tmp_path_factory.mktemp("work"))
 
-    def make(system: System, seed: int, tag: str) -> Settings:
+    def make(system: System, seed: int) -> Settings:
         own = ["--recipe", f"{system.recipe}_tiny", "--workdir", workdir, "--seed", str(seed)]
+        own += ["--tracking.run_name", system.name]
         ranks = ["--loss.hard_negative_ranks", "500,900" if system is TOO_DEEP else "3,20"]
         return load_settings([*SMALL, *own, *ranks, *system.changed])
 
@@ -46,9 +49,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tupl
 @pytest.mark.slow
 def test_every_row_has_its_metrics_cost_and_pairs(trained: tuple[Results, ...]) -> None:
     results, _ = trained
-    assert list(results.rows) == ["ACE-BERT", MINED.name, MATRYOSHKA.name, MATRYOSHKA_64.name]
+    assert list(results.rows) == [system.name for system in BEYOND]
     for measured in results.rows.values():
-        assert measured.row.measured("gauc") is not None
+        assert (measured.row.measured("gauc") is None) == (measured.row.name == FUSED.name)
         assert measured.row.measured("recall_100") is not None
         assert measured.seconds is not None
         assert measured.seconds > 0
@@ -62,6 +65,26 @@ def test_a_row_that_cannot_be_trained_is_left_out_with_the_reason(
     for results in trained:
         assert list(results.left_out) == ["too deep"]
         assert "--loss.hard_negative_ranks 500 900: of 120 products" in results.left_out["too deep"]
+
+
+@pytest.mark.slow
+def test_filtering_by_a_parts_tag_gives_its_rows_and_nothing_else(
+    trained: tuple[Results, ...],
+) -> None:
+    settings = trained[0].rows["ACE-BERT"].settings
+    assert settings is not None
+    mlflow = client(settings)
+    experiment = mlflow.get_experiment_by_name(settings.tracking.experiment).experiment_id
+    for part, systems in WANTED.items():
+        runs = mlflow.search_runs([experiment], f"tags.table = '{part}'")
+        names = [system.name for system in systems if system is not TOO_DEEP]
+        assert sorted(run.info.run_name for run in runs) == sorted(names)
+        assert all("overall/recall_100" in run.data.metrics for run in runs)
+    fused = mlflow.search_runs([experiment], f"attributes.run_name = '{FUSED.name}'")
+    (row,) = (run for run in fused if run.data.tags.get("table"))
+    measured = trained[0].rows[FUSED.name].row.measured("recall_100")
+    assert measured is not None
+    assert row.data.metrics["overall/recall_100"] == pytest.approx(measured.value)
 
 
 @pytest.mark.slow
