@@ -17,6 +17,7 @@ import ray
 
 from acebert import __version__
 from acebert.config import Settings, flatten
+from acebert.errors import UserError
 from acebert.evaluation.significance import Interval
 from acebert.evaluation.tables import Row
 from acebert.report import words
@@ -85,13 +86,17 @@ def report_stage(
         if system.name in results.rows
     }
     shared = _shared_seeds(list(systems.values())) if len(systems) == 2 else []
+    left_out = dict(results.left_out)
     aligned = None
     if "fig7" in given.parts and shared:
         directories = {
             name: [measured.embedded[measured.seeds.index(seed)] for seed in shared]
             for name, measured in systems.items()
         }
-        aligned = alignment_stage(settings, ingested, directories)
+        try:
+            aligned = alignment_stage(settings, ingested, directories)
+        except UserError as error:
+            left_out["Figure 7"] = str(error)
     key = {
         "version": VERSION,
         "code": code_digest(),
@@ -100,7 +105,7 @@ def report_stage(
             name: [_of_stage(path, settings.workdir) for path in measured.row.seeds]
             for name, measured in results.rows.items()
         },
-        "left_out": results.left_out,
+        "left_out": left_out,
         "swept": [swept.name, (swept / "trials.parquet").stat().st_size] if swept else None,
         "aligned": aligned.digest if aligned else None,
     }
@@ -119,7 +124,7 @@ def report_stage(
             "given": given,
             "sections": sections,
             "rows": results.rows,
-            "left_out": results.left_out,
+            "left_out": left_out,
             "loss": loss,
             "alignment": alignment,
             "partitions": partitions,

@@ -3,13 +3,17 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from acebert.report.parts import PARTS, TABLES
+from acebert.report.parts import PARTS, TABLES, WITH_ADVERSARY, WITHOUT_ADVERSARY
 from acebert.report.report import Given, report_stage
+from acebert.report.run import Results
 from acebert.workdir import Stage
 
 GIVEN = Given(PARTS, dict.fromkeys(PARTS, (0, 1)), ("--train.max_steps", "8"))
@@ -108,3 +112,25 @@ def test_the_same_results_are_the_same_page(stage: Stage, made) -> None:
     again = report_stage(made.settings, made.ingested, GIVEN, made.results, made.swept)
     assert again.reused
     assert again.path == stage.path
+
+
+def test_vectors_too_few_to_probe_cost_figure_7_alone(made, tmp_path: Path) -> None:
+    """All products have one vector, as those of one title have."""
+    directory = made.results.rows["ACE-BERT"].embedded[0]
+    products = pq.read_table(directory / "products.parquet")
+    one = pa.array([products["embedding"][0].as_py()] * len(products))
+    pq.write_table(
+        pa.table({"product_id": products["product_id"], "embedding": one}),
+        tmp_path / "products.parquet",
+    )
+    shutil.copy(directory / "queries.parquet", tmp_path)
+    rows = {
+        system.name: replace(made.results.rows[system.name], seeds=(0,), embedded=(tmp_path,))
+        for system in (WITHOUT_ADVERSARY, WITH_ADVERSARY)
+    }
+    given = Given(("fig6", "fig7"), {"fig6": (0,), "fig7": (0,)}, ())
+    page = report_stage(made.settings, made.ingested, given, Results(rows), None)
+    text = (page.path / "report.html").read_text()
+    assert "Figure 7: CE-BERT + hot queries: fewer than 20 distinct vectors" in text
+    assert '<h2 id="fig6">' in text
+    assert '<h2 id="fig7">' not in text
