@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The one exception that means: the user can mend this; and what a failure is called."""
 
 
 class UserError(Exception):
@@ -6,3 +6,11 @@ class UserError(Exception):
 
     The jobs under ray_jobs/ print the message without a traceback and exit with status 2.
     """
+
+
+def reason_of(error: Exception) -> str:
+    """One line for a table of what failed; UserErrors as they are."""
+    if isinstance(error, UserError):
+        return str(error)
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}"

@@ -23,9 +23,13 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     from acebert.pipeline import ingest_stage, tracked
     from acebert.report.report import Given, report_stage
     from acebert.report.rows import System
-    from acebert.report.run import Results, measure_rival, measure_systems, measure_untrained
-    from acebert.sweep.run import sweep
-    from acebert.sweep.space import read_space
+    from acebert.report.run import (
+        Results,
+        measure_partitions,
+        measure_rival,
+        measure_systems,
+        measure_untrained,
+    )
     from acebert.tracking import tagged
 
     seeds = {part: tuple(arguments.seeds) for part in arguments.parts}
@@ -52,9 +56,8 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
         measure_rival(settings, start, seeds["table1"], lr, results)
     swept = None
     if "fig5" in given.parts:
-        space = read_space(FIG_5).model_copy(update={"seeds": seeds["fig5"]})
         base = tagged(make(SWEPT, seeds["fig5"][0]), "fig5")
-        swept = sweep(base, FIG_5.stem, space, evaluate=True)
+        swept = measure_partitions(base, FIG_5, seeds["fig5"], results)
     page = tracked(settings, report_stage(settings, ingest_stage(settings), given, results, swept))
     leave()
     print(page.path / "report.html")

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from acebert.config import Settings
-from acebert.errors import UserError
+from acebert.errors import UserError, reason_of
 from acebert.evaluation.evaluate import BASELINES, HYBRID, evaluate_embeddings
 from acebert.evaluation.tables import Row
 from acebert.pipeline import (
@@ -28,6 +29,8 @@ from acebert.pipeline import (
 )
 from acebert.report.rival import sentence_transformers_stage
 from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT, System
+from acebert.sweep.run import sweep
+from acebert.sweep.space import read_space
 from acebert.tracking import tagged
 from acebert.workdir import Stage
 
@@ -69,6 +72,13 @@ class Results:
     rows: dict[str, Measured] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def leave_out(self, name: str, error: Exception) -> None:
+        if isinstance(error, UserError):
+            log.warning("report: %s is left out: %s", name, error)
+        else:
+            log.exception("report: %s is left out", name)
+        self.left_out[name] = reason_of(error)
+
     @property
     def of_rows(self) -> dict[str, Row]:
         return {name: measured.row for name, measured in self.rows.items()}
@@ -89,7 +99,10 @@ def measure_systems(
     """Train and measure the systems of each part, once each, with the seeds of the first part that
     they stand in.
 
-    A system that cannot be trained (`UserError`) is left out with the reason; the others go on.
+    A system that cannot be trained or measured is left out with the reason; the others go on.
+
+    Raises:
+        UserError: none of them could.
     """
     order: dict[System, list[str]] = {}
     for part, systems in wanted.items():
@@ -109,9 +122,8 @@ def measure_systems(
         )
         try:
             measured, trained = _measure(system, parts, seeds[parts[0]], make)
-        except UserError as error:
-            log.warning("report: %s is left out: %s", system.name, error)
-            results.left_out[system.name] = str(error)
+        except Exception as error:
+            results.leave_out(system.name, error)
             continue
         results.rows[system.name] = measured
         spent += trained
@@ -182,10 +194,10 @@ def measure_rival(
                 )
                 for seed in own_seeds
             ]
-        except UserError as error:
-            results.left_out[name] = str(error)
+            rows = [evaluate_embeddings(settings, ingested, s.path, name) for s in stages]
+        except Exception as error:
+            results.leave_out(name, error)
             continue
-        rows = [evaluate_embeddings(settings, ingested, s.path, name) for s in stages]
         for seed, row in zip(own_seeds, rows, strict=True):
             own = tagged(settings, UNTRAINED_PART)
             tracked(own, row, row=True, name=f"{name}, seed {seed}")
@@ -195,6 +207,22 @@ def measure_rival(
             seconds=float(np.mean([r["train_seconds"] for r in reports])) if pairs else None,
             pairs=pairs or None,
         )
+
+
+def measure_partitions(
+    settings: Settings, space: Path, seeds: Sequence[int], results: Results
+) -> Path | None:
+    """The sweep of Fig. 5, its directory; left out with the reason where it fails."""
+    try:
+        wanted = read_space(space).model_copy(update={"seeds": tuple(seeds)})
+        swept = sweep(settings, space.stem, wanted, evaluate=True)
+        trials = pq.read_table(swept / "trials.parquet", columns=["status", "reason"]).to_pylist()
+        if not any(trial["status"] == "finished" for trial in trials):
+            raise UserError(f"no trial finished: {trials[0]['reason']}")
+    except Exception as error:
+        results.leave_out("Figure 5", error)
+        return None
+    return swept
 
 
 def _read(path: Path) -> dict[str, Any]:

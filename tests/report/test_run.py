@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -10,10 +11,19 @@ from acebert.config import Settings, load_settings
 from acebert.data.hard_negatives import HardNegatives
 from acebert.data.lookups import Lookups
 from acebert.evaluation.evaluate import read_vectors
+from acebert.evaluation.tables import Row
+from acebert.report import run
 from acebert.report.rows import ACEBERT, FUSED, MATRYOSHKA, MATRYOSHKA_64, MINED, System
-from acebert.report.run import Results, measure_rival, measure_systems
+from acebert.report.run import (
+    Measured,
+    Results,
+    measure_partitions,
+    measure_rival,
+    measure_systems,
+)
 from acebert.tracking import client
 
+FIG_5 = Path(__file__).parents[2] / "tune_spaces" / "fig5_partitions.yaml"
 SMALL = [
     *["--demo.products", "120", "--demo.searches_per_day", "300", "--demo.days", "4"],
     *["--model.width", "32", "--model.heads", "2", "--model.layers", "1"],
@@ -128,6 +138,45 @@ def test_mined_products_were_never_clicked_for_their_query_in_training(
         row = negatives.mined[query].tolist()
         assert len(set(row)) == 18
         assert not set(row) & set(clicked[query].tolist())
+
+
+def small_settings(system: System, seed: int) -> Settings:
+    return load_settings(["--recipe", f"{system.recipe}_tiny"])
+
+
+def test_a_row_that_fails_in_any_way_is_left_out_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measure(system: System, *_: object) -> tuple[Measured, bool]:
+        if system is ACEBERT:
+            raise RuntimeError("the workers died\nrank 0 was killed")
+        return Measured(Row(system.name, ())), False
+
+    monkeypatch.setattr(run, "_measure", measure)
+    results = Results()
+    measure_systems({"beyond": [ACEBERT, MINED]}, {"beyond": (0,)}, small_settings, results)
+    assert results.left_out == {"ACE-BERT": "RuntimeError: rank 0 was killed"}
+    assert list(results.rows) == [MINED.name]
+
+
+def test_a_sweep_that_fails_or_finishes_no_trial_costs_figure_5_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> Path:
+        raise RuntimeError("no CPUs")
+
+    def all_failed(*_: object, **__: object) -> Path:
+        table = pa.table({"status": ["failed"], "reason": ["its process died"]})
+        pq.write_table(table, tmp_path / "trials.parquet")
+        return tmp_path
+
+    settings = load_settings(["--workdir", str(tmp_path)])
+    reasons = {broken: "RuntimeError: no CPUs", all_failed: "no trial finished: its process died"}
+    for sweep, reason in reasons.items():
+        results = Results()
+        monkeypatch.setattr(run, "sweep", sweep)
+        assert measure_partitions(settings, FIG_5, (0,), results) is None
+        assert results.left_out == {"Figure 5": reason}
 
 
 def test_without_a_model_of_its_own_the_rival_is_left_out_with_a_line(tmp_path: Path) -> None:
