@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from acebert.report import words
 from acebert.report.alignment import alignment_stage
 from acebert.report.alignment_figure import alignment_panels
 from acebert.report.gains import GROUP_METRICS, Comparison, comparisons, value_of
-from acebert.report.loss_figure import LAST, final_difference, loss_curves, loss_panels
+from acebert.report.loss_figure import final_losses, loss_curves, loss_panels
 from acebert.report.page import render
 from acebert.report.partitions_figure import partition_panels, partition_points
 from acebert.report.parts import (
@@ -41,7 +42,7 @@ from acebert.report.style import Panel
 from acebert.tracking import code_digest
 from acebert.workdir import Stage, run_stage
 
-VERSION = 1
+VERSION = 2
 NOT_TOLD = {"recipe", "workdir", "tracking", "seed", "cnn", "demo"}
 """settings that make no row different"""
 
@@ -189,9 +190,7 @@ def _loss(systems: dict[str, Measured], seeds: Sequence[int]) -> dict[str, Any]:
         for name, measured in systems.items()
     }
     without, with_adversary = (curves[s.name] for s in (WITHOUT_ADVERSARY, WITH_ADVERSARY))
-    last = int(with_adversary.shape[1] * (1 - LAST))
-    means = float(with_adversary[:, last:].mean()), float(without[:, last:].mean())
-    told = words.loss_words(final_difference(with_adversary, without), means)
+    told = words.loss_words(*final_losses(with_adversary, without))
     return {"panels": loss_panels(curves), "words": told}
 
 
@@ -305,8 +304,9 @@ def _differing(rows: dict[str, Measured]) -> dict[str, dict[str, Any]]:
 
 
 def _numbers(sections: Sequence[Section], context: dict[str, Any]) -> dict[str, Any]:
-    def plain(interval: Interval) -> dict[str, float]:
-        return {"value": interval.value, "low": interval.low, "high": interval.high}
+    def plain(interval: Interval) -> dict[str, float | None]:
+        ends = {"low": interval.low, "high": interval.high}  # JSON knows no infinity
+        return {"value": interval.value} | {k: v if isfinite(v) else None for k, v in ends.items()}
 
     return {
         "summary": context["summary"],
