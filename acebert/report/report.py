@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import ray
 
 from acebert import __version__
@@ -37,7 +38,7 @@ from acebert.report.parts import (
 )
 from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT
 from acebert.report.rows_figure import rows_panel
-from acebert.report.run import Measured, Results
+from acebert.report.run import Measured, Results, trainings
 from acebert.report.style import Panel
 from acebert.tracking import code_digest
 from acebert.workdir import Stage, run_stage
@@ -134,7 +135,7 @@ def report_stage(
             "machine": _machine(),
             "settings": _differing(results.rows),
             "common": _common(results.rows),
-            "cost": sum(m.seconds * len(m.row.seeds) for m in _trained_once(results.rows)),
+            "cost": _cost(settings.workdir, results.rows, swept),
         }
         (out / "report.html").write_text(render(context), encoding="utf-8")
         (out / "numbers.json").write_text(json.dumps(_numbers(sections, context), indent=2) + "\n")
@@ -270,10 +271,17 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _trained_once(rows: dict[str, Measured]) -> list[Any]:
-    """A row for each model: some rows share theirs."""
-    once = {measured.models or name: measured for name, measured in rows.items()}
-    return [measured for measured in once.values() if measured.seconds is not None]
+def _cost(workdir: Path, rows: dict[str, Measured], swept: Path | None) -> float:
+    """Seconds of all trainings behind the page, each counted once."""
+    models = {path for measured in rows.values() for path in measured.models}
+    if swept:
+        trials = pq.read_table(swept / "trials.parquet", columns=["status", "model"]).to_pylist()
+        models |= {Path(t["model"]) for t in trials if t["status"] == "finished"}
+    ours: dict[Path, float] = {}
+    for model in models:
+        ours |= trainings(model, workdir)
+    others = (m.seconds * len(m.row.seeds) for m in rows.values() if m.seconds and not m.models)
+    return sum(ours.values()) + sum(others)
 
 
 def _flat(measured: Measured) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT, System
 from acebert.sweep.run import sweep
 from acebert.sweep.space import read_space
 from acebert.tracking import tagged
-from acebert.workdir import Stage
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,8 @@ class Measured:
         seeds: which they were trained with (none: no training of ours)
         models: model directories (none: not one of ours)
         embedded: directories of vectors (none: a row without any)
-        seconds: of training, the mean over the seeds, pre-training included; None: none needed
+        seconds: of training, the mean over the seeds, pre-training and the miner's training
+            included; None: none needed
         pairs: trained on
         settings: of the first seed
     """
@@ -148,27 +148,34 @@ def _measure(
         for part in parts:
             tracked(tagged(own, part), result, row=True)
         evaluated.append(result.path)
+    of_seed = list(zip(models, all_settings, strict=True))
     reports = [_read(model.path / "report.json") for model in models]
     measured = Measured(
         Row(system.name, tuple(evaluated)),
         tuple(seeds),
         tuple(model.path for model in models),
         tuple(embedded),
-        float(np.mean([_train_seconds(all_settings[0], model) for model in models])),
+        float(np.mean([sum(trainings(m.path, s.workdir).values()) for m, s in of_seed])),
         int(np.mean([report["pairs"] for report in reports])),
         all_settings[0],
     )
     return measured, not all(model.reused for model in models)
 
 
-def _train_seconds(settings: Settings, model: Stage) -> float:
-    """Of fine-tuning, and of the pre-training that it starts from."""
-    seconds = float(_read(model.path / "report.json")["train_seconds"])
-    pretrained = _read(model.path / "stage.json")["key"].get("pretrain")
-    if pretrained:
-        report = settings.workdir / "pretrain" / pretrained / "report.json"
-        seconds += float(_read(report)["train_seconds"])
-    return seconds
+def trainings(model: Path, workdir: Path) -> dict[Path, float]:
+    """Seconds of each training behind a model directory, by its own directory: fine-tuning, the
+    pre-training that it starts from, and the same of the model that mined its negatives."""
+    found = {model: float(_read(model / "report.json")["train_seconds"])}
+    key = _read(model / "stage.json")["key"]
+    if "pretrain" in key:
+        pretrained = workdir / "pretrain" / key["pretrain"]
+        found[pretrained] = float(_read(pretrained / "report.json")["train_seconds"])
+    if "hard_negatives" in key:
+        mined = _read(workdir / "hard_negatives" / key["hard_negatives"] / "stage.json")
+        miner = workdir / "finetune" / mined["key"]["model"][0]
+        if miner.is_dir():  # not one that came from elsewhere
+            found |= trainings(miner, workdir)
+    return found
 
 
 def measure_rival(

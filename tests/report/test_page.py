@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from acebert.report.parts import PARTS, TABLES, WITH_ADVERSARY, WITHOUT_ADVERSARY
+from acebert.report.page import duration
+from acebert.report.parts import PARTS, TABLES, WITH_ADVERSARY, WITHOUT_ADVERSARY, systems_of
 from acebert.report.report import Given, report_stage
 from acebert.report.run import Results
 from acebert.workdir import Stage
@@ -106,6 +107,13 @@ def test_numbers_of_the_page_are_there_for_programs(stage: Stage, made) -> None:
     assert [point["partitions"] for point in numbers["partitions"]] == [64, 8, 1]
     figures = {path.stem for path in (stage.path / "figures").glob("*.png")}
     assert {"fig5_hard_share", "fig6_loss_end", "fig7_legend"} <= figures
+
+
+def test_a_training_that_rows_share_is_paid_for_once(stage: Stage) -> None:
+    systems = {system for of in systems_of(PARTS).values() for system in of}
+    models = 2 * len({(system.recipe, system.changed) for system in systems})
+    seconds = 90 * (models + 1) + 1000 + 60  # Figure 5's, the pre-training, the rival's
+    assert f"{duration(seconds)} in all" in (stage.path / "report.html").read_text()
 
 
 def test_the_same_results_are_the_same_page(stage: Stage, made) -> None:

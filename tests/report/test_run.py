@@ -1,5 +1,6 @@
 """Rows trained and measured for real, at the smallest size: mined, shortened, left out, reused."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from acebert.report.run import (
     measure_partitions,
     measure_rival,
     measure_systems,
+    trainings,
 )
 from acebert.tracking import client
 
@@ -177,6 +179,23 @@ def test_a_sweep_that_fails_or_finishes_no_trial_costs_figure_5_alone(
         monkeypatch.setattr(run, "sweep", sweep)
         assert measure_partitions(settings, FIG_5, (0,), results) is None
         assert results.left_out == {"Figure 5": reason}
+
+
+def test_the_miners_training_is_behind_a_mined_row_and_a_shared_pre_training_counts_once(
+    tmp_path: Path,
+) -> None:
+    def write(stage: str, seconds: float, key: dict[str, object]) -> Path:
+        directory = tmp_path / stage
+        directory.mkdir(parents=True)
+        (directory / "stage.json").write_text(json.dumps({"key": key}))
+        (directory / "report.json").write_text(json.dumps({"train_seconds": seconds}))
+        return directory
+
+    pretrained = write("pretrain/p", 1000, {})
+    miner = write("finetune/m", 30, {"pretrain": "p"})
+    write("hard_negatives/h", 0, {"model": ["m", 17]})
+    model = write("finetune/f", 40, {"pretrain": "p", "hard_negatives": "h"})
+    assert trainings(model, tmp_path) == {pretrained: 1000, miner: 30, model: 40}
 
 
 def test_without_a_model_of_its_own_the_rival_is_left_out_with_a_line(tmp_path: Path) -> None:
