@@ -89,6 +89,12 @@ def report_stage(
     }
     shared = _shared_seeds(list(systems.values())) if len(systems) == 2 else []
     left_out = dict(results.left_out)
+    names = f"{WITHOUT_ADVERSARY.name} and {WITH_ADVERSARY.name}"
+    for part, figure in (("fig6", "Figure 6"), ("fig7", "Figure 7")):
+        if part in given.parts and not shared:
+            both = len(systems) == 2
+            why = "have no seed in common" if both else "were not both measured"
+            left_out[figure] = f"{names} {why}"
     aligned = None
     if "fig7" in given.parts and shared:
         directories = {

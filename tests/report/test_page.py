@@ -142,3 +142,14 @@ def test_vectors_too_few_to_probe_cost_figure_7_alone(made, tmp_path: Path) -> N
     assert "Figure 7: CE-BERT + hot queries: fewer than 20 distinct vectors" in text
     assert '<h2 id="fig6">' in text
     assert '<h2 id="fig7">' not in text
+
+
+def test_figures_of_rows_without_a_common_seed_are_told_to_be_left_out(made) -> None:
+    rows = dict(made.results.rows)
+    rows["ACE-BERT"] = replace(rows["ACE-BERT"], seeds=(7, 8))
+    parts = ("table1", "fig6", "fig7")
+    given = Given(parts, dict.fromkeys(parts, (0, 1)), ())
+    page = report_stage(made.settings, made.ingested, given, Results(rows), None)
+    why = "CE-BERT + hot queries and ACE-BERT have no seed in common"
+    left_out = json.loads((page.path / "numbers.json").read_text())["left_out"]
+    assert left_out == {"Figure 6": why, "Figure 7": why}
