@@ -30,7 +30,7 @@ from acebert.pipeline import (
 from acebert.report.rival import sentence_transformers_stage
 from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT, System
 from acebert.sweep.run import sweep
-from acebert.sweep.space import read_space
+from acebert.sweep.space import read_space, with_leaves
 from acebert.tracking import tagged
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def _measure(
     system: System, parts: Sequence[str], seeds: Sequence[int], make: MakeSettings
 ) -> tuple[Measured, bool]:
     """The row, with an MLflow run in each of its parts; and whether anything had to be trained."""
-    all_settings = [make(system, seed) for seed in seeds]
+    all_settings = [_settings(system, seed, make) for seed in seeds]
     models, embedded, evaluated = [], [], []
     for settings in all_settings:
         models.append(finetune_stage(settings))
@@ -160,6 +160,14 @@ def _measure(
         all_settings[0],
     )
     return measured, not all(model.reused for model in models)
+
+
+def _settings(system: System, seed: int, make: MakeSettings) -> Settings:
+    settings = make(system, seed)
+    if system.miner is None:
+        return settings
+    miner = finetune_stage(_settings(system.miner, seed, make)).path
+    return with_leaves(settings, {"loss.hard_negatives_from": miner})
 
 
 def trainings(model: Path, workdir: Path) -> dict[Path, float]:

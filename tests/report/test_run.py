@@ -14,7 +14,15 @@ from acebert.data.lookups import Lookups
 from acebert.evaluation.evaluate import read_vectors
 from acebert.evaluation.tables import Row
 from acebert.report import run
-from acebert.report.rows import ACEBERT, FUSED, MATRYOSHKA, MATRYOSHKA_64, MINED, System
+from acebert.report.rows import (
+    ACEBERT,
+    FUSED,
+    MATRYOSHKA,
+    MATRYOSHKA_64,
+    MINED,
+    MINED_MASKED,
+    System,
+)
 from acebert.report.run import (
     Measured,
     Results,
@@ -37,7 +45,7 @@ TOO_DEEP = System(
     "acebert",
     ("--loss.hard_negatives", "1"),
 )
-BEYOND = [ACEBERT, FUSED, MINED, MATRYOSHKA, MATRYOSHKA_64]
+BEYOND = [ACEBERT, FUSED, MINED, MINED_MASKED, MATRYOSHKA, MATRYOSHKA_64]
 WANTED = {"table4": [ACEBERT], "beyond": [*BEYOND, TOO_DEEP]}
 
 
@@ -196,6 +204,20 @@ def test_the_miners_training_is_behind_a_mined_row_and_a_shared_pre_training_cou
     write("hard_negatives/h", 0, {"model": ["m", 17]})
     model = write("finetune/f", 40, {"pretrain": "p", "hard_negatives": "h"})
     assert trainings(model, tmp_path) == {pretrained: 1000, miner: 30, model: 40}
+
+
+@pytest.mark.slow
+def test_the_masked_row_trains_on_the_very_negatives_of_the_row_that_it_is_set_beside(
+    trained: tuple[Results, ...],
+) -> None:
+    rows = trained[0].rows
+    keys = [
+        json.loads((rows[system.name].models[0] / "stage.json").read_text())["key"]
+        for system in (MINED, MINED_MASKED)
+    ]
+    assert keys[0]["hard_negatives"] == keys[1]["hard_negatives"]
+    assert [key["loss"].pop("false_negatives") for key in keys] == ["keep", "log"]
+    assert keys[0] == keys[1]
 
 
 def test_without_a_model_of_its_own_the_rival_is_left_out_with_a_line(tmp_path: Path) -> None:
