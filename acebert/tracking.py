@@ -79,9 +79,9 @@ def default_server(settings: Settings) -> Iterator[None]:
         mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None: none
 
 
-def without_password(uri: str) -> str:
-    """For messages."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+def without_password(text: str) -> str:
+    """For people: a URI, or a text with some, without user and password."""
+    return re.sub(r"//[^/\s]*@", "//", text)
 
 
 def client(settings: Settings) -> MlflowClient:

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT
 from acebert.report.rows_figure import rows_panel
 from acebert.report.run import Measured, Results, trainings
 from acebert.report.style import Panel
-from acebert.tracking import code_digest
+from acebert.tracking import code_digest, without_password
 from acebert.workdir import Stage, run_stage
 
 VERSION = 2
@@ -82,6 +82,7 @@ def report_stage(
     settings: Settings, ingested: Stage, given: Given, results: Results, swept: Path | None
 ) -> Stage:
     """Build the page. `swept` is the directory of Fig. 5's sweep, where that part is wanted."""
+    given = replace(given, arguments=tuple(map(without_password, given.arguments)))
     systems = {
         system.name: results.rows[system.name]
         for system in (WITHOUT_ADVERSARY, WITH_ADVERSARY)
@@ -292,7 +293,8 @@ def _cost(workdir: Path, rows: dict[str, Measured], swept: Path | None) -> float
 
 def _flat(measured: Measured) -> dict[str, Any]:
     assert measured.settings is not None
-    return flatten(measured.settings.model_dump(mode="json", exclude=NOT_TOLD))
+    flat = flatten(measured.settings.model_dump(mode="json", exclude=NOT_TOLD))
+    return {k: without_password(v) if isinstance(v, str) else v for k, v in flat.items()}
 
 
 def _common(rows: dict[str, Measured]) -> dict[str, Any]:

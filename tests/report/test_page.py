@@ -153,3 +153,17 @@ def test_figures_of_rows_without_a_common_seed_are_told_to_be_left_out(made) -> 
     why = "CE-BERT + hot queries and ACE-BERT have no seed in common"
     left_out = json.loads((page.path / "numbers.json").read_text())["left_out"]
     assert left_out == {"Figure 6": why, "Figure 7": why}
+
+
+def test_no_credentials_of_an_address_are_on_the_page_or_beside_it(made) -> None:
+    address = "s3://me:pa@ss@bucket/products"
+    data = made.settings.data.model_copy(update={"products": address})
+    settings = made.settings.model_copy(update={"data": data})
+    rows = {"ACE-BERT": replace(made.results.rows["ACE-BERT"], settings=settings)}
+    arguments = ("--data.products", address, f"--data.impressions={address}")
+    given = Given(("table4",), {"table4": (0, 1)}, arguments)
+    page = report_stage(made.settings, made.ingested, given, Results(rows), None)
+    for name in ("report.html", "numbers.json", "stage.json"):
+        text = (page.path / name).read_text()
+        assert "ss@" not in text
+        assert ("s3://bucket/products" in text) == (name != "numbers.json")
