@@ -22,7 +22,7 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     from acebert.cluster import leave
     from acebert.pipeline import ingest_stage, tracked
     from acebert.report.report import Given, report_stage
-    from acebert.report.rows import System
+    from acebert.report.rows import TWINBERT, System
     from acebert.report.run import (
         Results,
         measure_partitions,
@@ -53,7 +53,8 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     measure_systems(wanted, seeds, make, results)
     if "table1" in given.parts:
         start, lr = arguments.sentence_transformer, arguments.sentence_transformer_lr
-        measure_rival(settings, start, seeds["table1"], lr, results)
+        twin = make(TWINBERT, seeds["table1"][0])
+        measure_rival(twin, start, seeds["table1"], lr, results)
     swept = None
     if "fig5" in given.parts:
         base = tagged(make(SWEPT, seeds["fig5"][0]), "fig5")

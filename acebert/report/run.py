@@ -28,10 +28,10 @@ from acebert.pipeline import (
     tracked,
 )
 from acebert.report.rival import sentence_transformers_stage
-from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT, System
+from acebert.report.rows import RIVAL, TWINBERT, UNTRAINED, ZERO_SHOT, System
 from acebert.sweep.run import sweep
 from acebert.sweep.space import read_space, with_leaves
-from acebert.tracking import tagged
+from acebert.tracking import shared, tagged, without_password
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Results:
             log.warning("report: %s is left out: %s", name, error)
         else:
             log.exception("report: %s is left out", name)
-        self.left_out[name] = reason_of(error)
+        self.left_out[name] = without_password(reason_of(error))
 
     @property
     def of_rows(self) -> dict[str, Row]:
@@ -189,17 +189,17 @@ def trainings(model: Path, workdir: Path) -> dict[Path, float]:
 def measure_rival(
     settings: Settings, start: Path | None, seeds: Sequence[int], lr: float, results: Results
 ) -> None:
-    """sentence-transformers as it comes and fine-tuned on as many pairs as TwinBERT; left out with
-    the reason where no model is given or the package is missing."""
+    """sentence-transformers as it comes and fine-tuned on as many pairs as TwinBERT, whose are the
+    `settings`; left out with the reason where no model is given or the package is missing."""
     if start is None:
         why = "no model is given (--sentence_transformer DIR)"
         results.left_out |= {ZERO_SHOT: why, RIVAL: why}
         return
-    ingested = ingest_stage(settings)
-    known = [m.pairs for m in results.rows.values() if m.pairs]
-    for name, pairs, own_seeds in ((ZERO_SHOT, 0, [0]), (RIVAL, max(known, default=0), seeds)):
-        if name == RIVAL and not pairs:
-            results.left_out[name] = "none of our rows says how many pairs it may train on"
+    ingested = ingest_stage(shared(settings))
+    twin = results.rows.get(TWINBERT.name, Measured(Row(TWINBERT.name, ())))
+    for name, pairs, own_seeds in ((ZERO_SHOT, 0, [0]), (RIVAL, twin.pairs, seeds)):
+        if pairs is None:
+            results.left_out[name] = f"it trains on as many pairs as {TWINBERT.name}, left out too"
             continue
         log.info("report: %s", name)
         try:

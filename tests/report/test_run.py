@@ -11,9 +11,10 @@ import pytest
 from acebert.config import Settings, load_settings
 from acebert.data.hard_negatives import HardNegatives
 from acebert.data.lookups import Lookups
+from acebert.errors import UserError
 from acebert.evaluation.evaluate import read_vectors
 from acebert.evaluation.tables import Row
-from acebert.report import run
+from acebert.report import rival, run
 from acebert.report.rows import (
     ACEBERT,
     FUSED,
@@ -21,6 +22,7 @@ from acebert.report.rows import (
     MATRYOSHKA_64,
     MINED,
     MINED_MASKED,
+    RIVAL,
     System,
 )
 from acebert.report.run import (
@@ -32,6 +34,7 @@ from acebert.report.run import (
     trainings,
 )
 from acebert.tracking import client
+from acebert.workdir import Stage, digest_of
 
 FIG_5 = Path(__file__).parents[2] / "tune_spaces" / "fig5_partitions.yaml"
 SMALL = [
@@ -218,6 +221,44 @@ def test_the_masked_row_trains_on_the_very_negatives_of_the_row_that_it_is_set_b
     assert keys[0]["hard_negatives"] == keys[1]["hard_negatives"]
     assert [key["loss"].pop("false_negatives") for key in keys] == ["keep", "log"]
     assert keys[0] == keys[1]
+
+
+def test_the_rival_trains_on_as_many_pairs_as_twinbert_in_its_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def train(settings: Settings, _: Stage, start: Path, pairs: int, lr: float) -> Stage:
+        asked.append((pairs, settings.train.batch_size, settings.seed))
+        raise UserError("enough")
+
+    monkeypatch.setattr(run, "ingest_stage", lambda settings: None)
+    monkeypatch.setattr(run, "sentence_transformers_stage", train)
+    rows = {
+        name: Measured(Row(name, ()), pairs=pairs)
+        for name, pairs in (("TwinBERT", 24_960), ("acebert_plus", 99_000))
+    }
+    paper = load_settings(["--recipe", "twinbert", "--workdir", str(tmp_path)])
+    measure_rival(paper, tmp_path, (3,), 5e-5, Results(rows))
+    assert asked == [(0, 384, 0), (24_960, 384, 3)]
+    results = Results()
+    measure_rival(paper, tmp_path, (3,), 5e-5, results)
+    assert "as many pairs as TwinBERT, left out too" in results.left_out[RIVAL]
+
+
+def test_another_model_in_the_rivals_directory_or_another_precision_is_another_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = []
+    monkeypatch.setattr(rival, "run_stage", lambda *of: keys.append(digest_of(of[2])))
+    start = tmp_path / "model"
+    (start / "1_Pooling").mkdir(parents=True)
+    ingested = Stage("ingest", tmp_path, "d", 0.0, reused=True)
+    for content, precision in (("a", "fp32"), ("b b", "fp32"), ("b b", "bf16")):
+        (start / "1_Pooling" / "config.json").write_text(content)
+        argv = ["--workdir", str(tmp_path), "--train.precision", precision]
+        rival.sentence_transformers_stage(load_settings(argv), ingested, start, 9, 5e-5)
+    assert len(set(keys)) == 3
 
 
 def test_without_a_model_of_its_own_the_rival_is_left_out_with_a_line(tmp_path: Path) -> None:
