@@ -15,7 +15,7 @@ from mlflow.entities import Run as MlflowRun
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
 from acebert.sweep.run import sweep
-from acebert.sweep.space import Space
+from acebert.sweep.space import Space, with_leaves
 from acebert.tracking import client
 
 WIDE = {"loss.gamma": {"low": 1.5, "high": 90, "log": True}}
@@ -245,3 +245,16 @@ def test_trials_at_once_share_the_cores_and_are_the_same_stage(
     at_once, own = place(settings, Space(vary={"loss.gamma": [1]}, trials_at_once=2))
     assert at_once == 2
     assert (own.train.cpus_per_worker, own.train.threads_per_worker) == (0.9, 1)
+
+
+def test_trials_of_a_given_share_take_no_more_threads_than_it(
+    settings: Settings, ray_cluster: None
+):
+    from acebert.sweep.placement import place
+
+    halves = with_leaves(settings, {"train.cpus_per_worker": 1.0})
+    at_once, own = place(halves, Space(vary={"loss.gamma": [1]}))
+    assert at_once == 2
+    assert (own.train.cpus_per_worker, own.train.threads_per_worker) == (1.0, 1)
+    told = with_leaves(halves, {"train.threads_per_worker": 3})
+    assert place(told, Space(vary={"loss.gamma": [1]}))[1].train.threads_per_worker == 3
