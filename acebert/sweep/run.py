@@ -212,7 +212,6 @@ class _Sweep:
         space = self.space.model_dump(mode="json")
         (self.directory / "space.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
         write_table(outcomes, self.directory / "trials.parquet")
-        sweep_figure(self.name, self.space, outcomes, self.directory / "sweep.png")
         winner = best(self.space, outcomes)
         if winner is not None:
             write_recipe(winner[0], self.settings, self.directory / "best.yaml")
@@ -226,6 +225,10 @@ class _Sweep:
             if "model" in winner[0].result:
                 log_model(self.base, run, Path(winner[0].result["model"]))
         (self.directory / "report.txt").write_text(text)
+        try:
+            sweep_figure(self.name, self.space, outcomes, self.directory / "sweep.png")
+        except Exception:  # whatever was varied: the rest says all that the figure does
+            log.exception("sweep: the figure could not be drawn")
         for artifact in sorted(self.directory.glob("*.*")):
             if artifact.is_file() and not artifact.name.startswith("."):
                 run.log_artifact(artifact)

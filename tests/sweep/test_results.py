@@ -139,3 +139,16 @@ def test_the_validation_interval_is_students():
     expected = stats.t.interval(0.95, 1, np.mean(of), stats.sem(of))
     assert (low, high) == pytest.approx(expected)
     assert figure._interval(OUTCOMES[:1], "recall_100") is None
+
+
+def test_nothing_beside_numbers_is_drawn_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(figure.plt, "close", lambda _: None)
+    leaf = "train.max_steps"
+    outcomes = [
+        Outcome(Trial({leaf: value}, 0), "finished", {"recall_100": recall}, 1.0)
+        for value, recall in ((None, 0.3), (100, 0.2), (20, 0.1))
+    ]
+    sweep_figure("steps", Space(vary={leaf: [None, 100, 20]}), outcomes, tmp_path / "sweep.png")
+    (axes,) = plt.gcf().axes
+    plt.gcf().canvas.draw()
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["None", "100", "20"]

@@ -14,6 +14,7 @@ from mlflow.entities import Run as MlflowRun
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
+from acebert.sweep import run as sweep_run
 from acebert.sweep.run import sweep
 from acebert.sweep.space import Space, with_leaves
 from acebert.tracking import client
@@ -258,3 +259,16 @@ def test_trials_of_a_given_share_take_no_more_threads_than_it(
     assert (own.train.cpus_per_worker, own.train.threads_per_worker) == (1.0, 1)
     told = with_leaves(halves, {"train.threads_per_worker": 3})
     assert place(told, Space(vary={"loss.gamma": [1]}))[1].train.threads_per_worker == 3
+
+
+def test_a_figure_that_cannot_be_drawn_costs_nothing_else(
+    settings: Settings, toy, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    def break_down(*_: object) -> None:
+        raise ValueError("no such axis")
+
+    monkeypatch.setattr(sweep_run, "sweep_figure", break_down)
+    directory = sweep(settings, "toy", Space(vary={"loss.gamma": [10]}), **toy.parts)
+    left = {path.name for path in directory.glob("*.*")}
+    assert {"trials.parquet", "best.yaml", "report.txt"} <= left
+    assert statuses(settings) == {"FINISHED"}
