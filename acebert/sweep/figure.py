@@ -152,6 +152,8 @@ def _label_x(column: Sequence[Axes], leaf: str, place: Place, finished: Sequence
         bottom.set_xlabel(leaf)
         return
     bottom.set_xlabel("partitions P")
+    if len({o.trial.point.get("train.batch_size") for o in finished}) > 1:
+        return  # n/(P·W) is another axis for each W
     result = finished[0].result
     batches = result["partitions"] * result["batches_per_partition"]  # n / W
 

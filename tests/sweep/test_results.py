@@ -1,5 +1,6 @@
 """What a sweep leaves, from outcomes written by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -152,3 +153,19 @@ def test_nothing_beside_numbers_is_drawn_as_text(tmp_path: Path, monkeypatch: py
     (axes,) = plt.gcf().axes
     plt.gcf().canvas.draw()
     assert [label.get_text() for label in axes.get_xticklabels()] == ["None", "100", "20"]
+
+
+def test_where_the_batch_size_varies_too_there_is_no_axis_of_one_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(figure.plt, "close", lambda _: None)
+    vary = {LEAF: [1, 10], "train.batch_size": [32, 64]}
+    outcomes = [
+        replace(one, trial=Trial({**one.trial.point, "train.batch_size": size}, 0))
+        for one in (OUTCOMES[0], OUTCOMES[2])
+        for size in (32, 64)
+    ]
+    sweep_figure("toy", Space(vary=vary), outcomes, tmp_path / "sweep.png")
+    assert plt.gcf().axes[0].child_axes == []
+    texts = [text.get_text() for axes in plt.gcf().axes for text in axes.texts]
+    assert not any("paper's best" in text for text in texts)
