@@ -37,6 +37,7 @@ from acebert.workdir import digest_of
 log = logging.getLogger(__name__)
 
 VERSION = 1
+REPORT = "report.txt"  # written last: all trials have ended
 NO_PART_OF_IT: Any = {
     **dict.fromkeys(("recipe", "workdir", "tracking", "eval"), True),
     "train": set(HOW_IT_RUNS),
@@ -102,7 +103,7 @@ class _Sweep:
     def is_done(self, trials: list[Trial], evaluate: bool) -> bool:
         finished = [o for o in self.records.ended() if o.status == "finished"]
         tested = all("test_row" in o.result for o in finished) or not evaluate
-        written = (self.directory / "report.txt").exists() and tested
+        written = (self.directory / REPORT).exists() and tested
         return written and not self._to_do(trials) and not self._points_left()
 
     def run(self, trials: list[Trial], train: Objective, at_once: int, evaluate: bool) -> None:
@@ -139,8 +140,9 @@ class _Sweep:
         return [trial for digest, trial in wanted.items() if digest not in done]
 
     def _points_left(self) -> int:
-        """Points that Optuna has still to choose."""
-        if self.space.search != "optuna":
+        """Points that Optuna has still to choose: none once it was done, for it may choose a point
+        twice, of few values it has to."""
+        if self.space.search != "optuna" or (self.directory / REPORT).exists():
             return 0
         assert self.space.points is not None
         return self.space.points - len(points_tried(list(self.records.all.values())))
@@ -224,7 +226,7 @@ class _Sweep:
             )
             if "model" in winner[0].result:
                 log_model(self.base, run, Path(winner[0].result["model"]))
-        (self.directory / "report.txt").write_text(text)
+        (self.directory / REPORT).write_text(text)
         try:
             sweep_figure(self.name, self.space, outcomes, self.directory / "sweep.png")
         except Exception:  # whatever was varied: the rest says all that the figure does

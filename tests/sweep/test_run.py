@@ -272,3 +272,13 @@ def test_a_figure_that_cannot_be_drawn_costs_nothing_else(
     left = {path.name for path in directory.glob("*.*")}
     assert {"trials.parquet", "best.yaml", "report.txt"} <= left
     assert statuses(settings) == {"FINISHED"}
+
+
+def test_a_search_for_more_points_than_there_are_values_ends(
+    settings: Settings, toy, ray_cluster: None
+):
+    space = Space(vary={"loss.gamma": [10, 20]}, search="optuna", points=4)
+    directory = sweep(settings, "toy", space, **toy.parts)
+    assert len(toy.calls(settings)) == 4
+    assert sweep(settings, "toy", space, **toy.parts) == directory
+    assert len(toy.calls(settings)) == 4
