@@ -124,6 +124,7 @@ class _Sweep:
             for outcome in self.records.ended():
                 if outcome.status == "stopped":
                     children.end(outcome.trial.name, stopped=True)
+            self._write_tables()  # they hold whatever becomes of the evaluation
             if evaluate:
                 self._evaluate(run)
             self._write(run)
@@ -132,11 +133,11 @@ class _Sweep:
 
     def _to_do(self, trials: list[Trial]) -> list[Trial]:
         """Of these and of all that were ever started, with all their seeds: what has not ended,
-        or failed."""
+        failed, or lost its model since."""
         started = [outcome.trial for outcome in self.records.all.values()]
         siblings = [Trial(t.point, seed) for t in started for seed in self.space.seeds]
         wanted = {trial.digest: trial for trial in [*trials, *siblings]}
-        done = {o.trial.digest for o in self.records.ended() if o.status != "failed"}
+        done = {o.trial.digest for o in self.records.ended() if _holds(o)}
         return [trial for digest, trial in wanted.items() if digest not in done]
 
     def _points_left(self) -> int:
@@ -207,16 +208,22 @@ class _Sweep:
             Run(run.client, result["mlflow_run"]).log_metrics(run_metrics(result))
             self.records.put(replace(outcome, result=result))
 
-    def _write(self, run: Run) -> None:
+    def _write_tables(self) -> None:
         outcomes = self.records.ended()
-        text = table_text(self.space, outcomes)
-        print(text)
         space = self.space.model_dump(mode="json")
         (self.directory / "space.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
         write_table(outcomes, self.directory / "trials.parquet")
         winner = best(self.space, outcomes)
         if winner is not None:
             write_recipe(winner[0], self.settings, self.directory / "best.yaml")
+
+    def _write(self, run: Run) -> None:
+        outcomes = self.records.ended()
+        text = table_text(self.space, outcomes)
+        print(text)
+        self._write_tables()
+        winner = best(self.space, outcomes)
+        if winner is not None:
             run.log_metrics(
                 {
                     f"best/{m}": float(np.mean(values(winner, m)))
@@ -234,3 +241,10 @@ class _Sweep:
         for artifact in sorted(self.directory.glob("*.*")):
             if artifact.is_file() and not artifact.name.startswith("."):
                 run.log_artifact(artifact)
+
+
+def _holds(ended: Outcome) -> bool:
+    """Whether a trial that has ended need not run again."""
+    if ended.status == "finished" and "model" in ended.result:
+        return Path(ended.result["model"]).is_dir()
+    return ended.status != "failed"

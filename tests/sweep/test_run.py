@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -282,3 +283,42 @@ def test_a_search_for_more_points_than_there_are_values_ends(
     assert len(toy.calls(settings)) == 4
     assert sweep(settings, "toy", space, **toy.parts) == directory
     assert len(toy.calls(settings)) == 4
+
+
+def test_a_trial_whose_model_was_removed_runs_again_and_the_others_do_not(
+    settings: Settings, toy, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    run_toy = toy.train
+
+    def train(settings: Settings) -> dict[str, Any]:
+        result = run_toy(settings)
+        model = settings.workdir / "finetune" / f"{settings.loss.gamma:.0f}"
+        model.mkdir(parents=True, exist_ok=True)
+        return {**result, "model": str(model)}
+
+    monkeypatch.setattr(sweep_run, "log_model", lambda *_: None)
+    space = Space(vary={"loss.gamma": [10, 40]})
+    parts = {"prepare": toy.prepare, "train": train}
+    sweep(settings, "toy", space, **parts)
+    (settings.workdir / "finetune" / "40").rmdir()
+    sweep(settings, "toy", space, **parts)
+    assert toy.calls(settings) == [(10, 0), (40, 0), (40, 0)]
+
+
+def test_an_evaluation_that_fails_leaves_the_table_and_the_best_recipe(
+    settings: Settings, toy, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    run_toy = toy.train
+
+    def train(settings: Settings) -> dict[str, Any]:
+        return {**run_toy(settings), "model": str(settings.workdir)}
+
+    def fail(*_: object) -> None:
+        raise UserError("no test day")
+
+    monkeypatch.setattr(sweep_run, "evaluate_stage", fail)
+    space = Space(vary={"loss.gamma": [10]})
+    with pytest.raises(UserError, match="no test day"):
+        sweep(settings, "toy", space, evaluate=True, prepare=toy.prepare, train=train)
+    (directory,) = (settings.workdir / "sweep").iterdir()
+    assert {"trials.parquet", "best.yaml"} <= {path.name for path in directory.iterdir()}
