@@ -8,6 +8,7 @@ that were cut off go on from their checkpoints, those that failed are tried once
 """
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,8 +123,10 @@ class _Sweep:
             finally:
                 children.end()
             for outcome in self.records.ended():
-                if outcome.status == "stopped":
-                    children.end(outcome.trial.name, stopped=True)
+                if outcome.status == "stopped":  # for good: a failed one goes on from its own
+                    for digest in children.end(outcome.trial.name, stopped=True):
+                        checkpoints = self.base.workdir / "train" / f"finetune-{digest}"
+                        shutil.rmtree(checkpoints, ignore_errors=True)
             self._write_tables()  # they hold whatever becomes of the evaluation
             if evaluate:
                 self._evaluate(run)

@@ -150,7 +150,7 @@ def wait_for(condition, driver: subprocess.Popen) -> None:
     pytest.fail("nothing happened for two minutes")
 
 
-def test_asha_stops_trials_that_are_behind_and_their_runs_are_ended(
+def test_asha_stops_trials_that_are_behind_and_ends_their_runs_and_removes_their_checkpoints(
     settings: Settings, toy, ray_cluster: None
 ):
     def train(settings: Settings) -> dict[str, object]:
@@ -161,7 +161,9 @@ def test_asha_stops_trials_that_are_behind_and_their_runs_are_ended(
         from acebert.tracking import start_run
 
         value = 1 / settings.loss.gamma
-        with start_run(settings, "finetune", str(settings.loss.gamma)) as run:
+        gamma = str(settings.loss.gamma)
+        (settings.workdir / "train" / f"finetune-{gamma}" / "checkpoints").mkdir(parents=True)
+        with start_run(settings, "finetune", gamma) as run:
             for step in range(1, 5):
                 tune.report({"recall_100": value, "step": step})
                 time.sleep(0.2)
@@ -176,6 +178,8 @@ def test_asha_stops_trials_that_are_behind_and_their_runs_are_ended(
         (3, "stopped", 2),
     ]
     of = {run.info.run_name: run.info.status for run in runs(settings)}
+    kept = {path.name for path in (settings.workdir / "train").iterdir()}
+    assert kept == {"finetune-1.0"}  # fine-tuning removes those of a trial that finished itself
     assert of["gamma=1 seed=0"] == "FINISHED"
     assert "RUNNING" not in of.values()
 
