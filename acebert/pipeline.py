@@ -124,7 +124,7 @@ def look_inside_stage(settings: Settings, pretrained: Stage) -> Stage:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Inputs:
     """The stages that fine-tuning reads."""
 
     data: Catalogue
@@ -133,10 +133,10 @@ class Prepared:
     mined: Stage | None
 
 
-def before_finetuning(settings: Settings) -> Prepared:
+def before_finetuning(settings: Settings) -> Inputs:
     """All that comes before fine-tuning by these settings, which may be trainings too."""
     settings = with_own_cnn(shared(settings))
-    return Prepared(
+    return Inputs(
         catalogue_stages(settings),
         plan_stage(settings),
         pretrain_stage(settings) if settings.model.start == "pretrain" else None,
