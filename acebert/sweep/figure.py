@@ -83,7 +83,9 @@ def _axis(leaf: str, finished: Sequence[Outcome]) -> Place:
 
 def _draw(axes: Axes, place: Place, row: str, finished: Sequence[Outcome], alone: bool) -> None:
     if row == "hard_share":
-        points = sorted({(place(o), o.result["hard_share"]) for o in finished})
+        points = list(dict.fromkeys((place(o), o.result["hard_share"]) for o in finished))
+        if _is_number(points[0][0]):
+            points.sort()
         axes.plot(*zip(*points, strict=True), "o-" if alone else "o", color=HARD, markersize=4)
         axes.set(ylabel="hard share of a batch", ylim=(0, 1))
     else:

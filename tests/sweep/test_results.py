@@ -146,13 +146,15 @@ def test_nothing_beside_numbers_is_drawn_as_text(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(figure.plt, "close", lambda _: None)
     leaf = "train.max_steps"
     outcomes = [
-        Outcome(Trial({leaf: value}, 0), "finished", {"recall_100": recall}, 1.0)
-        for value, recall in ((None, 0.3), (100, 0.2), (20, 0.1))
+        Outcome(Trial({leaf: value}, 0), "finished", {"recall_100": y, "hard_share": y}, 1.0)
+        for value, y in ((100, 0.3), (None, 0.2), (20, 0.1))
     ]
-    sweep_figure("steps", Space(vary={leaf: [None, 100, 20]}), outcomes, tmp_path / "sweep.png")
-    (axes,) = plt.gcf().axes
+    sweep_figure("steps", Space(vary={leaf: [100, None, 20]}), outcomes, tmp_path / "sweep.png")
+    recall, hard = plt.gcf().axes
     plt.gcf().canvas.draw()
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["None", "100", "20"]
+    assert [label.get_text() for label in hard.get_xticklabels()] == ["100", "None", "20"]
+    best_by = next(line for line in recall.get_lines() if "best by" in str(line.get_label()))
+    assert list(recall.convert_xunits(best_by.get_xdata())) == [0, 0]
 
 
 def test_where_the_batch_size_varies_too_there_is_no_axis_of_one_batch_size(
