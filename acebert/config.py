@@ -593,7 +593,7 @@ class TrackingSettings(Section):
     run_name: str | None = None
     """name of the run (none: the recipe's)"""
     tag: str | None = None
-    """value of the tag `table` on every run, to compare runs in the MLflow UI"""
+    """value of the tag `table` on the run of what the job makes, to compare rows in MLflow"""
     parent_run: str | None = None
     """id of the MLflow run that runs are nested under (a sweep sets it)"""
     register_as: str | None = "acebert"

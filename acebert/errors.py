@@ -1,4 +1,4 @@
-"""The exception that means: the user can mend this."""
+"""The exception that means: the user can mend this; and what a failure is called."""
 
 
 class UserError(Exception):
@@ -10,3 +10,11 @@ class UserError(Exception):
 
 class AgreedError(UserError):
     """One that all ranks of a training raise at the same step."""
+
+
+def reason_of(error: Exception) -> str:
+    """One line for a table of what failed; UserErrors as they are."""
+    if isinstance(error, UserError):
+        return str(error)
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}"

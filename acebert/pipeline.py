@@ -25,7 +25,7 @@ from acebert.evaluation.testset import evaluation_queries
 from acebert.serving.bundle import build_bundle, hot_queries
 from acebert.serving.onnx_export import export
 from acebert.serving.student_table import TEACHER, students_table
-from acebert.tracking import TABLE_TAG, finished_run, start_run
+from acebert.tracking import finished_run, shared, start_run
 from acebert.training.distill import distill
 from acebert.training.finetune import finetune
 from acebert.training.harness import HOW_IT_RUNS
@@ -58,7 +58,7 @@ def ingest_stage(settings: Settings, refresh: Refresh | None = None) -> Stage:
     """The validated catalogue and log: the user's, or the demo's."""
     products, impressions = settings.data.products, settings.data.impressions
     if products is None or impressions is None:
-        demo = tracked(settings, build_demo(settings))
+        demo = tracked(shared(settings), build_demo(settings))
         products, impressions = str(demo.path / "products.parquet"), str(demo.path / "impressions")
     hold_out = refresh is None
     return tracked(settings, ingest(settings, products, impressions, hold_out=hold_out))
@@ -68,7 +68,7 @@ def catalogue_stages(
     settings: Settings, tokenizer: Path | None = None, refresh: Refresh | None = None
 ) -> Catalogue:
     """`tokenizer`: a trained model's, for it alone."""
-    ingested = ingest_stage(settings, refresh)
+    ingested = ingest_stage(shared(settings), refresh)
     tokens = tracked(settings, tokenize(settings, ingested, tokenizer))
     features = None
     if settings.reads_images:
@@ -82,10 +82,11 @@ def catalogue_stages(
 def cnn_stage(settings: Settings) -> Stage:
     """The patch CNN, trained on the catalogue."""
     _refuse_uneven(settings, "cnn")
-    ingested = ingest_stage(settings)
+    before = shared(settings)
+    ingested = ingest_stage(before)
     connect()
-    crops = tracked(settings, preprocess(crop_settings(settings), ingested))
-    labels = tracked(settings, label_photos(settings, ingested, crops))
+    crops = tracked(before, preprocess(crop_settings(settings), ingested))
+    labels = tracked(before, label_photos(settings, ingested, crops))
     return train_cnn(settings, ingested, crops, labels)
 
 
@@ -103,13 +104,13 @@ def with_own_cnn(settings: Settings) -> Settings:
     there. A model that is trained with it names the file, not the wish."""
     if not settings.trains_cnn:
         return settings
-    weights = str(cnn_stage(settings).path / WEIGHTS)
+    weights = str(cnn_stage(shared(settings)).path / WEIGHTS)
     image = settings.image.model_copy(update={"cnn_weights": weights})
     return settings.model_copy(update={"image": image})
 
 
 def plan_stage(settings: Settings) -> Stage:
-    ingested = ingest_stage(settings)
+    ingested = ingest_stage(shared(settings))
     connect()
     return tracked(settings, plan(settings, ingested))
 
@@ -118,14 +119,14 @@ def pretrain_stage(settings: Settings) -> Stage:
     """The directory of a pre-trained CE-BERT."""
     _refuse_uneven(settings, "pretrain")
     settings = with_own_cnn(settings)
-    data = catalogue_stages(settings)
+    data = catalogue_stages(shared(settings))
     connect()
     return pretrain(settings, data.ingested, data.tokens, data.features)
 
 
 def look_inside_stage(settings: Settings, pretrained: Stage) -> Stage:
     """What a pre-trained CE-BERT that reads photos makes of them: a page and a list."""
-    data = catalogue_stages(settings)
+    data = catalogue_stages(shared(settings))
     if data.features is None:
         raise ValueError("a model that reads no photos has nothing to be looked at")
     connect()
@@ -133,15 +134,35 @@ def look_inside_stage(settings: Settings, pretrained: Stage) -> Stage:
     return tracked(settings, stage)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """The stages that fine-tuning reads."""
+
+    data: Catalogue
+    planned: Stage
+    pretrained: Stage | None
+    mined: Stage | None
+
+
+def before_finetuning(settings: Settings) -> Inputs:
+    """All that comes before fine-tuning by these settings, which may be trainings too."""
+    settings = with_own_cnn(shared(settings))
+    return Inputs(
+        catalogue_stages(settings),
+        plan_stage(settings),
+        pretrain_stage(settings) if settings.model.start == "pretrain" else None,
+        mine_stage(settings) if settings.loss.hard_negatives else None,
+    )
+
+
 def finetune_stage(settings: Settings) -> Stage:
     """The model directory."""
+    before = before_finetuning(settings)
     settings = with_own_cnn(settings)
-    data = catalogue_stages(settings)
-    planned = plan_stage(settings)
     connect()
-    pretrained = pretrain_stage(settings) if settings.model.start == "pretrain" else None
-    mined = mine_stage(settings) if settings.loss.hard_negatives else None
-    return finetune(settings, data.ingested, data.tokens, data.features, planned, pretrained, mined)
+    data = before.data
+    stages = data.ingested, data.tokens, data.features, before.planned
+    return finetune(settings, *stages, before.pretrained, before.mined)
 
 
 def mine_stage(settings: Settings) -> Stage:
@@ -150,9 +171,9 @@ def mine_stage(settings: Settings) -> Stage:
     model = settings.loss.hard_negatives_from
     if model is None:
         loss = settings.loss.model_copy(update={"hard_negatives": 0})
-        model = finetune_stage(settings.model_copy(update={"loss": loss})).path
+        model = finetune_stage(shared(settings).model_copy(update={"loss": loss})).path
     miner = model_settings(settings, model)
-    data = catalogue_stages(miner)
+    data = catalogue_stages(shared(miner))
     connect()
     ranks = settings.loss.hard_negative_ranks
     return tracked(settings, mine(miner, model, data.ingested, data.tokens, data.features, ranks))
@@ -163,7 +184,7 @@ def embed_stage(
 ) -> Stage:
     """Vectors of the whole catalogue and of `queries`, by a model directory."""
     settings = model_settings(settings, model)
-    data = catalogue_stages(settings, model / "tokenizer", refresh)
+    data = catalogue_stages(shared(settings), model / "tokenizer", refresh)
     connect()
     earlier = refresh.earlier if refresh else None
     stages = data.ingested, data.tokens, data.features
@@ -173,8 +194,8 @@ def embed_stage(
 def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
     """Vectors of a model directory, and its metrics on the test day."""
     settings = model_settings(settings, model)
-    ingested = ingest_stage(settings)
-    embedded = embed_stage(settings, model, evaluation_queries(settings, ingested))
+    ingested = ingest_stage(shared(settings))
+    embedded = embed_stage(shared(settings), model, evaluation_queries(settings, ingested))
     name = Path(settings.recipe).stem
     evaluated = evaluate_embeddings(settings, ingested, embedded.path, name)
     return embedded, tracked(settings, evaluated, row=True)
@@ -188,10 +209,10 @@ def distill_stages(settings: Settings, teacher: Path) -> tuple[list[Stage], Stag
     train = own.train.model_copy(update=how)
     own = own.model_copy(update={"distill": settings.distill, "train": train})
     _refuse_uneven(own, "distill")
-    ingested = ingest_stage(own)
-    embedded = embed_stage(own, teacher, evaluation_queries(own, ingested))
+    ingested = ingest_stage(shared(own))
+    embedded = embed_stage(shared(own), teacher, evaluation_queries(own, ingested))
     connect()
-    targets = tracked(own, teach(own, teacher, ingested, embedded))
+    targets = tracked(shared(own), teach(own, teacher, ingested, embedded))
     exports = {TEACHER: export(own, teacher)}
     for layers in own.distill.layers:
         student = distill(own, teacher, layers, targets)
@@ -206,9 +227,9 @@ def bundle_stage(
 ) -> Stage:
     """What the service needs of a model directory and a query encoder that fits it."""
     settings = model_settings(settings, model)
-    ingested = ingest_stage(settings, refresh)
+    ingested = ingest_stage(shared(settings), refresh)
     hot = hot_queries(ingested, settings.serve.hot_queries)
-    embedded = embed_stage(settings, model, hot, refresh)
+    embedded = embed_stage(shared(settings), model, hot, refresh)
     earlier = refresh.earlier.bundle if refresh and refresh.earlier else None
     stages = ingested, embedded
     return tracked(settings, build_bundle(settings, model, query_encoder, *stages, earlier))
@@ -216,7 +237,7 @@ def bundle_stage(
 
 def baselines_stage(settings: Settings) -> Stage:
     """Metrics of the rows that need no training, each a run of its own."""
-    stage = evaluate_baselines(settings, ingest_stage(settings))
+    stage = evaluate_baselines(settings, ingest_stage(shared(settings)))
     for name in BASELINES:
         of_row = replace(stage, path=stage.path / name, digest=f"{stage.digest}/{name}")
         tracked(settings, of_row, row=True, name=name)
@@ -261,10 +282,10 @@ def tracked(
     settings: Settings, stage: Stage, *, row: bool = False, name: str | None = None
 ) -> Stage:
     """Note a stage as an MLflow run, with what it wrote to be seen. One that is reused has its run,
-    unless the job that built it was stopped in between; a `row` becomes one of this table too."""
-    if stage.reused and (run := finished_run(settings, stage.name, stage.digest)):
-        if row and settings.tracking.tag:
-            run.set_tags({TABLE_TAG: settings.tracking.tag})
+    unless the job that built it was stopped in between. A `row` has a run for each table (the tag)
+    that it stands in."""
+    table = settings.tracking.tag if row else None
+    if stage.reused and finished_run(settings, stage.name, stage.digest, table):
         return stage
     started = time.time() - stage.seconds
     with start_run(settings, stage.name, stage.digest, name=name, started=started) as run:

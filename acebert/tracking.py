@@ -50,6 +50,19 @@ def tracking_uri(settings: Settings) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{settings.workdir / 'mlflow.db'}"
 
 
+def shared(settings: Settings) -> Settings:
+    """For the stages that come before what a job makes: name, tag and parent of its run are not
+    theirs, and no model of theirs is registered."""
+    own = dict.fromkeys(("run_name", "tag", "parent_run", "register_as"))
+    return settings.model_copy(update={"tracking": settings.tracking.model_copy(update=own)})
+
+
+def tagged(settings: Settings, table: str) -> Settings:
+    """For a row of this table."""
+    tracking = settings.tracking.model_copy(update={"tag": table})
+    return settings.model_copy(update={"tracking": tracking})
+
+
 @contextmanager
 def default_server(settings: Settings) -> Iterator[None]:
     """For those functions of MLflow that only know the process's server.
@@ -67,9 +80,9 @@ def default_server(settings: Settings) -> Iterator[None]:
         mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None: none
 
 
-def without_password(uri: str) -> str:
-    """For messages."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+def without_password(text: str) -> str:
+    """For people: a URI, or a text with some, without user and password."""
+    return re.sub(r"//[^/\s]*@", "//", text)
 
 
 def client(settings: Settings) -> MlflowClient:
@@ -214,13 +227,16 @@ def _run_name(settings: Settings, stage: str, digest: str) -> str:
     return f"{stage} {Path(settings.recipe).stem}, seed {settings.seed}, {digest[:6]}"
 
 
-def finished_run(settings: Settings, stage: str, digest: str) -> Run | None:
-    """The finished run of this stage and digest."""
+def finished_run(
+    settings: Settings, stage: str, digest: str, table: str | None = None
+) -> Run | None:
+    """The finished run of this stage and digest, and of this table where one is given."""
     mlflow_client = client(settings)
     found = mlflow_client.search_runs(
         [_experiment(mlflow_client, settings)],
         f"tags.`{STAGE_TAG}` = '{stage}' AND tags.`{DIGEST_TAG}` = '{digest}' "
-        "AND attributes.status = 'FINISHED'",
+        "AND attributes.status = 'FINISHED'"
+        + (f" AND tags.`{TABLE_TAG}` = '{table}'" if table else ""),
         max_results=1,
     )
     if not found:

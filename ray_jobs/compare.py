@@ -27,10 +27,10 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     from acebert.evaluation.figures import curves_figure, rows_figure
     from acebert.evaluation.tables import Row, differences_table, rows_table
     from acebert.pipeline import baselines_stage, evaluate_stage, finetune_stage
+    from acebert.tracking import tagged
 
     tag = settings.tracking.tag or "compare"
-    tracking = settings.tracking.model_copy(update={"tag": tag})
-    baselines = baselines_stage(settings.model_copy(update={"tracking": tracking}))
+    baselines = baselines_stage(tagged(settings, tag))
     spent: dict[str, dict[str, float]] = {"rows without training": {"evaluate": baselines.seconds}}
     rows: list[Row] = []
     models: dict[str, list[Path]] = {}
@@ -38,10 +38,10 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
         name = Path(recipe).stem
         evaluated = []
         for seed in arguments.seeds:
-            own = ["--recipe", recipe, "--seed", str(seed), "--tracking.tag", tag]
+            own = ["--recipe", recipe, "--seed", str(seed), "--tracking.tag", "none"]
             chosen = load_settings([*arguments.settings, *own])
             model = finetune_stage(chosen)
-            embedded, result = evaluate_stage(chosen, model.path)
+            embedded, result = evaluate_stage(tagged(chosen, tag), model.path)
             evaluated.append(result.path)
             models.setdefault(name, []).append(model.path)
             trained = chosen.train

@@ -22,10 +22,15 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     from acebert.cluster import leave
     from acebert.pipeline import ingest_stage, tracked
     from acebert.report.report import Given, report_stage
-    from acebert.report.rows import System
-    from acebert.report.run import Results, measure_rival, measure_systems, measure_untrained
-    from acebert.sweep.run import sweep
-    from acebert.sweep.space import read_space
+    from acebert.report.rows import TWINBERT, System
+    from acebert.report.run import (
+        Results,
+        measure_partitions,
+        measure_rival,
+        measure_systems,
+        measure_untrained,
+    )
+    from acebert.tracking import tagged
 
     seeds = {part: tuple(arguments.seeds) for part in arguments.parts}
     if "table1" in seeds and arguments.table1_seeds:
@@ -34,12 +39,12 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     if any(leaf.split("=")[0] in ("--recipe", "--seed") for leaf in arguments.settings):
         raise UserError("--recipe and --seed are each row's own: give --size and --seeds")
 
-    def make(system: System, seed: int, tag: str) -> Settings:
+    def make(system: System, seed: int) -> Settings:
         recipe = f"{system.recipe}_tiny" if arguments.size == "tiny" else system.recipe
         own = ["--recipe", recipe, "--seed", str(seed)]
-        tracked_as = ["--tracking.tag", tag, "--tracking.run_name", f"{system.name}, seed {seed}"]
+        named = ["--tracking.tag", "none", "--tracking.run_name", f"{system.name}, seed {seed}"]
         none = ["--tracking.register_as", "none"]  # a table's rows are not for serving
-        return load_settings([*arguments.settings, *own, *tracked_as, *none, *system.changed])
+        return load_settings([*arguments.settings, *own, *named, *none, *system.changed])
 
     results = Results()
     wanted = systems_of(given.parts)
@@ -48,11 +53,12 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     measure_systems(wanted, seeds, make, results)
     if "table1" in given.parts:
         start, lr = arguments.sentence_transformer, arguments.sentence_transformer_lr
-        measure_rival(settings, start, seeds["table1"], lr, results)
+        twin = make(TWINBERT, seeds["table1"][0])
+        measure_rival(twin, start, seeds["table1"], lr, results)
     swept = None
     if "fig5" in given.parts:
-        space = read_space(FIG_5).model_copy(update={"seeds": seeds["fig5"]})
-        swept = sweep(make(SWEPT, seeds["fig5"][0], "fig5"), FIG_5.stem, space, evaluate=True)
+        base = tagged(make(SWEPT, seeds["fig5"][0]), "fig5")
+        swept = measure_partitions(base, FIG_5, seeds["fig5"], results)
     page = tracked(settings, report_stage(settings, ingest_stage(settings), given, results, swept))
     leave()
     print(page.path / "report.html")

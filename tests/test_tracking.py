@@ -1,4 +1,5 @@
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -8,14 +9,18 @@ import ray
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
+from acebert.pipeline import tracked
 from acebert.tracking import (
     client,
     default_server,
     finished_run,
     metrics_actor,
+    shared,
     start_run,
+    tagged,
     tracking_uri,
 )
+from acebert.workdir import Stage
 
 
 @pytest.fixture
@@ -118,6 +123,23 @@ def test_a_finished_run_is_found_by_its_stage_and_digest(settings: Settings):
     assert found is not None
     assert found.run_id == run.run_id
     assert finished_run(settings, "evaluate", "d1") is None
+
+
+def test_a_row_of_two_tables_has_a_run_in_each_and_what_is_no_row_has_no_tag(
+    settings: Settings, tmp_path: Path
+):
+    (tmp_path / "row").mkdir()
+    (tmp_path / "row" / "metrics.json").write_text('{"overall": {"gauc": 0.5}}')
+    built = Stage("evaluate", tmp_path / "row", "d1", 1.0, reused=False)
+    found = replace(built, reused=True)
+    for one, table in ((built, "t1"), (found, "t2"), (found, "t1")):
+        tracked(tagged(settings, table), one, row=True)
+    tracked(shared(settings), replace(built, name="ingest"))
+    mlflow = client(settings)
+    experiment = mlflow.get_experiment_by_name(settings.tracking.experiment).experiment_id
+    runs = mlflow.search_runs([experiment])
+    tables = sorted((r.data.tags["acebert.stage"], r.data.tags.get("table")) for r in runs)
+    assert tables == [("evaluate", "t1"), ("evaluate", "t2"), ("ingest", None)]
 
 
 def test_a_server_that_does_not_answer_is_named(

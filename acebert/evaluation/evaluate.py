@@ -62,6 +62,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 2
 BASELINES = ("bm25_titles", "bm25_titles_hot", "click_lookup", "popularity", "position")
+HYBRID = "hybrid_bm25"  # a model fused with LEXICAL
 LEXICAL = "bm25_titles_hot"  # the lexical engine that a model is set beside: the stronger one
 RUN_DEPTH = 100  # products a query in run.trec; more where eval.ks asks for more
 ANN_QUERIES = 1000
@@ -118,10 +119,10 @@ def evaluate_embeddings(
         }
         row.write(out, ranks, found.top, found.top_score, searches, extra)
 
-        hybrid = _Row("hybrid_bm25", settings, test, row.groups)
+        hybrid = _Row(HYBRID, settings, test, row.groups)
         top, score = baselines.reciprocal_rank_fusion(found.top, _lists(bm25_top["product"]))
-        hybrid.write(out / "hybrid_bm25", hybrid.ranks_in(top, score), top, score, None)
-        figures.breakdown_figure([out, out / "hybrid_bm25", lexical], out / "breakdown.png")
+        hybrid.write(out / HYBRID, hybrid.ranks_in(top, score), top, score, None)
+        figures.breakdown_figure([out, out / HYBRID, lexical], out / "breakdown.png")
 
     return run_stage(settings.workdir, "evaluate", key, build)
 

@@ -114,16 +114,25 @@ def difference(a: Ratios, b: Ratios, samples: int = 1000, seed: int = 0) -> Inte
     return _percentiles(a.value - b.value, drawn_a - drawn_b, _fewest_seeds(a, b))
 
 
-def relative_gain(a: Ratios, b: Ratios, samples: int = 1000, seed: int = 0) -> Interval:
-    """95 % interval of a / b − 1, paired by query; b's value is above 0. It lies on the side of 0
-    on which that of the difference does, for a sample of one is above 0 where that of the other is.
+def relative_gain(
+    a: Ratios, b: Ratios, samples: int = 1000, seed: int = 0
+) -> tuple[Interval, Interval]:
+    """95 % intervals of a / b − 1, paired by query, and of a − b on the same samples, which says
+    what may be claimed; b's value is above 0.
+
+    A sample in which b is not above 0 has no ratio: it counts as infinite, on the side of a − b.
+    An end of the interval may so be infinite.
 
     Raises:
         UserError: the rows were not measured on the same queries.
     """
     drawn_a, drawn_b = _draw_both(a, b, samples, seed)
-    ratio = drawn_a / np.where(drawn_b > 0, drawn_b, np.nan)
-    return _percentiles(a.value / b.value - 1, ratio - 1, _fewest_seeds(a, b))
+    apart = drawn_a - drawn_b
+    infinite = np.where(apart > 0, np.inf, np.where(apart < 0, -np.inf, 0.0))
+    gain = np.divide(apart, drawn_b, out=infinite, where=~(drawn_b <= 0))
+    seeds = _fewest_seeds(a, b)
+    of_gain = _percentiles(a.value / b.value - 1, gain, seeds)
+    return of_gain, _percentiles(a.value - b.value, apart, seeds)
 
 
 def paired_by_seed(a: Sequence[float], b: Sequence[float]) -> Interval | None:
@@ -190,5 +199,9 @@ def _draw_seeds(
 
 def _percentiles(value: float, drawn: NDArray[np.float64], seeds: int) -> Interval:
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.nanpercentile(drawn, [tail, 100 - tail])
+    if np.isinf(drawn).any():  # between a finite and an infinite value lies none: the outer one
+        low = np.nanpercentile(drawn, tail, method="lower")
+        high = np.nanpercentile(drawn, 100 - tail, method="higher")
+    else:
+        low, high = np.nanpercentile(drawn, [tail, 100 - tail])
     return Interval(value, float(low), float(high), seeds)

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from acebert.config import Settings
-from acebert.evaluation.domain_probe import domain_probe
+from acebert.errors import UserError
+from acebert.evaluation.domain_probe import LEAST, domain_probe
 from acebert.evaluation.evaluate import read_vectors
 from acebert.workdir import Stage, run_stage
 
@@ -54,6 +55,9 @@ def alignment_stage(
 
     Args:
         systems: name → directories of vectors as the embed stage writes them, one a seed
+
+    Raises:
+        UserError: no category was clicked on the test day, or there are too few vectors to probe.
     """
     key = {
         "version": VERSION,
@@ -74,7 +78,13 @@ def alignment_stage(
                     directory / "products.parquet", "product_id", sample.products
                 )
                 queries = read_vectors(directory / "queries.parquet", "query", sample.queries)
-                probes[name].append(domain_probe(queries, products))
+                probe = domain_probe(queries, products)
+                if not probe["points"]:
+                    raise UserError(
+                        f"{name}: fewer than {LEAST} distinct vectors of queries or of products in "
+                        "the categories with most clicks"
+                    )
+                probes[name].append(probe)
                 if i == 0:
                     tables.append(_table(name, sample, _plane(queries, products)))
         pq.write_table(pa.concat_tables(tables), out / "points.parquet")
@@ -84,7 +94,11 @@ def alignment_stage(
 
 
 def draw_sample(ingested: Path, points: int = POINTS, seed: int = 0) -> Sample:
-    """A query's category is the one that it was clicked in most on the test day."""
+    """A query's category is the one that it was clicked in most on the test day.
+
+    Raises:
+        UserError: no product that was clicked there has a category.
+    """
     pairs = pq.read_table(ingested / "test_pairs.parquet", columns=["query", "product", "clicks"])
     columns = ["product", "product_id", "category"]
     catalogue = pq.read_table(ingested / "products", columns=columns).sort_by("product")
@@ -93,6 +107,8 @@ def draw_sample(ingested: Path, points: int = POINTS, seed: int = 0) -> Sample:
     code = category.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
     query, product, clicks = (column.to_numpy() for column in pairs.columns)
     known = code[product] >= 0
+    if not known.any():
+        raise UserError("no product that was clicked on the test day has a category")
     query, of, clicks = query[known], code[product][known], clicks[known]
     total = np.bincount(of, clicks, minlength=len(names))
     chosen = np.argsort(-total, kind="stable")[: min(CATEGORIES, int((total > 0).sum()))]

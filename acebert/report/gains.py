@@ -18,21 +18,24 @@ class Gain:
 
     Attributes:
         metric, group: what is measured; group None: all queries
-        ours: relative gain, with its 95 % interval over seeds and queries
+        ours: relative gain, with its 95 % interval over seeds and queries; where the other row may
+            be 0, an end is infinite
+        difference: the same as a difference, which decides
         paper: the paper's, or None
     """
 
     metric: str
     group: str | None
     ours: Interval
+    difference: Interval
     paper: float | None
 
     @property
     def verdict(self) -> Verdict:
-        """up or down where the interval lies on one side of 0, else open."""
-        if self.ours.low > 0:
+        """up or down where the difference's interval lies on one side of 0, else open."""
+        if self.difference.low > 0:
             return "up"
-        return "down" if self.ours.high < 0 else "open"
+        return "down" if self.difference.high < 0 else "open"
 
     @property
     def agrees(self) -> bool | None:
@@ -67,12 +70,15 @@ def _gains(table: Table, step: Step, row: Row, beside: Row) -> list[Gain]:
         found = relative(row, beside, metric, group)
         if found is not None:
             paper = None if group else _paper_gain(table, step, metric)
-            out.append(Gain(metric, group, found, paper))
+            out.append(Gain(metric, group, *found, paper))
     return out
 
 
-def relative(row: Row, beside: Row, metric: str, group: str | None = None) -> Interval | None:
-    """row / beside − 1; None where one of them has no such number, or beside's is 0."""
+def relative(
+    row: Row, beside: Row, metric: str, group: str | None = None
+) -> tuple[Interval, Interval] | None:
+    """row / beside − 1 and row − beside; None where one of them has no such number, or beside's is
+    0."""
     if any(value_of(one, metric, group) is None for one in (row, beside)):
         return None
     a, b = (read_ratios(one.seeds, metric, group) for one in (row, beside))

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from acebert.evaluation.significance import Interval, paired_by_seed
 from acebert.report.style import LOOK, WIDTH, Panel, colour, panel
 
 WINDOW = 20  # steps that a point of the curve is the mean of
@@ -22,15 +21,13 @@ def loss_curves(models: Sequence[Path]) -> NDArray[np.float64]:
     return np.stack([table["loss"].to_numpy()[:steps] for table in tables])
 
 
-def final_difference(
+def final_losses(
     with_adversary: NDArray[np.float64], without: NDArray[np.float64]
-) -> Interval | None:
-    """Mean loss over the last tenth of the steps, with − without the adversary, paired by seed;
-    None with one seed."""
+) -> tuple[list[float], list[float]]:
+    """By seed, the mean loss over the last tenth of the steps that both were trained."""
     steps = min(with_adversary.shape[1], without.shape[1])
     last = slice(int(steps * (1 - LAST)), steps)
-    ends = (curves[:, last].mean(axis=1).tolist() for curves in (with_adversary, without))
-    return paired_by_seed(*ends)
+    return with_adversary[:, last].mean(axis=1).tolist(), without[:, last].mean(axis=1).tolist()
 
 
 def loss_panels(curves: Mapping[str, NDArray[np.float64]]) -> list[Panel]:

@@ -22,6 +22,7 @@ def render(context: dict[str, Any]) -> str:
     environment.filters |= {
         "label": label,
         "percent": words.percent,
+        "bounds": words.bounds,
         "verdict": words.verdict,
         "colour": colour,
         "half": half,

@@ -40,7 +40,7 @@ class Table:
     """A table of the report.
 
     Attributes:
-        key: its name on the command line, in links and as MLflow's tag
+        key: its name in links; where it is a part by itself, on the command line and in MLflow too
         title, about: heading, and a sentence on what it shows
         metrics: its columns
         systems: its trained rows, from the top

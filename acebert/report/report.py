@@ -8,22 +8,25 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import ray
 
 from acebert import __version__
 from acebert.config import Settings, flatten
+from acebert.errors import UserError
 from acebert.evaluation.significance import Interval
 from acebert.evaluation.tables import Row
 from acebert.report import words
 from acebert.report.alignment import alignment_stage
 from acebert.report.alignment_figure import alignment_panels
 from acebert.report.gains import GROUP_METRICS, Comparison, comparisons, value_of
-from acebert.report.loss_figure import LAST, final_difference, loss_curves, loss_panels
+from acebert.report.loss_figure import final_losses, loss_curves, loss_panels
 from acebert.report.page import render
 from acebert.report.partitions_figure import partition_panels, partition_points
 from acebert.report.parts import (
@@ -35,12 +38,12 @@ from acebert.report.parts import (
 )
 from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT
 from acebert.report.rows_figure import rows_panel
-from acebert.report.run import Measured, Results
+from acebert.report.run import Measured, Results, trainings
 from acebert.report.style import Panel
-from acebert.tracking import code_digest
+from acebert.tracking import code_digest, without_password
 from acebert.workdir import Stage, run_stage
 
-VERSION = 1
+VERSION = 2
 NOT_TOLD = {"recipe", "workdir", "tracking", "seed", "cnn", "demo"}
 """settings that make no row different"""
 
@@ -79,19 +82,30 @@ def report_stage(
     settings: Settings, ingested: Stage, given: Given, results: Results, swept: Path | None
 ) -> Stage:
     """Build the page. `swept` is the directory of Fig. 5's sweep, where that part is wanted."""
+    given = replace(given, arguments=tuple(map(without_password, given.arguments)))
     systems = {
         system.name: results.rows[system.name]
         for system in (WITHOUT_ADVERSARY, WITH_ADVERSARY)
         if system.name in results.rows
     }
     shared = _shared_seeds(list(systems.values())) if len(systems) == 2 else []
+    left_out = dict(results.left_out)
+    names = f"{WITHOUT_ADVERSARY.name} and {WITH_ADVERSARY.name}"
+    for part, figure in (("fig6", "Figure 6"), ("fig7", "Figure 7")):
+        if part in given.parts and not shared:
+            both = len(systems) == 2
+            why = "have no seed in common" if both else "were not both measured"
+            left_out[figure] = f"{names} {why}"
     aligned = None
     if "fig7" in given.parts and shared:
         directories = {
             name: [measured.embedded[measured.seeds.index(seed)] for seed in shared]
             for name, measured in systems.items()
         }
-        aligned = alignment_stage(settings, ingested, directories)
+        try:
+            aligned = alignment_stage(settings, ingested, directories)
+        except UserError as error:
+            left_out["Figure 7"] = str(error)
     key = {
         "version": VERSION,
         "code": code_digest(),
@@ -100,7 +114,7 @@ def report_stage(
             name: [_of_stage(path, settings.workdir) for path in measured.row.seeds]
             for name, measured in results.rows.items()
         },
-        "left_out": results.left_out,
+        "left_out": left_out,
         "swept": [swept.name, (swept / "trials.parquet").stat().st_size] if swept else None,
         "aligned": aligned.digest if aligned else None,
     }
@@ -119,7 +133,7 @@ def report_stage(
             "given": given,
             "sections": sections,
             "rows": results.rows,
-            "left_out": results.left_out,
+            "left_out": left_out,
             "loss": loss,
             "alignment": alignment,
             "partitions": partitions,
@@ -128,7 +142,7 @@ def report_stage(
             "machine": _machine(),
             "settings": _differing(results.rows),
             "common": _common(results.rows),
-            "cost": sum(m.seconds * len(m.row.seeds) for m in _trained_once(results.rows)),
+            "cost": _cost(settings.workdir, results.rows, swept),
         }
         (out / "report.html").write_text(render(context), encoding="utf-8")
         (out / "numbers.json").write_text(json.dumps(_numbers(sections, context), indent=2) + "\n")
@@ -184,9 +198,7 @@ def _loss(systems: dict[str, Measured], seeds: Sequence[int]) -> dict[str, Any]:
         for name, measured in systems.items()
     }
     without, with_adversary = (curves[s.name] for s in (WITHOUT_ADVERSARY, WITH_ADVERSARY))
-    last = int(with_adversary.shape[1] * (1 - LAST))
-    means = float(with_adversary[:, last:].mean()), float(without[:, last:].mean())
-    told = words.loss_words(final_difference(with_adversary, without), means)
+    told = words.loss_words(*final_losses(with_adversary, without))
     return {"panels": loss_panels(curves), "words": told}
 
 
@@ -266,15 +278,23 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _trained_once(rows: dict[str, Measured]) -> list[Any]:
-    """A row for each model: some rows share theirs."""
-    once = {measured.models or name: measured for name, measured in rows.items()}
-    return [measured for measured in once.values() if measured.seconds is not None]
+def _cost(workdir: Path, rows: dict[str, Measured], swept: Path | None) -> float:
+    """Seconds of all trainings behind the page, each counted once."""
+    models = {path for measured in rows.values() for path in measured.models}
+    if swept:
+        trials = pq.read_table(swept / "trials.parquet", columns=["status", "model"]).to_pylist()
+        models |= {Path(t["model"]) for t in trials if t["status"] == "finished"}
+    ours: dict[Path, float] = {}
+    for model in models:
+        ours |= trainings(model, workdir)
+    others = (m.seconds * len(m.row.seeds) for m in rows.values() if m.seconds and not m.models)
+    return sum(ours.values()) + sum(others)
 
 
 def _flat(measured: Measured) -> dict[str, Any]:
     assert measured.settings is not None
-    return flatten(measured.settings.model_dump(mode="json", exclude=NOT_TOLD))
+    flat = flatten(measured.settings.model_dump(mode="json", exclude=NOT_TOLD))
+    return {k: without_password(v) if isinstance(v, str) else v for k, v in flat.items()}
 
 
 def _common(rows: dict[str, Measured]) -> dict[str, Any]:
@@ -300,8 +320,9 @@ def _differing(rows: dict[str, Measured]) -> dict[str, dict[str, Any]]:
 
 
 def _numbers(sections: Sequence[Section], context: dict[str, Any]) -> dict[str, Any]:
-    def plain(interval: Interval) -> dict[str, float]:
-        return {"value": interval.value, "low": interval.low, "high": interval.high}
+    def plain(interval: Interval) -> dict[str, float | None]:
+        ends = {"low": interval.low, "high": interval.high}  # JSON knows no infinity
+        return {"value": interval.value} | {k: v if isfinite(v) else None for k, v in ends.items()}
 
     return {
         "summary": context["summary"],

@@ -21,7 +21,7 @@ from acebert.errors import UserError
 from acebert.evaluation.testset import evaluation_queries
 from acebert.workdir import Stage, run_stage
 
-VERSION = 2
+VERSION = 3
 
 
 def sentence_transformers_stage(
@@ -41,9 +41,16 @@ def sentence_transformers_stage(
     """
     if not start.is_dir():
         raise UserError(f"{start}: no directory of a sentence-transformers model")
-    key = {"version": VERSION, "ingest": ingested.digest, "start": start, "pairs": pairs}
+    files = ((p.relative_to(start), p.stat()) for p in sorted(start.rglob("*")) if p.is_file())
+    key = {
+        "version": VERSION,
+        "ingest": ingested.digest,
+        "start": [[path, found.st_size, found.st_mtime_ns] for path, found in files],
+        "pairs": pairs,
+    }
     if pairs:
-        key |= {"seed": settings.seed, "batch_size": settings.train.batch_size, "lr": lr}
+        train = settings.train.model_dump(include={"batch_size", "precision"})
+        key |= {"seed": settings.seed, "lr": lr, **train}
 
     def build(out: Path) -> None:
         try:

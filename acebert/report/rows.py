@@ -16,12 +16,14 @@ class System:
         recipe: under acebert/recipes, without `_tiny`
         changed: settings, as on the command line
         fused: the row is its fusion with BM25 on titles and hot queries
+        miner: whose model mines its hard negatives (none: its own without them)
     """
 
     name: str
     recipe: str
     changed: tuple[str, ...] = ()
     fused: bool = False
+    miner: "System | None" = None
 
 
 TWINBERT = System("TwinBERT", "twinbert", ("--model.start", "backbone"))
@@ -34,9 +36,9 @@ ACEBERT = System("ACE-BERT", "acebert")
 PLUS = System("acebert_plus", "acebert_plus")
 
 
-def _but(name: str, *changed: str, fused: bool = False) -> System:
+def _but(name: str, *changed: str, fused: bool = False, miner: System | None = None) -> System:
     """ACE-BERT with some settings changed."""
-    return System(name, "acebert", changed, fused)
+    return System(name, "acebert", changed, fused, miner)
 
 
 OTHER_DAYS = _but("own day left out", "--model.hot_queries", "other_days")
@@ -51,6 +53,7 @@ MINED = _but("one mined negative a pair", "--loss.hard_negatives", "1")
 MINED_MASKED = _but(
     "the same, clicks of the log masked",
     *("--loss.hard_negatives", "1", "--loss.false_negatives", "log"),
+    miner=ACEBERT,  # the other row's, so that the mask is all that differs
 )
 GAMMA_LEARNED = _but("γ learned", "--loss.gamma_learned", "true")
 LOG_Q = _but("popularity corrected (logQ)", "--loss.popularity_correction", "true")

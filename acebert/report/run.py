@@ -8,25 +8,37 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from acebert.config import Settings
-from acebert.errors import UserError
-from acebert.evaluation.evaluate import BASELINES, evaluate_embeddings
+from acebert.errors import UserError, reason_of
+from acebert.evaluation.evaluate import BASELINES, HYBRID, evaluate_embeddings
 from acebert.evaluation.tables import Row
-from acebert.pipeline import baselines_stage, evaluate_stage, finetune_stage, ingest_stage
+from acebert.pipeline import (
+    baselines_stage,
+    evaluate_stage,
+    finetune_stage,
+    ingest_stage,
+    model_settings,
+    tracked,
+)
 from acebert.report.rival import sentence_transformers_stage
-from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT, System
-from acebert.workdir import Stage
+from acebert.report.rows import RIVAL, TWINBERT, UNTRAINED, ZERO_SHOT, System
+from acebert.sweep.run import sweep
+from acebert.sweep.space import read_space, with_leaves
+from acebert.tracking import shared, tagged, without_password
 
 log = logging.getLogger(__name__)
 
-MakeSettings = Callable[[System, int, str], Settings]
-"""(system, seed, MLflow's tag) → its settings"""
+MakeSettings = Callable[[System, int], Settings]
+"""(system, seed) → its settings"""
+UNTRAINED_PART = "table1"
+"""the part in which rows stand that are not ours"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,8 @@ class Measured:
         seeds: which they were trained with (none: no training of ours)
         models: model directories (none: not one of ours)
         embedded: directories of vectors (none: a row without any)
-        seconds: of training, the mean over the seeds, pre-training included; None: none needed
+        seconds: of training, the mean over the seeds, pre-training and the miner's training
+            included; None: none needed
         pairs: trained on
         settings: of the first seed
     """
@@ -59,13 +72,20 @@ class Results:
     rows: dict[str, Measured] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def leave_out(self, name: str, error: Exception) -> None:
+        if isinstance(error, UserError):
+            log.warning("report: %s is left out: %s", name, error)
+        else:
+            log.exception("report: %s is left out", name)
+        self.left_out[name] = without_password(reason_of(error))
+
     @property
     def of_rows(self) -> dict[str, Row]:
         return {name: measured.row for name, measured in self.rows.items()}
 
 
 def measure_untrained(settings: Settings, results: Results) -> None:
-    baselines = baselines_stage(settings)
+    baselines = baselines_stage(tagged(settings, UNTRAINED_PART))
     for name in BASELINES:
         results.rows[UNTRAINED[name]] = Measured(Row(UNTRAINED[name], (baselines.path / name,)))
 
@@ -79,12 +99,17 @@ def measure_systems(
     """Train and measure the systems of each part, once each, with the seeds of the first part that
     they stand in.
 
-    A system that cannot be trained (`UserError`) is left out with the reason; the others go on.
+    A system that cannot be trained or measured is left out with the reason; the others go on.
+
+    Raises:
+        UserError: none of them could.
     """
-    first = {s: part for part, systems in reversed(wanted.items()) for s in systems}
-    order = dict.fromkeys(system for systems in wanted.values() for system in systems)
+    order: dict[System, list[str]] = {}
+    for part, systems in wanted.items():
+        for system in systems:
+            order.setdefault(system, []).append(part)
     began, spent = time.perf_counter(), 0
-    for number, system in enumerate(order):
+    for number, (system, parts) in enumerate(order.items()):
         log.info(
             "report: row %d of %d, %s%s",
             number + 1,
@@ -96,11 +121,9 @@ def measure_systems(
             else "",
         )
         try:
-            part = first[system]
-            measured, trained = _measure(system, part, seeds[part], make)
-        except UserError as error:
-            log.warning("report: %s is left out: %s", system.name, error)
-            results.left_out[system.name] = str(error)
+            measured, trained = _measure(system, parts, seeds[parts[0]], make)
+        except Exception as error:
+            results.leave_out(system.name, error)
             continue
         results.rows[system.name] = measured
         spent += trained
@@ -109,53 +132,74 @@ def measure_systems(
 
 
 def _measure(
-    system: System, tag: str, seeds: Sequence[int], make: MakeSettings
+    system: System, parts: Sequence[str], seeds: Sequence[int], make: MakeSettings
 ) -> tuple[Measured, bool]:
-    """The row, and whether anything had to be trained for it."""
-    all_settings = [make(system, seed, tag) for seed in seeds]
+    """The row, with an MLflow run in each of its parts; and whether anything had to be trained."""
+    all_settings = [_settings(system, seed, make) for seed in seeds]
     models, embedded, evaluated = [], [], []
     for settings in all_settings:
         models.append(finetune_stage(settings))
         vectors, result = evaluate_stage(settings, models[-1].path)
         embedded.append(vectors.path)
-        evaluated.append(result.path / "hybrid_bm25" if system.fused else result.path)
+        if system.fused:
+            fused = result.path / HYBRID
+            result = replace(result, path=fused, digest=f"{result.digest}/{HYBRID}")
+        own = model_settings(settings, models[-1].path)
+        for part in parts:
+            tracked(tagged(own, part), result, row=True)
+        evaluated.append(result.path)
+    of_seed = list(zip(models, all_settings, strict=True))
     reports = [_read(model.path / "report.json") for model in models]
     measured = Measured(
         Row(system.name, tuple(evaluated)),
         tuple(seeds),
         tuple(model.path for model in models),
         tuple(embedded),
-        float(np.mean([_train_seconds(all_settings[0], model) for model in models])),
+        float(np.mean([sum(trainings(m.path, s.workdir).values()) for m, s in of_seed])),
         int(np.mean([report["pairs"] for report in reports])),
         all_settings[0],
     )
     return measured, not all(model.reused for model in models)
 
 
-def _train_seconds(settings: Settings, model: Stage) -> float:
-    """Of fine-tuning, and of the pre-training that it starts from."""
-    seconds = float(_read(model.path / "report.json")["train_seconds"])
-    pretrained = _read(model.path / "stage.json")["key"].get("pretrain")
-    if pretrained:
-        report = settings.workdir / "pretrain" / pretrained / "report.json"
-        seconds += float(_read(report)["train_seconds"])
-    return seconds
+def _settings(system: System, seed: int, make: MakeSettings) -> Settings:
+    settings = make(system, seed)
+    if system.miner is None:
+        return settings
+    miner = finetune_stage(_settings(system.miner, seed, make)).path
+    return with_leaves(settings, {"loss.hard_negatives_from": miner})
+
+
+def trainings(model: Path, workdir: Path) -> dict[Path, float]:
+    """Seconds of each training behind a model directory, by its own directory: fine-tuning, the
+    pre-training that it starts from, and the same of the model that mined its negatives."""
+    found = {model: float(_read(model / "report.json")["train_seconds"])}
+    key = _read(model / "stage.json")["key"]
+    if "pretrain" in key:
+        pretrained = workdir / "pretrain" / key["pretrain"]
+        found[pretrained] = float(_read(pretrained / "report.json")["train_seconds"])
+    if "hard_negatives" in key:
+        mined = _read(workdir / "hard_negatives" / key["hard_negatives"] / "stage.json")
+        miner = workdir / "finetune" / mined["key"]["model"][0]
+        if miner.is_dir():  # not one that came from elsewhere
+            found |= trainings(miner, workdir)
+    return found
 
 
 def measure_rival(
     settings: Settings, start: Path | None, seeds: Sequence[int], lr: float, results: Results
 ) -> None:
-    """sentence-transformers as it comes and fine-tuned on as many pairs as TwinBERT; left out with
-    the reason where no model is given or the package is missing."""
+    """sentence-transformers as it comes and fine-tuned on as many pairs as TwinBERT, whose are the
+    `settings`; left out with the reason where no model is given or the package is missing."""
     if start is None:
         why = "no model is given (--sentence_transformer DIR)"
         results.left_out |= {ZERO_SHOT: why, RIVAL: why}
         return
-    ingested = ingest_stage(settings)
-    known = [m.pairs for m in results.rows.values() if m.pairs]
-    for name, pairs, own_seeds in ((ZERO_SHOT, 0, [0]), (RIVAL, max(known, default=0), seeds)):
-        if name == RIVAL and not pairs:
-            results.left_out[name] = "none of our rows says how many pairs it may train on"
+    ingested = ingest_stage(shared(settings))
+    twin = results.rows.get(TWINBERT.name, Measured(Row(TWINBERT.name, ())))
+    for name, pairs, own_seeds in ((ZERO_SHOT, 0, [0]), (RIVAL, twin.pairs, seeds)):
+        if pairs is None:
+            results.left_out[name] = f"it trains on as many pairs as {TWINBERT.name}, left out too"
             continue
         log.info("report: %s", name)
         try:
@@ -165,16 +209,35 @@ def measure_rival(
                 )
                 for seed in own_seeds
             ]
-        except UserError as error:
-            results.left_out[name] = str(error)
+            rows = [evaluate_embeddings(settings, ingested, s.path, name) for s in stages]
+        except Exception as error:
+            results.leave_out(name, error)
             continue
-        rows = [evaluate_embeddings(settings, ingested, s.path, name).path for s in stages]
+        for seed, row in zip(own_seeds, rows, strict=True):
+            own = tagged(settings, UNTRAINED_PART)
+            tracked(own, row, row=True, name=f"{name}, seed {seed}")
         reports = [_read(stage.path / "report.json") for stage in stages]
         results.rows[name] = Measured(
-            Row(name, tuple(rows)),
+            Row(name, tuple(row.path for row in rows)),
             seconds=float(np.mean([r["train_seconds"] for r in reports])) if pairs else None,
             pairs=pairs or None,
         )
+
+
+def measure_partitions(
+    settings: Settings, space: Path, seeds: Sequence[int], results: Results
+) -> Path | None:
+    """The sweep of Fig. 5, its directory; left out with the reason where it fails."""
+    try:
+        wanted = read_space(space).model_copy(update={"seeds": tuple(seeds)})
+        swept = sweep(settings, space.stem, wanted, evaluate=True)
+        trials = pq.read_table(swept / "trials.parquet", columns=["status", "reason"]).to_pylist()
+        if not any(trial["status"] == "finished" for trial in trials):
+            raise UserError(f"no trial finished: {trials[0]['reason']}")
+    except Exception as error:
+        results.leave_out("Figure 5", error)
+        return None
+    return swept
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -25,11 +25,17 @@ def percent(value: float) -> str:
     return f"{100 * value:+.1f} %"
 
 
+def bounds(gain: Interval) -> str:
+    """`[+0.2, +1.4]`, in percent; `+∞` where the other row may be 0."""
+    ends = (gain.low, gain.high)
+    low, high = (f"{100 * end:+.1f}".replace("inf", "∞").replace("-∞", "−∞") for end in ends)
+    return f"[{low}, {high}]"
+
+
 def gain_words(gain: Gain) -> str:
     """`GAUC +0.8 % [+0.2, +1.4] (paper +0.6 %)`."""
-    low, high = (f"{100 * bound:+.1f}" for bound in (gain.ours.low, gain.ours.high))
     paper = "" if gain.paper is None else f" (paper {percent(gain.paper)})"
-    return f"{label(gain.metric)} {percent(gain.ours.value)} [{low}, {high}]{paper}"
+    return f"{label(gain.metric)} {percent(gain.ours.value)} {bounds(gain.ours)}{paper}"
 
 
 def count_words(comparisons: Sequence[Comparison]) -> str:
@@ -75,10 +81,12 @@ def step_words(comparison: Comparison) -> str:
     return f"{comparison.step.row} beside {comparison.step.beside}: {told}."
 
 
-def loss_words(difference: Interval | None, means: tuple[float, float]) -> str:
-    """Fig. 6. `means`: with and without the adversary, over the last tenth of the steps."""
-    told = f"Over the last tenth of the steps the loss is {means[0]:.3f} with the adversary and "
-    told += f"{means[1]:.3f} without; the paper's is lower with it. "
+def loss_words(with_adversary: Sequence[float], without: Sequence[float]) -> str:
+    """Fig. 6. Losses over the last tenth of the steps, by seed."""
+    a, b = (sum(found) / len(found) for found in (with_adversary, without))
+    told = f"Over the last tenth of the steps the loss is {a:.3f} with the adversary and "
+    told += f"{b:.3f} without; the paper's is lower with it. "
+    difference = paired_by_seed(with_adversary, without)
     if difference is None:
         return told + "With one seed nothing may be claimed."
     interval = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"

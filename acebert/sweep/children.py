@@ -12,7 +12,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from acebert.config import Settings
 from acebert.sweep.trials import Outcome
-from acebert.tracking import Run, start_run
+from acebert.tracking import DIGEST_TAG, Run, start_run
 
 GROUPS = {
     "best": ("gauc", "recall_100", "best_step"),
@@ -34,16 +34,18 @@ class Children:
         own = {"parent_run": self.parent.run_id, "tag": self.table, "register_as": None}
         return settings.model_copy(update={"tracking": settings.tracking.model_copy(update=own)})
 
-    def end(self, name: str | None = None, *, stopped: bool = False) -> None:
-        """End what is still running, of one trial or of all. The process of a `stopped` trial may
-        have taken its end for a failure."""
+    def end(self, name: str | None = None, *, stopped: bool = False) -> list[str]:
+        """End what is still running, of one trial or of all; the digests of what was trained. The
+        process of a `stopped` trial may have taken its end for a failure."""
         wanted = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent.run_id}'"
         wanted += f" AND attributes.status {'!=' if stopped else '='} "
         wanted += "'FINISHED'" if stopped else "'RUNNING'"
         if name is not None:
             wanted += f" AND attributes.run_name = '{name}'"
-        for run in self.parent.client.search_runs([self.experiment], wanted, ViewType.ALL):
+        found = self.parent.client.search_runs([self.experiment], wanted, ViewType.ALL)
+        for run in found:
             self.parent.client.set_terminated(run.info.run_id, "KILLED")
+        return [run.data.tags[DIGEST_TAG] for run in found]
 
     def note(self, outcome: Outcome, settings: Settings) -> Outcome:
         """Log a finished trial's numbers in its run, which is then the outcome's `mlflow_run`.

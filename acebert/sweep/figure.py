@@ -5,7 +5,7 @@ trials, the line is the mean over seeds; of the test day, the band is the 95 % i
 and queries (`acebert.evaluation.significance`), of the validation day Student's t over the seeds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from acebert.sweep.results import METRICS, best
 from acebert.sweep.space import Space
 from acebert.sweep.trials import Outcome, points_tried
 
+Place = Callable[[Outcome], Any]
+"""where a trial lies on the axis of a setting"""
 PARTITION_LEAVES = ("plan.partitions", "plan.batches_per_partition")
 VALID, TEST, HARD = "#1f5fa8", "#d1495b", "#59a14f"
 FEW = 8  # values that are each marked on the axis
@@ -48,12 +50,13 @@ def sweep_figure(name: str, space: Space, outcomes: Sequence[Outcome], path: Pat
     )
     for column, leaf in enumerate(space.vary):
         alone = len(space.vary) == 1
+        place = _axis(leaf, finished)
         for axes, row in zip(grid[:, column], rows, strict=True):
-            _draw(axes, leaf, row, finished, alone)
-        _label_x(list(grid[:, column]), leaf, finished)
+            _draw(axes, place, row, finished, alone)
+        _label_x(list(grid[:, column]), leaf, place, finished)
         winner = best(space, outcomes)
         if winner is not None:
-            x = _x(leaf, winner[0])
+            x = place(winner[0])
             label = f"best by {METRICS[space.metric]}"
             for axes in grid[:, column]:
                 axes.axvline(x, color="0.6", linewidth=1, linestyle="--", zorder=0, label=label)
@@ -64,24 +67,32 @@ def sweep_figure(name: str, space: Space, outcomes: Sequence[Outcome], path: Pat
     plt.close(figure)
 
 
-def _x(leaf: str, outcome: Outcome) -> Any:
-    """Where a trial lies on the axis: partitions by their number P, whatever leaf sets it."""
-    if leaf in PARTITION_LEAVES and "partitions" in outcome.result:
-        return outcome.result["partitions"]
-    value = outcome.trial.point[leaf]
-    return value if _is_number(value) else str(value)
+def _axis(leaf: str, finished: Sequence[Outcome]) -> Place:
+    """Partitions lie by their number P, whatever leaf sets it; values that are not all numbers lie
+    as text."""
+
+    def place(outcome: Outcome) -> Any:
+        if leaf in PARTITION_LEAVES and "partitions" in outcome.result:
+            return outcome.result["partitions"]
+        return outcome.trial.point[leaf]
+
+    if all(_is_number(place(outcome)) for outcome in finished):
+        return place
+    return lambda outcome: str(place(outcome))
 
 
-def _draw(axes: Axes, leaf: str, row: str, finished: Sequence[Outcome], alone: bool) -> None:
+def _draw(axes: Axes, place: Place, row: str, finished: Sequence[Outcome], alone: bool) -> None:
     if row == "hard_share":
-        points = sorted({(_x(leaf, o), o.result["hard_share"]) for o in finished})
+        points = list(dict.fromkeys((place(o), o.result["hard_share"]) for o in finished))
+        if _is_number(points[0][0]):
+            points.sort()
         axes.plot(*zip(*points, strict=True), "o-" if alone else "o", color=HARD, markersize=4)
         axes.set(ylabel="hard share of a batch", ylim=(0, 1))
     else:
-        _draw_metric(axes, leaf, row, "validation day", VALID, finished, alone)
+        _draw_metric(axes, place, row, "validation day", VALID, finished, alone)
         tested = [o for o in finished if f"test_{row}" in o.result]
         if tested:
-            _draw_metric(axes, leaf, f"test_{row}", "test day", TEST, tested, alone)
+            _draw_metric(axes, place, f"test_{row}", "test day", TEST, tested, alone)
         axes.set_ylabel(METRICS[row])
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -89,30 +100,28 @@ def _draw(axes: Axes, leaf: str, row: str, finished: Sequence[Outcome], alone: b
 
 def _draw_metric(
     axes: Axes,
-    leaf: str,
+    place: Place,
     metric: str,
     label: str,
     colour: str,
     finished: Sequence[Outcome],
     alone: bool,
 ) -> None:
-    xs = [_x(leaf, o) for o in finished]
+    xs = [place(o) for o in finished]
     axes.plot(xs, [o.result[metric] for o in finished], ".", color=colour, alpha=0.5)
     if not alone:  # other settings differ between these dots: a line would say too much
         axes.plot([], [], ".", color=colour, label=label)
         return
-    points = sorted(points_tried(finished), key=lambda of: _order(_x(leaf, of[0])))
-    at = [_x(leaf, of[0]) for of in points]
+    points = points_tried(finished)
+    if _is_number(xs[0]):  # text lies in the order of its first dots
+        points.sort(key=lambda of: place(of[0]))
+    at = [place(of[0]) for of in points]
     mean = [float(np.mean([o.result[metric] for o in of])) for of in points]
     axes.plot(at, mean, "o-", color=colour, markersize=5, label=label)
     bounds = [_interval(of, metric) for of in points]
     if all(bound is not None for bound in bounds):
         low, high = zip(*(b for b in bounds if b is not None), strict=True)
         axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
-
-
-def _order(x: Any) -> Any:
-    return (0, x, "") if _is_number(x) else (1, 0, x)
 
 
 def _interval(trials: Sequence[Outcome], metric: str) -> tuple[float, float] | None:
@@ -128,9 +137,9 @@ def _interval(trials: Sequence[Outcome], metric: str) -> tuple[float, float] | N
     return float(np.mean(of) - half), float(np.mean(of) + half)
 
 
-def _label_x(column: Sequence[Axes], leaf: str, finished: Sequence[Outcome]) -> None:
+def _label_x(column: Sequence[Axes], leaf: str, place: Place, finished: Sequence[Outcome]) -> None:
     top, bottom = column[0], column[-1]
-    numbers = [x for o in finished if _is_number(x := _x(leaf, o))]
+    numbers = [x for o in finished if _is_number(x := place(o))]
     if (
         len(numbers) == len(finished)
         and min(numbers) > 0
@@ -145,6 +154,8 @@ def _label_x(column: Sequence[Axes], leaf: str, finished: Sequence[Outcome]) -> 
         bottom.set_xlabel(leaf)
         return
     bottom.set_xlabel("partitions P")
+    if len({o.trial.point.get("train.batch_size") for o in finished}) > 1:
+        return  # n/(P·W) is another axis for each W
     result = finished[0].result
     batches = result["partitions"] * result["batches_per_partition"]  # n / W
 

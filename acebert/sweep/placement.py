@@ -47,15 +47,16 @@ def place(base: Settings, space: Space) -> tuple[int, Settings]:
             f"trials_at_once {at_once}: the cluster has room for {max(1, most)} at once, with "
             f"{train.num_workers} workers a trial (train.num_workers) of {needs} each"
         )
-    if at_once == 1 or train.cpus_per_worker:
+    if at_once == 1:
         return at_once, base
-    workers = at_once * train.num_workers
-    shares = (node["CPU"] / k for node in nodes if node.get("CPU") for k in range(1, workers + 1))
-    share = next(s for s in sorted(shares, reverse=True) if fitting(s) >= workers)
+    share = cpus = train.cpus_per_worker
+    if share is None:
+        workers = at_once * train.num_workers
+        shares = (n["CPU"] / k for n in nodes if n.get("CPU") for k in range(1, workers + 1))
+        share = next(s for s in sorted(shares, reverse=True) if fitting(s) >= workers)
+        cpus = math.floor(100 * (1 - FOR_RAY) * share) / 100
+    # Else each would take as many threads as its node has cores.
+    threads = train.threads_per_worker or max(1, int(share))
     return at_once, with_leaves(
-        base,
-        {
-            "train.cpus_per_worker": math.floor(100 * (1 - FOR_RAY) * share) / 100,
-            "train.threads_per_worker": train.threads_per_worker or max(1, int(share)),
-        },
+        base, {"train.cpus_per_worker": cpus, "train.threads_per_worker": threads}
     )

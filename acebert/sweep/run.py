@@ -8,6 +8,7 @@ that were cut off go on from their checkpoints, those that failed are tried once
 """
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from acebert.workdir import digest_of
 log = logging.getLogger(__name__)
 
 VERSION = 1
+REPORT = "report.txt"  # written last: all trials have ended
 NO_PART_OF_IT: Any = {
     **dict.fromkeys(("recipe", "workdir", "tracking", "eval"), True),
     "train": set(HOW_IT_RUNS),
@@ -102,7 +104,7 @@ class _Sweep:
     def is_done(self, trials: list[Trial], evaluate: bool) -> bool:
         finished = [o for o in self.records.ended() if o.status == "finished"]
         tested = all("test_row" in o.result for o in finished) or not evaluate
-        written = (self.directory / "report.txt").exists() and tested
+        written = (self.directory / REPORT).exists() and tested
         return written and not self._to_do(trials) and not self._points_left()
 
     def run(self, trials: list[Trial], train: Objective, at_once: int, evaluate: bool) -> None:
@@ -121,8 +123,11 @@ class _Sweep:
             finally:
                 children.end()
             for outcome in self.records.ended():
-                if outcome.status == "stopped":
-                    children.end(outcome.trial.name, stopped=True)
+                if outcome.status == "stopped":  # for good: a failed one goes on from its own
+                    for digest in children.end(outcome.trial.name, stopped=True):
+                        checkpoints = self.base.workdir / "train" / f"finetune-{digest}"
+                        shutil.rmtree(checkpoints, ignore_errors=True)
+            self._write_tables()  # they hold whatever becomes of the evaluation
             if evaluate:
                 self._evaluate(run)
             self._write(run)
@@ -131,16 +136,17 @@ class _Sweep:
 
     def _to_do(self, trials: list[Trial]) -> list[Trial]:
         """Of these and of all that were ever started, with all their seeds: what has not ended,
-        or failed."""
+        failed, or lost its model since."""
         started = [outcome.trial for outcome in self.records.all.values()]
         siblings = [Trial(t.point, seed) for t in started for seed in self.space.seeds]
         wanted = {trial.digest: trial for trial in [*trials, *siblings]}
-        done = {o.trial.digest for o in self.records.ended() if o.status != "failed"}
+        done = {o.trial.digest for o in self.records.ended() if _holds(o)}
         return [trial for digest, trial in wanted.items() if digest not in done]
 
     def _points_left(self) -> int:
-        """Points that Optuna has still to choose."""
-        if self.space.search != "optuna":
+        """Points that Optuna has still to choose: none once it was done, for it may choose a point
+        twice, of few values it has to."""
+        if self.space.search != "optuna" or (self.directory / REPORT).exists():
             return 0
         assert self.space.points is not None
         return self.space.points - len(points_tried(list(self.records.all.values())))
@@ -205,17 +211,22 @@ class _Sweep:
             Run(run.client, result["mlflow_run"]).log_metrics(run_metrics(result))
             self.records.put(replace(outcome, result=result))
 
+    def _write_tables(self) -> None:
+        outcomes = self.records.ended()
+        space = self.space.model_dump(mode="json")
+        (self.directory / "space.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
+        write_table(outcomes, self.directory / "trials.parquet")
+        winner = best(self.space, outcomes)
+        if winner is not None:
+            write_recipe(winner[0], self.settings, self.directory / "best.yaml")
+
     def _write(self, run: Run) -> None:
         outcomes = self.records.ended()
         text = table_text(self.space, outcomes)
         print(text)
-        space = self.space.model_dump(mode="json")
-        (self.directory / "space.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
-        write_table(outcomes, self.directory / "trials.parquet")
-        sweep_figure(self.name, self.space, outcomes, self.directory / "sweep.png")
+        self._write_tables()
         winner = best(self.space, outcomes)
         if winner is not None:
-            write_recipe(winner[0], self.settings, self.directory / "best.yaml")
             run.log_metrics(
                 {
                     f"best/{m}": float(np.mean(values(winner, m)))
@@ -225,7 +236,18 @@ class _Sweep:
             )
             if "model" in winner[0].result:
                 log_model(self.base, run, Path(winner[0].result["model"]))
-        (self.directory / "report.txt").write_text(text)
+        (self.directory / REPORT).write_text(text)
+        try:
+            sweep_figure(self.name, self.space, outcomes, self.directory / "sweep.png")
+        except Exception:  # whatever was varied: the rest says all that the figure does
+            log.exception("sweep: the figure could not be drawn")
         for artifact in sorted(self.directory.glob("*.*")):
             if artifact.is_file() and not artifact.name.startswith("."):
                 run.log_artifact(artifact)
+
+
+def _holds(ended: Outcome) -> bool:
+    """Whether a trial that has ended need not run again."""
+    if ended.status == "finished" and "model" in ended.result:
+        return Path(ended.result["model"]).is_dir()
+    return ended.status != "failed"

@@ -8,7 +8,6 @@ model, or find it there, and a trial that was stopped goes on from its last chec
 import json
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,22 @@ from typing import Any
 from ray.train.v2._internal.execution.callback import ReportCallback
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from acebert.config import Settings, TrackingSettings
+from acebert.config import Settings
 from acebert.data.partitions import count_pairs
 from acebert.data.plan_arithmetic import Layout, layout_of
 from acebert.errors import UserError
-from acebert.pipeline import catalogue_stages, finetune_stage, ingest_stage, plan_stage
+from acebert.pipeline import (
+    before_finetuning,
+    catalogue_stages,
+    finetune_stage,
+    ingest_stage,
+    pretrain_stage,
+)
 from acebert.sweep.space import Space, Trial, corner_trials, trials_of
+from acebert.tracking import shared
 from acebert.training import finetune
 
 log = logging.getLogger(__name__)
-
-BEFORE_PLAN = ("data", "demo", "image", "text", "model", "pretrain")
-"""sections that the shared stages before the plan read"""
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,17 @@ def prepare(base: Settings, space: Space) -> Prepared:
 
     Raises:
         UserError: a point with more partitions than batches (paper section 4.3: P ≤ n/W), or what
-            the stages raise.
+            the stages of every trial raise.
     """
-    ingested = ingest_stage(base)
+    ingested = ingest_stage(shared(base))
     identity = f"{ingested.digest} {finetune.VERSION}"
     pairs = count_pairs(ingested.path / "pairs.parquet")
     if space.search == "optuna":
         for corner in corner_trials(space):
             _layout(pairs, corner, base)
-        catalogue_stages(base)
+        catalogue_stages(shared(base))
+        if base.model.start == "pretrain":
+            pretrain_stage(shared(base))
         return Prepared(identity, [])
 
     trials: list[Trial] = []
@@ -69,7 +74,15 @@ def prepare(base: Settings, space: Space) -> Prepared:
             continue
         seen[same] = trial
         trials.append(trial)
-    _build_stages([_untracked(trial.settings(base)) for trial in trials])
+    failed = []
+    for trial in trials:
+        try:
+            before_finetuning(trial.settings(base))
+        except UserError as error:  # the trial will meet it again, and be noted as failed
+            log.warning("sweep: what comes before %s cannot be made: %s", trial.name, error)
+            failed.append(error)
+    if len(failed) == len(trials):
+        raise failed[0]
     return Prepared(identity, trials)
 
 
@@ -88,22 +101,6 @@ def _layout(pairs: int, trial: Trial, base: Settings) -> Layout:
         raise UserError(f"{trial.name}: {error}") from error
 
 
-def _untracked(settings: Settings) -> Settings:
-    """Without name, tag and parent for the run: the stages that are shared have their own."""
-    tracking = TrackingSettings(experiment=settings.tracking.experiment)
-    return settings.model_copy(update={"tracking": tracking})
-
-
-def _build_stages(settings: Sequence[Settings]) -> None:
-    seen: set[str] = set()
-    for own in settings:
-        tree = own.model_dump_json(include=set(BEFORE_PLAN))
-        if tree not in seen:
-            seen.add(tree)
-            catalogue_stages(own)
-        plan_stage(own)
-
-
 def train(settings: Settings) -> dict[str, Any]:
     """The objective of a trial: fine-tune, and say what came out.
 
@@ -113,10 +110,13 @@ def train(settings: Settings) -> dict[str, Any]:
         partitions, batches_per_partition (n/(P·W)), hard_share: of the plan
         model: the model directory; mlflow_run; reused: whether it was there already
     """
-    # What is missing of the stages before is no part of the trial, and no row of the table.
-    _build_stages([_untracked(settings)])
+    # Trainings among them have validations of their own, which are nothing to Tune.
+    before_finetuning(settings)
     os.environ["RAY_TRAIN_CALLBACKS"] = f"{__name__}.{ReportToTune.__name__}"
-    model = finetune_stage(settings)
+    try:
+        model = finetune_stage(settings)
+    finally:
+        del os.environ["RAY_TRAIN_CALLBACKS"]
     report = _read(model.path / "report.json")
     plan_digest = _read(model.path / "stage.json")["key"]["plan"]
     plan = _read(settings.workdir / "plan" / plan_digest / "report.json")

@@ -25,7 +25,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.repeater import TRIAL_INDEX
 
 from acebert.config import Settings, settings_from
-from acebert.errors import UserError
+from acebert.errors import UserError, reason_of
 from acebert.sweep.space import Space, Trial, tune_domains
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def run_trials(
             # Reported, not raised: a raise costs the process, and the next trial its start.
             if not isinstance(error, UserError):
                 log.exception("sweep: a trial failed")
-            tune.report({space.metric: math.nan, "failed": _reason(error)})
+            tune.report({space.metric: math.nan, "failed": reason_of(error)})
         else:
             tune.report({**result, "returned": True})
 
@@ -209,7 +209,7 @@ class _Watcher(tune.Callback):
         if error is None or isinstance(error, RayActorError):
             self._end(trial, "failed", "its process died (killed, or out of memory)")
         else:
-            self._end(trial, "failed", _reason(error))
+            self._end(trial, "failed", reason_of(error))
 
     def _end(self, trial: TuneTrial, status: Status, reason: str | None = None) -> None:
         last = {k: v for k, v in trial.last_result.items() if k not in NO_RESULT}
@@ -232,11 +232,3 @@ NO_RESULT = {
     *("timestamp", "training_iteration", "trial_id", "checkpoint_dir_name", "checkpoint_path"),
 }
 """keys that Ray Tune adds to a result, and our own marks"""
-
-
-def _reason(error: Exception) -> str:
-    """One line for a table; UserErrors as they are."""
-    if isinstance(error, UserError):
-        return str(error)
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1]}"

@@ -14,7 +14,7 @@ from acebert.config import Settings
 from acebert.evaluation.evaluate import BASELINES, evaluate_baselines, evaluate_embeddings
 from acebert.evaluation.tables import Row
 from acebert.report.parts import PARTS, systems_of
-from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT
+from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT, System
 from acebert.report.run import Measured, Results
 from acebert.workdir import Stage
 
@@ -49,6 +49,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             evaluate_embeddings(world.settings, world.ingested, directory, level).path
             for directory in vectors[level]
         )
+    pretrained = world.settings.workdir / "pretrain" / "p"
+    pretrained.mkdir(parents=True)
+    (pretrained / "report.json").write_text('{"train_seconds": 1000}')
     results = Results(left_out={ZERO_SHOT: "no model <is> given"})
     baselines = evaluate_baselines(world.settings, world.ingested).path
     for name in BASELINES:
@@ -60,13 +63,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             results.rows[system.name] = Measured(
                 Row(system.name, rows[level]),
                 SEEDS,
-                tuple(_model(root / "model" / system.name / str(seed), seed) for seed in SEEDS),
+                tuple(_model(_model_of(root, system, seed), seed) for seed in SEEDS),
                 tuple(vectors[level]),
                 90.0,
                 24_960,
                 world.settings,
             )
-    return Made(world.settings, world.ingested, rows, results, _swept(root / "swept", rows))
+    return Made(
+        world.settings,
+        world.ingested,
+        rows,
+        results,
+        _swept(root / "swept", _model(root / "finetune" / "swept", 0), rows),
+    )
 
 
 def _vectors(world: World, out: Path, noise: float, seed: int) -> Path:
@@ -82,11 +91,19 @@ def _vectors(world: World, out: Path, noise: float, seed: int) -> Path:
     return write_vectors(out, products, queries)
 
 
+def _model_of(root: Path, system: System, seed: int) -> Path:
+    """Those that differ in nothing but the fusion are one model."""
+    return root / "finetune" / "-".join([system.recipe, *system.changed, str(seed)])
+
+
 def _model(directory: Path, seed: int) -> Path:
+    """It took 90 seconds, and started from a pre-training of 1,000."""
     directory.mkdir(parents=True, exist_ok=True)
     loss = 8 - np.linspace(0, 4, 60) + np.random.default_rng(seed).normal(0, 0.1, 60)
     table = pa.table({"step": np.arange(1, 61), "loss": loss})
     pq.write_table(table, directory / "history.parquet")
+    (directory / "report.json").write_text('{"train_seconds": 90}')
+    (directory / "stage.json").write_text('{"key": {"pretrain": "p"}}')
     return directory
 
 
@@ -100,7 +117,8 @@ def _write_report(ingested: Path) -> None:
     (ingested / "report.json").write_text(json.dumps(report))
 
 
-def _swept(directory: Path, rows: dict[str, tuple[Path, ...]]) -> Path:
+def _swept(directory: Path, model: Path, rows: dict[str, tuple[Path, ...]]) -> Path:
+    """All its trials have one `model`."""
     directory.mkdir()
     trials = [
         {
@@ -111,6 +129,7 @@ def _swept(directory: Path, rows: dict[str, tuple[Path, ...]]) -> Path:
             "seed": seed,
             "test_gauc": 0.6,
             "test_recall_100": 0.5,
+            "model": str(model),
             "test_row": str(rows[level][seed]),
         }
         for partitions, level in ((64, "fair"), (8, "good"), (1, "bad"))

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from acebert.errors import UserError
 from acebert.evaluation.domain_probe import domain_probe
 from acebert.report import words
 from acebert.report.alignment import draw_sample
@@ -92,3 +93,17 @@ def test_the_sample_is_of_the_categories_clicked_most_and_a_query_of_its_own(
         *(("p0", "hat"), ("p1", "hat"), ("p2", "bag"), ("p5", "bag"))
     ]
     assert len(draw_sample(tmp_path, points=1).products) == 1
+
+
+def test_a_test_day_without_a_category_is_told_and_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "products").mkdir()
+    products = {
+        "product": pa.array([0, 1], pa.int32()),
+        "product_id": ["p0", "p1"],
+        "category": pa.array([None, None], pa.string()),
+    }
+    pq.write_table(pa.table(products), tmp_path / "products" / "part-0.parquet")
+    pair = {name: pa.array([0], pa.int32()) for name in ("query", "product", "clicks")}
+    pq.write_table(pa.table(pair), tmp_path / "test_pairs.parquet")
+    with pytest.raises(UserError, match="no product that was clicked on the test day has a cat"):
+        draw_sample(tmp_path)

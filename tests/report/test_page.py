@@ -3,13 +3,18 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from acebert.report.parts import PARTS, TABLES
+from acebert.report.page import duration
+from acebert.report.parts import PARTS, TABLES, WITH_ADVERSARY, WITHOUT_ADVERSARY, systems_of
 from acebert.report.report import Given, report_stage
+from acebert.report.run import Results
 from acebert.workdir import Stage
 
 GIVEN = Given(PARTS, dict.fromkeys(PARTS, (0, 1)), ("--train.max_steps", "8"))
@@ -104,7 +109,61 @@ def test_numbers_of_the_page_are_there_for_programs(stage: Stage, made) -> None:
     assert {"fig5_hard_share", "fig6_loss_end", "fig7_legend"} <= figures
 
 
+def test_a_training_that_rows_share_is_paid_for_once(stage: Stage) -> None:
+    systems = {system for of in systems_of(PARTS).values() for system in of}
+    models = 2 * len({(system.recipe, system.changed) for system in systems})
+    seconds = 90 * (models + 1) + 1000 + 60  # Figure 5's, the pre-training, the rival's
+    assert f"{duration(seconds)} in all" in (stage.path / "report.html").read_text()
+
+
 def test_the_same_results_are_the_same_page(stage: Stage, made) -> None:
     again = report_stage(made.settings, made.ingested, GIVEN, made.results, made.swept)
     assert again.reused
     assert again.path == stage.path
+
+
+def test_vectors_too_few_to_probe_cost_figure_7_alone(made, tmp_path: Path) -> None:
+    """All products have one vector, as those of one title have."""
+    directory = made.results.rows["ACE-BERT"].embedded[0]
+    products = pq.read_table(directory / "products.parquet")
+    one = pa.array([products["embedding"][0].as_py()] * len(products))
+    pq.write_table(
+        pa.table({"product_id": products["product_id"], "embedding": one}),
+        tmp_path / "products.parquet",
+    )
+    shutil.copy(directory / "queries.parquet", tmp_path)
+    rows = {
+        system.name: replace(made.results.rows[system.name], seeds=(0,), embedded=(tmp_path,))
+        for system in (WITHOUT_ADVERSARY, WITH_ADVERSARY)
+    }
+    given = Given(("fig6", "fig7"), {"fig6": (0,), "fig7": (0,)}, ())
+    page = report_stage(made.settings, made.ingested, given, Results(rows), None)
+    text = (page.path / "report.html").read_text()
+    assert "Figure 7: CE-BERT + hot queries: fewer than 20 distinct vectors" in text
+    assert '<h2 id="fig6">' in text
+    assert '<h2 id="fig7">' not in text
+
+
+def test_figures_of_rows_without_a_common_seed_are_told_to_be_left_out(made) -> None:
+    rows = dict(made.results.rows)
+    rows["ACE-BERT"] = replace(rows["ACE-BERT"], seeds=(7, 8))
+    parts = ("table1", "fig6", "fig7")
+    given = Given(parts, dict.fromkeys(parts, (0, 1)), ())
+    page = report_stage(made.settings, made.ingested, given, Results(rows), None)
+    why = "CE-BERT + hot queries and ACE-BERT have no seed in common"
+    left_out = json.loads((page.path / "numbers.json").read_text())["left_out"]
+    assert left_out == {"Figure 6": why, "Figure 7": why}
+
+
+def test_no_credentials_of_an_address_are_on_the_page_or_beside_it(made) -> None:
+    address = "s3://me:pa@ss@bucket/products"
+    data = made.settings.data.model_copy(update={"products": address})
+    settings = made.settings.model_copy(update={"data": data})
+    rows = {"ACE-BERT": replace(made.results.rows["ACE-BERT"], settings=settings)}
+    arguments = ("--data.products", address, f"--data.impressions={address}")
+    given = Given(("table4",), {"table4": (0, 1)}, arguments)
+    page = report_stage(made.settings, made.ingested, given, Results(rows), None)
+    for name in ("report.html", "numbers.json", "stage.json"):
+        text = (page.path / name).read_text()
+        assert "ss@" not in text
+        assert ("s3://bucket/products" in text) == (name != "numbers.json")

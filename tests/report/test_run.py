@@ -1,18 +1,42 @@
 """Rows trained and measured for real, at the smallest size: mined, shortened, left out, reused."""
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from acebert.config import Settings, load_settings
 from acebert.data.hard_negatives import HardNegatives
 from acebert.data.lookups import Lookups
+from acebert.errors import UserError
 from acebert.evaluation.evaluate import read_vectors
-from acebert.report.rows import ACEBERT, MATRYOSHKA, MATRYOSHKA_64, MINED, System
-from acebert.report.run import Results, measure_rival, measure_systems
+from acebert.evaluation.tables import Row
+from acebert.report import rival, run
+from acebert.report.rows import (
+    ACEBERT,
+    FUSED,
+    MATRYOSHKA,
+    MATRYOSHKA_64,
+    MINED,
+    MINED_MASKED,
+    RIVAL,
+    System,
+)
+from acebert.report.run import (
+    Measured,
+    Results,
+    measure_partitions,
+    measure_rival,
+    measure_systems,
+    trainings,
+)
+from acebert.tracking import client
+from acebert.workdir import Stage, digest_of
 
+FIG_5 = Path(__file__).parents[2] / "tune_spaces" / "fig5_partitions.yaml"
 SMALL = [
     *["--demo.products", "120", "--demo.searches_per_day", "300", "--demo.days", "4"],
     *["--model.width", "32", "--model.heads", "2", "--model.layers", "1"],
@@ -24,7 +48,8 @@ TOO_DEEP = System(
     "acebert",
     ("--loss.hard_negatives", "1"),
 )
-WANTED = {"table4": [ACEBERT], "beyond": [ACEBERT, MINED, MATRYOSHKA, MATRYOSHKA_64, TOO_DEEP]}
+BEYOND = [ACEBERT, FUSED, MINED, MINED_MASKED, MATRYOSHKA, MATRYOSHKA_64]
+WANTED = {"table4": [ACEBERT], "beyond": [*BEYOND, TOO_DEEP]}
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +57,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tupl
     """The results, and those of the same call once more."""
     workdir = str(tmp_path_factory.mktemp("work"))
 
-    def make(system: System, seed: int, tag: str) -> Settings:
+    def make(system: System, seed: int) -> Settings:
         own = ["--recipe", f"{system.recipe}_tiny", "--workdir", workdir, "--seed", str(seed)]
+        own += ["--tracking.run_name", system.name]
         ranks = ["--loss.hard_negative_ranks", "500,900" if system is TOO_DEEP else "3,20"]
         return load_settings([*SMALL, *own, *ranks, *system.changed])
 
@@ -46,9 +72,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tupl
 @pytest.mark.slow
 def test_every_row_has_its_metrics_cost_and_pairs(trained: tuple[Results, ...]) -> None:
     results, _ = trained
-    assert list(results.rows) == ["ACE-BERT", MINED.name, MATRYOSHKA.name, MATRYOSHKA_64.name]
+    assert list(results.rows) == [system.name for system in BEYOND]
     for measured in results.rows.values():
-        assert measured.row.measured("gauc") is not None
+        assert (measured.row.measured("gauc") is None) == (measured.row.name == FUSED.name)
         assert measured.row.measured("recall_100") is not None
         assert measured.seconds is not None
         assert measured.seconds > 0
@@ -62,6 +88,26 @@ def test_a_row_that_cannot_be_trained_is_left_out_with_the_reason(
     for results in trained:
         assert list(results.left_out) == ["too deep"]
         assert "--loss.hard_negative_ranks 500 900: of 120 products" in results.left_out["too deep"]
+
+
+@pytest.mark.slow
+def test_filtering_by_a_parts_tag_gives_its_rows_and_nothing_else(
+    trained: tuple[Results, ...],
+) -> None:
+    settings = trained[0].rows["ACE-BERT"].settings
+    assert settings is not None
+    mlflow = client(settings)
+    experiment = mlflow.get_experiment_by_name(settings.tracking.experiment).experiment_id
+    for part, systems in WANTED.items():
+        runs = mlflow.search_runs([experiment], f"tags.table = '{part}'")
+        names = [system.name for system in systems if system is not TOO_DEEP]
+        assert sorted(run.info.run_name for run in runs) == sorted(names)
+        assert all("overall/recall_100" in run.data.metrics for run in runs)
+    fused = mlflow.search_runs([experiment], f"attributes.run_name = '{FUSED.name}'")
+    (row,) = (run for run in fused if run.data.tags.get("table"))
+    measured = trained[0].rows[FUSED.name].row.measured("recall_100")
+    assert measured is not None
+    assert row.data.metrics["overall/recall_100"] == pytest.approx(measured.value)
 
 
 @pytest.mark.slow
@@ -105,6 +151,114 @@ def test_mined_products_were_never_clicked_for_their_query_in_training(
         row = negatives.mined[query].tolist()
         assert len(set(row)) == 18
         assert not set(row) & set(clicked[query].tolist())
+
+
+def small_settings(system: System, seed: int) -> Settings:
+    return load_settings(["--recipe", f"{system.recipe}_tiny"])
+
+
+def test_a_row_that_fails_in_any_way_is_left_out_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measure(system: System, *_: object) -> tuple[Measured, bool]:
+        if system is ACEBERT:
+            raise RuntimeError("the workers died\nrank 0 was killed")
+        return Measured(Row(system.name, ())), False
+
+    monkeypatch.setattr(run, "_measure", measure)
+    results = Results()
+    measure_systems({"beyond": [ACEBERT, MINED]}, {"beyond": (0,)}, small_settings, results)
+    assert results.left_out == {"ACE-BERT": "RuntimeError: rank 0 was killed"}
+    assert list(results.rows) == [MINED.name]
+
+
+def test_a_sweep_that_fails_or_finishes_no_trial_costs_figure_5_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> Path:
+        raise RuntimeError("no CPUs")
+
+    def all_failed(*_: object, **__: object) -> Path:
+        table = pa.table({"status": ["failed"], "reason": ["its process died"]})
+        pq.write_table(table, tmp_path / "trials.parquet")
+        return tmp_path
+
+    settings = load_settings(["--workdir", str(tmp_path)])
+    reasons = {broken: "RuntimeError: no CPUs", all_failed: "no trial finished: its process died"}
+    for sweep, reason in reasons.items():
+        results = Results()
+        monkeypatch.setattr(run, "sweep", sweep)
+        assert measure_partitions(settings, FIG_5, (0,), results) is None
+        assert results.left_out == {"Figure 5": reason}
+
+
+def test_the_miners_training_is_behind_a_mined_row_and_a_shared_pre_training_counts_once(
+    tmp_path: Path,
+) -> None:
+    def write(stage: str, seconds: float, key: dict[str, object]) -> Path:
+        directory = tmp_path / stage
+        directory.mkdir(parents=True)
+        (directory / "stage.json").write_text(json.dumps({"key": key}))
+        (directory / "report.json").write_text(json.dumps({"train_seconds": seconds}))
+        return directory
+
+    pretrained = write("pretrain/p", 1000, {})
+    miner = write("finetune/m", 30, {"pretrain": "p"})
+    write("hard_negatives/h", 0, {"model": ["m", 17]})
+    model = write("finetune/f", 40, {"pretrain": "p", "hard_negatives": "h"})
+    assert trainings(model, tmp_path) == {pretrained: 1000, miner: 30, model: 40}
+
+
+@pytest.mark.slow
+def test_the_masked_row_trains_on_the_very_negatives_of_the_row_that_it_is_set_beside(
+    trained: tuple[Results, ...],
+) -> None:
+    rows = trained[0].rows
+    keys = [
+        json.loads((rows[system.name].models[0] / "stage.json").read_text())["key"]
+        for system in (MINED, MINED_MASKED)
+    ]
+    assert keys[0]["hard_negatives"] == keys[1]["hard_negatives"]
+    assert [key["loss"].pop("false_negatives") for key in keys] == ["keep", "log"]
+    assert keys[0] == keys[1]
+
+
+def test_the_rival_trains_on_as_many_pairs_as_twinbert_in_its_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def train(settings: Settings, _: Stage, start: Path, pairs: int, lr: float) -> Stage:
+        asked.append((pairs, settings.train.batch_size, settings.seed))
+        raise UserError("enough")
+
+    monkeypatch.setattr(run, "ingest_stage", lambda settings: None)
+    monkeypatch.setattr(run, "sentence_transformers_stage", train)
+    rows = {
+        name: Measured(Row(name, ()), pairs=pairs)
+        for name, pairs in (("TwinBERT", 24_960), ("acebert_plus", 99_000))
+    }
+    paper = load_settings(["--recipe", "twinbert", "--workdir", str(tmp_path)])
+    measure_rival(paper, tmp_path, (3,), 5e-5, Results(rows))
+    assert asked == [(0, 384, 0), (24_960, 384, 3)]
+    results = Results()
+    measure_rival(paper, tmp_path, (3,), 5e-5, results)
+    assert "as many pairs as TwinBERT, left out too" in results.left_out[RIVAL]
+
+
+def test_another_model_in_the_rivals_directory_or_another_precision_is_another_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = []
+    monkeypatch.setattr(rival, "run_stage", lambda *of: keys.append(digest_of(of[2])))
+    start = tmp_path / "model"
+    (start / "1_Pooling").mkdir(parents=True)
+    ingested = Stage("ingest", tmp_path, "d", 0.0, reused=True)
+    for content, precision in (("a", "fp32"), ("b b", "fp32"), ("b b", "bf16")):
+        (start / "1_Pooling" / "config.json").write_text(content)
+        argv = ["--workdir", str(tmp_path), "--train.precision", precision]
+        rival.sentence_transformers_stage(load_settings(argv), ingested, start, 9, 5e-5)
+    assert len(set(keys)) == 3
 
 
 def test_without_a_model_of_its_own_the_rival_is_left_out_with_a_line(tmp_path: Path) -> None:

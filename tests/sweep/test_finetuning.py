@@ -1,5 +1,6 @@
 """Trials that are real fine-tunings: Ray Tune above Ray Train, a tiny demo catalogue."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
 from acebert.pipeline import finetune_stage
+from acebert.sweep import training
 from acebert.sweep.run import sweep
 from acebert.sweep.space import Space
 from acebert.sweep.training import prepare
@@ -65,6 +67,7 @@ def test_a_trial_trains_as_the_job_alone_does_and_asha_stops_one_that_is_behind(
     assert frozen["status"] == "stopped"
     assert 50 <= frozen["step"] < 500
     assert 0 < learns["test_recall_100"] <= 1
+    assert not list((tmp_path / "sweep" / "train").iterdir())  # no checkpoints of either
 
     alone = tiny(tmp_path / "alone", "--seed", "3", "--train.lr", "1e-3", *long)
     histories = [
@@ -90,6 +93,44 @@ def test_a_trial_trains_as_the_job_alone_does_and_asha_stops_one_that_is_behind(
     scored = next(run for run in table if run.info.status == "FINISHED")
     assert scored.data.metrics["test/recall_100"] == pytest.approx(learns["test_recall_100"])
     assert scored.data.metrics["plan/hard_share"] == pytest.approx(learns["hard_share"])
+
+
+@pytest.mark.slow
+def test_what_trials_start_from_is_pre_trained_before_the_first_and_is_no_row(
+    tmp_path: Path, ray_cluster: None
+):
+    mlm = ["--recipe", "twinbert_mlm_tiny", "--pretrain.max_steps", "4"]
+    more = ["--pretrain.validate_every", "2", "--pretrain.held_out", "0.2"]
+    base = tiny(tmp_path, *mlm, *more)
+    directory = sweep(base, "rates", Space(vary={"train.lr": [1e-3, 1e-4]}))
+    rows = pq.read_table(directory / "trials.parquet").to_pylist()
+    assert [row["status"] for row in rows] == ["finished", "finished"]
+    mlflow = client(base)
+    experiment = mlflow.get_experiment_by_name(base.tracking.experiment).experiment_id
+    (pretrained,) = mlflow.search_runs([experiment], "tags.`acebert.stage` = 'pretrain'")
+    assert pretrained.info.run_name.startswith("pretrain twinbert_mlm_tiny")
+    table = mlflow.search_runs([experiment], "tags.table = 'rates'")
+    assert {run.info.run_name for run in table} == {"lr=0.001 seed=0", "lr=0.0001 seed=0"}
+
+
+def test_only_the_trials_own_fine_tuning_reports_to_tune(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    heard = []
+
+    def note(settings: Settings) -> None:
+        heard.append(os.environ.get("RAY_TRAIN_CALLBACKS"))
+
+    def stop(settings: Settings) -> None:
+        note(settings)
+        raise UserError("enough")
+
+    monkeypatch.setattr(training, "before_finetuning", note)
+    monkeypatch.setattr(training, "finetune_stage", stop)
+    with pytest.raises(UserError, match="enough"):
+        training.train(tiny(tmp_path))
+    note(tiny(tmp_path))
+    assert heard == [None, "acebert.sweep.training.ReportToTune", None]
 
 
 def test_more_partitions_than_batches_are_refused_before_anything_is_built(tmp_path: Path):

@@ -1,5 +1,6 @@
 """What a sweep leaves, from outcomes written by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -139,3 +140,34 @@ def test_the_validation_interval_is_students():
     expected = stats.t.interval(0.95, 1, np.mean(of), stats.sem(of))
     assert (low, high) == pytest.approx(expected)
     assert figure._interval(OUTCOMES[:1], "recall_100") is None
+
+
+def test_nothing_beside_numbers_is_drawn_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(figure.plt, "close", lambda _: None)
+    leaf = "train.max_steps"
+    outcomes = [
+        Outcome(Trial({leaf: value}, 0), "finished", {"recall_100": y, "hard_share": y}, 1.0)
+        for value, y in ((100, 0.3), (None, 0.2), (20, 0.1))
+    ]
+    sweep_figure("steps", Space(vary={leaf: [100, None, 20]}), outcomes, tmp_path / "sweep.png")
+    recall, hard = plt.gcf().axes
+    plt.gcf().canvas.draw()
+    assert [label.get_text() for label in hard.get_xticklabels()] == ["100", "None", "20"]
+    best_by = next(line for line in recall.get_lines() if "best by" in str(line.get_label()))
+    assert list(recall.convert_xunits(best_by.get_xdata())) == [0, 0]
+
+
+def test_where_the_batch_size_varies_too_there_is_no_axis_of_one_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(figure.plt, "close", lambda _: None)
+    vary = {LEAF: [1, 10], "train.batch_size": [32, 64]}
+    outcomes = [
+        replace(one, trial=Trial({**one.trial.point, "train.batch_size": size}, 0))
+        for one in (OUTCOMES[0], OUTCOMES[2])
+        for size in (32, 64)
+    ]
+    sweep_figure("toy", Space(vary=vary), outcomes, tmp_path / "sweep.png")
+    assert plt.gcf().axes[0].child_axes == []
+    texts = [text.get_text() for axes in plt.gcf().axes for text in axes.texts]
+    assert not any("paper's best" in text for text in texts)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,8 +15,9 @@ from mlflow.entities import Run as MlflowRun
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
+from acebert.sweep import run as sweep_run
 from acebert.sweep.run import sweep
-from acebert.sweep.space import Space
+from acebert.sweep.space import Space, with_leaves
 from acebert.tracking import client
 
 WIDE = {"loss.gamma": {"low": 1.5, "high": 90, "log": True}}
@@ -148,7 +150,7 @@ def wait_for(condition, driver: subprocess.Popen) -> None:
     pytest.fail("nothing happened for two minutes")
 
 
-def test_asha_stops_trials_that_are_behind_and_their_runs_are_ended(
+def test_asha_stops_trials_that_are_behind_and_ends_their_runs_and_removes_their_checkpoints(
     settings: Settings, toy, ray_cluster: None
 ):
     def train(settings: Settings) -> dict[str, object]:
@@ -159,7 +161,9 @@ def test_asha_stops_trials_that_are_behind_and_their_runs_are_ended(
         from acebert.tracking import start_run
 
         value = 1 / settings.loss.gamma
-        with start_run(settings, "finetune", str(settings.loss.gamma)) as run:
+        gamma = str(settings.loss.gamma)
+        (settings.workdir / "train" / f"finetune-{gamma}" / "checkpoints").mkdir(parents=True)
+        with start_run(settings, "finetune", gamma) as run:
             for step in range(1, 5):
                 tune.report({"recall_100": value, "step": step})
                 time.sleep(0.2)
@@ -174,6 +178,8 @@ def test_asha_stops_trials_that_are_behind_and_their_runs_are_ended(
         (3, "stopped", 2),
     ]
     of = {run.info.run_name: run.info.status for run in runs(settings)}
+    kept = {path.name for path in (settings.workdir / "train").iterdir()}
+    assert kept == {"finetune-1.0"}  # fine-tuning removes those of a trial that finished itself
     assert of["gamma=1 seed=0"] == "FINISHED"
     assert "RUNNING" not in of.values()
 
@@ -245,3 +251,78 @@ def test_trials_at_once_share_the_cores_and_are_the_same_stage(
     at_once, own = place(settings, Space(vary={"loss.gamma": [1]}, trials_at_once=2))
     assert at_once == 2
     assert (own.train.cpus_per_worker, own.train.threads_per_worker) == (0.9, 1)
+
+
+def test_trials_of_a_given_share_take_no_more_threads_than_it(
+    settings: Settings, ray_cluster: None
+):
+    from acebert.sweep.placement import place
+
+    halves = with_leaves(settings, {"train.cpus_per_worker": 1.0})
+    at_once, own = place(halves, Space(vary={"loss.gamma": [1]}))
+    assert at_once == 2
+    assert (own.train.cpus_per_worker, own.train.threads_per_worker) == (1.0, 1)
+    told = with_leaves(halves, {"train.threads_per_worker": 3})
+    assert place(told, Space(vary={"loss.gamma": [1]}))[1].train.threads_per_worker == 3
+
+
+def test_a_figure_that_cannot_be_drawn_costs_nothing_else(
+    settings: Settings, toy, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    def break_down(*_: object) -> None:
+        raise ValueError("no such axis")
+
+    monkeypatch.setattr(sweep_run, "sweep_figure", break_down)
+    directory = sweep(settings, "toy", Space(vary={"loss.gamma": [10]}), **toy.parts)
+    left = {path.name for path in directory.glob("*.*")}
+    assert {"trials.parquet", "best.yaml", "report.txt"} <= left
+    assert statuses(settings) == {"FINISHED"}
+
+
+def test_a_search_for_more_points_than_there_are_values_ends(
+    settings: Settings, toy, ray_cluster: None
+):
+    space = Space(vary={"loss.gamma": [10, 20]}, search="optuna", points=4)
+    directory = sweep(settings, "toy", space, **toy.parts)
+    assert len(toy.calls(settings)) == 4
+    assert sweep(settings, "toy", space, **toy.parts) == directory
+    assert len(toy.calls(settings)) == 4
+
+
+def test_a_trial_whose_model_was_removed_runs_again_and_the_others_do_not(
+    settings: Settings, toy, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    run_toy = toy.train
+
+    def train(settings: Settings) -> dict[str, Any]:
+        result = run_toy(settings)
+        model = settings.workdir / "finetune" / f"{settings.loss.gamma:.0f}"
+        model.mkdir(parents=True, exist_ok=True)
+        return {**result, "model": str(model)}
+
+    monkeypatch.setattr(sweep_run, "log_model", lambda *_: None)
+    space = Space(vary={"loss.gamma": [10, 40]})
+    parts = {"prepare": toy.prepare, "train": train}
+    sweep(settings, "toy", space, **parts)
+    (settings.workdir / "finetune" / "40").rmdir()
+    sweep(settings, "toy", space, **parts)
+    assert toy.calls(settings) == [(10, 0), (40, 0), (40, 0)]
+
+
+def test_an_evaluation_that_fails_leaves_the_table_and_the_best_recipe(
+    settings: Settings, toy, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    run_toy = toy.train
+
+    def train(settings: Settings) -> dict[str, Any]:
+        return {**run_toy(settings), "model": str(settings.workdir)}
+
+    def fail(*_: object) -> None:
+        raise UserError("no test day")
+
+    monkeypatch.setattr(sweep_run, "evaluate_stage", fail)
+    space = Space(vary={"loss.gamma": [10]})
+    with pytest.raises(UserError, match="no test day"):
+        sweep(settings, "toy", space, evaluate=True, prepare=toy.prepare, train=train)
+    (directory,) = (settings.workdir / "sweep").iterdir()
+    assert {"trials.parquet", "best.yaml"} <= {path.name for path in directory.iterdir()}
