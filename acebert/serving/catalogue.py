@@ -68,6 +68,7 @@ class Catalogue:
         self.encode = encode
         self._bundle = bundle
         self._max_megapixels = max_megapixels
+        self._encoding = asyncio.Lock()
 
     async def put(self, sources: Sequence[Source]) -> int:
         """Add or replace products; durable when it returns. `seq` of the last.
@@ -89,11 +90,12 @@ class Catalogue:
 
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]:
         """What comes after `since`, with vectors of `version`, the model of `bundle`."""
-        while lacking := await asyncio.to_thread(self._log.lacking, version, LIMIT):
-            vectors = await self._vectors(bundle, [source for _, source in lacking])
-            await asyncio.to_thread(
-                self._log.add_vectors, [seq for seq, _ in lacking], vectors, version
-            )
+        async with self._encoding:  # replicas that ask at once wait for the first one's vectors
+            lacking = await asyncio.to_thread(self._log.lacking, since, version, LIMIT)
+            if lacking:
+                vectors = await self._vectors(bundle, [source for _, source in lacking])
+                seqs = [seq for seq, _ in lacking]
+                await asyncio.to_thread(self._log.add_vectors, seqs, vectors, version)
         return await asyncio.to_thread(self._log.since, since, version, LIMIT)
 
     async def before(self, moment: datetime) -> int:

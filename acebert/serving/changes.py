@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -105,15 +106,11 @@ class ChangeLog:
         `version` yet (`lacking` names these)."""
         with self._lock:
             rows = self._db.execute(
-                "SELECT seq, product_id, deleted, title, category, price, in_stock, vector "
-                "FROM change LEFT JOIN vector USING (seq) "
-                "WHERE seq > ? AND (version = ? OR (version IS NULL AND deleted)) "
-                "ORDER BY seq LIMIT ?",
-                (seq, version, limit),
+                "SELECT change.seq, product_id, deleted, title, category, price, in_stock, vector "
+                "FROM change LEFT JOIN vector ON vector.seq = change.seq AND version = ? "
+                "WHERE change.seq > ? ORDER BY change.seq LIMIT ?",
+                (version, seq, limit),
             ).fetchall()
-            first = self._db.execute(
-                f"SELECT min(seq) FROM change WHERE seq > ? AND {_LACKS}", (seq, version)
-            ).fetchone()[0]
         return [
             Change(
                 at,
@@ -121,17 +118,21 @@ class ChangeLog:
                 None if deleted else Product(product_id, title, category, price, bool(in_stock)),
                 None if deleted else np.frombuffer(vector, np.float32),
             )
-            for at, product_id, deleted, title, category, price, in_stock, vector in rows
-            if first is None or at < first
+            for at, product_id, deleted, title, category, price, in_stock, vector in takewhile(
+                lambda row: row[2] or row[-1] is not None, rows
+            )
         ]
 
-    def lacking(self, version: str, limit: int) -> list[tuple[int, Source]]:
-        """Products, by `seq`, that have no vector of `version`, at most `limit`."""
+    def lacking(self, seq: int, version: str, limit: int) -> list[tuple[int, Source]]:
+        """Of the next `limit` changes after `seq` the products, by their own `seq`, that have no
+        vector of `version`."""
         with self._lock:
             rows = self._db.execute(
                 "SELECT seq, product_id, title, category, price, in_stock, photo FROM change "
-                f"WHERE {_LACKS} ORDER BY seq LIMIT ?",
-                (version, limit),
+                "WHERE seq IN (SELECT seq FROM change WHERE seq > ? ORDER BY seq LIMIT ?) "
+                "AND NOT deleted AND NOT EXISTS "
+                "(SELECT 1 FROM vector WHERE vector.seq = change.seq AND version = ?) ORDER BY seq",
+                (seq, limit, version),
             ).fetchall()
         return [
             (seq, Source(Product(product_id, title, category, price, bool(in_stock)), photo))
@@ -173,8 +174,3 @@ class ChangeLog:
     def close(self) -> None:
         with self._lock:
             self._db.close()
-
-
-_LACKS = """NOT deleted AND NOT EXISTS (
-    SELECT 1 FROM vector WHERE vector.seq = change.seq AND version = ?
-)"""

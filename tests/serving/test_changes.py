@@ -1,10 +1,12 @@
 """The change log against a plain dict, and against kill -9."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from hypothesis import strategies as st
 
 from acebert.errors import UserError
 from acebert.serving import changes as module
+from acebert.serving.catalogue import Catalogue
 from acebert.serving.changes import ChangeLog, Source
-from acebert.serving.products import Product
+from acebert.serving.products import Change, Product
 
 
 def source(name: str, title: str = "shoe", photo: bytes | None = None) -> Source:
@@ -77,7 +80,7 @@ def test_a_follower_that_joins_at_any_time_ends_with_what_a_dict_holds(
 def test_vectors_of_another_version_are_never_handed_out(log: ChangeLog) -> None:
     log.put([source("a"), source("b")], np.ones((2, 4), np.float32), "old")
     assert log.since(0, "new", 10) == []
-    lacking = log.lacking("new", 10)
+    lacking = log.lacking(0, "new", 10)
     assert [s.product.product_id for _, s in lacking] == ["a", "b"]
     log.add_vectors([lacking[0][0]], vector(2), "new")
     (first,) = log.since(0, "new", 10)
@@ -95,10 +98,10 @@ def test_a_change_behind_one_without_a_vector_waits_for_it(log: ChangeLog) -> No
 
 def test_a_vector_for_a_product_that_changed_meanwhile_is_dropped(log: ChangeLog) -> None:
     log.put([source("a", "old title")], vector(1), "old")
-    ((seq, _),) = log.lacking("new", 10)
+    ((seq, _),) = log.lacking(0, "new", 10)
     log.put([source("a", "new title")], vector(1), "old")
     log.add_vectors([seq], vector(5), "new")
-    ((_, lacks),) = log.lacking("new", 10)
+    ((_, lacks),) = log.lacking(0, "new", 10)
     assert lacks.product.title == "new title"
 
 
@@ -129,6 +132,30 @@ def test_changes_before_a_moment_are_those_made_before_it(log: ChangeLog) -> Non
     last = log.put([source("c")], vector(1), "v")
     assert log.before(moment) == first
     assert log.before(datetime.now(UTC)) == last
+
+
+def test_a_new_model_encodes_no_superseded_change_and_each_other_one_once_for_all_replicas(
+    log: ChangeLog,
+) -> None:
+    encoded: list[str] = []
+
+    async def encode(bundle: Path, titles: Sequence[str], photos: object) -> np.ndarray:
+        encoded.extend(titles)
+        await asyncio.sleep(0.01)
+        return np.ones((len(titles), 4), np.float32)
+
+    superseded = log.put([source("a", "superseded")], vector(1), "old")
+    for title in ("first", "second", "last"):
+        log.put([source("b", title)], vector(1), "old")
+    catalogue = Catalogue(log, encode, lambda: (Path(), "old"), 1.0)
+
+    async def replicas() -> list[list[Change]]:
+        asked = (catalogue.changes(superseded, Path(), "new") for _ in range(3))
+        return await asyncio.gather(*asked)
+
+    for found in asyncio.run(replicas()):
+        assert [change.product_id for change in found] == ["b"]
+    assert encoded == ["last"]
 
 
 WRITER = """
