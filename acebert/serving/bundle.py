@@ -249,10 +249,10 @@ class Bundle:
                 f"{self.info['products']} products do not belong together"
             )
 
-    def columns(self) -> tuple[list[str | None], NDArray[np.float32]]:
+    def columns(self) -> tuple[list[str | None], NDArray[np.float64]]:
         """Category and price (NaN: none) of every row [n]."""
         rows = self._db.execute("SELECT category, price FROM product ORDER BY row").fetchall()
-        prices = np.array([row[1] for row in rows], np.float32)
+        prices = np.array([row[1] for row in rows], np.float64)
         return [row[0] for row in rows], prices
 
     def products(self, rows: Sequence[int]) -> list[Product]:

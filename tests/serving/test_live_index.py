@@ -122,6 +122,28 @@ def test_changes_applied_twice_change_nothing_more(bundle: Bundle) -> None:
     assert [h.product for h in once.search(*ask)[0]] == [h.product for h in twice.search(*ask)[0]]
 
 
+def test_a_search_goes_on_with_the_state_that_it_began_with(bundle: Bundle) -> None:
+    index, d = LiveIndex(bundle), bundle.vectors.shape[1]
+    vectors = unit(5, 300, d)
+    index.apply([Change(1, "new", Product("new", "old title"), vectors[0])])
+    began = index._state
+    index.apply(
+        [Change(i + 2, f"n{i % 40}", Product(f"n{i}", "x"), vectors[i]) for i in range(1, 300)]
+    )
+    index.apply([Change(302, "new", None, None)])
+    assert began.live.tolist() == [True]
+    np.testing.assert_array_equal(began.vectors, vectors[:1])
+
+
+def test_the_rows_before_are_not_copied_for_every_batch_of_changes(bundle: Bundle) -> None:
+    index, d = LiveIndex(bundle), bundle.vectors.shape[1]
+    arrays = set()
+    for i in range(400):
+        index.apply([Change(i + 1, f"n{i}", Product(f"n{i}", "x"), unit(i, 1, d)[0])])
+        arrays.add(index._state.vectors.__array_interface__["data"][0])
+    assert len(arrays) < 10
+
+
 def test_words_find_new_titles_and_no_deleted_ones(bundle: Bundle) -> None:
     index = LiveIndex(bundle)
     old = bundle.products([3])[0]
