@@ -20,7 +20,7 @@ from acebert.serving import schema
 from acebert.serving.catalogue import Unavailable
 from acebert.serving.changes import Source
 from acebert.serving.gate import RETRY_SECONDS, Gate
-from acebert.serving.products import Filter, Product
+from acebert.serving.products import Filter, Patch, Product
 from acebert.serving.request_log import RequestLog
 from acebert.serving.service import Found, SearchService
 
@@ -192,14 +192,30 @@ def _products(app: FastAPI, service: SearchService) -> None:
         product_id: ProductId,
         body: schema.ProductIn,
     ) -> Any:
-        """Add a product, or replace it whole."""
+        """Add a product, or replace its title, category, price and stock, what is left out too; its
+        photo where one is sent. For price or stock alone there is PATCH."""
         return {"seq": await service.products.put([source(product_id, body)])}
+
+    @app.patch(
+        "/products/{product_id:path}",
+        status_code=202,
+        response_model=schema.Accepted,
+        responses=MISSING,
+        operation_id="patch_product",
+    )
+    async def patch_product(product_id: ProductId, body: schema.PatchIn) -> Any:
+        """Change price or stock of a product, and nothing else of it."""
+        patch = Patch(body.price, body.in_stock)
+        if patch == Patch():
+            raise UserError("price or in_stock, or both, have to be given")
+        seq = await service.products.patch(product_id, patch)
+        return _no_product(product_id) if seq is None else {"seq": seq}
 
     @app.post(
         "/products", status_code=202, response_model=schema.Accepted, operation_id="put_products"
     )
     async def put_products(body: schema.ProductsIn) -> Any:
-        """Add or replace products: all of them, or none."""
+        """Add or replace products, each as PUT does: all of them, or none."""
         sources = [source(product.product_id, product) for product in body.products]
         return {"seq": await service.products.put(sources)}
 

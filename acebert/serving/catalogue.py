@@ -3,26 +3,27 @@
 There is one of it for all replicas. A change is encoded before it is acknowledged, by the model
 that is published, so that a photo that cannot be read is refused at once. A replica asks for
 changes by the bundle that it serves; products that have no vector of that bundle's model yet, as
-after a swap, are encoded then.
+after a swap, are encoded then. Changes of price or stock alone need no encoding.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from acebert.serving.bundle import small_photo
-from acebert.serving.changes import ChangeLog, Source
-from acebert.serving.products import Change
+from acebert.serving.bundle import ProductTable, small_photo
+from acebert.serving.changes import ChangeLog, Logged, Source
+from acebert.serving.products import Change, Patch
 
 LIMIT = 500  # changes in one answer
 
-Encode = Callable[[Path, Sequence[str], Sequence[bytes | None]], Awaitable[NDArray[np.float32]]]
-"""bundle, titles [n], photos [n] → vectors [n, d]"""
+Encode = Callable[[Path, Sequence[Source]], Awaitable[NDArray[np.float32]]]
+"""bundle, products [n] → vectors [n, d]"""
 
 
 class Unavailable(Exception):  # noqa: N818 - what it is, not what went wrong in the code
@@ -34,6 +35,8 @@ class Products(Protocol):
 
     async def put(self, sources: Sequence[Source]) -> int: ...
 
+    async def patch(self, product_id: str, patch: Patch) -> int | None: ...
+
     async def delete(self, product_id: str) -> int: ...
 
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]: ...
@@ -42,9 +45,7 @@ class Products(Protocol):
 
     async def photo(self, product_id: str) -> bytes | None: ...
 
-    async def encode(
-        self, bundle: Path, titles: Sequence[str], photos: Sequence[bytes | None]
-    ) -> NDArray[np.float32]: ...
+    async def encode(self, bundle: Path, sources: Sequence[Source]) -> NDArray[np.float32]: ...
 
 
 class Catalogue:
@@ -69,20 +70,55 @@ class Catalogue:
         self._bundle = bundle
         self._max_megapixels = max_megapixels
         self._encoding = asyncio.Lock()
+        self._table = lru_cache(2)(ProductTable)
 
     async def put(self, sources: Sequence[Source]) -> int:
-        """Add or replace products; durable when it returns. `seq` of the last.
+        """Add or replace products; durable when it returns. `seq` of the last. A product that comes
+        without a photo keeps the one that it has.
 
         Raises:
             BrokenImage: a photo is none, or too large; none of the products is taken then.
         """
         bundle, version = self._bundle()
-        vectors = await self._vectors(bundle, sources)
-        kept = [Source(s.product, self._small(s.photo)) for s in sources]
-        return await asyncio.to_thread(self._log.put, kept, vectors, version)
+        table = self._table(bundle)
+        sources = await asyncio.to_thread(lambda: [self._with_photo(table, s) for s in sources])
+        vectors = await self.encode(bundle, sources)
 
-    def _small(self, photo: bytes | None) -> bytes | None:
-        return None if photo is None else small_photo(photo, self._max_megapixels)
+        def write() -> int:
+            small = (s.photo and small_photo(s.photo, self._max_megapixels) for s in sources)
+            kept = [Source(s.product, photo) for s, photo in zip(sources, small, strict=True)]
+            return self._log.put(kept, vectors, version)
+
+        return await asyncio.to_thread(write)
+
+    def _with_photo(self, table: ProductTable, source: Source) -> Source:
+        if source.photo is not None:
+            return source
+        logged, row = self._known(table, source.product.product_id)
+        if logged is not None:
+            return Source(source.product, logged.photo)
+        return source if row is None else Source(source.product, table.photo(row))
+
+    def _known(self, table: ProductTable, product_id: str) -> tuple[Logged | None, int | None]:
+        """The change of a product that holds, or the bundle's row: none, where there is none."""
+        logged = self._log.logged(product_id)
+        written = table.made.get("catalogue")
+        if logged is not None and (written is None or logged.at >= written):
+            return logged, None
+        return None, table.row_of(product_id)
+
+    async def patch(self, product_id: str, patch: Patch) -> int | None:
+        """Change price or stock of a product, which keeps its vector; durable when it returns.
+        `seq`; None: there is no such product."""
+        table = self._table(self._bundle()[0])
+
+        def write() -> int | None:
+            logged, row = self._known(table, product_id)
+            if (row is None) if logged is None else logged.deleted:
+                return None
+            return self._log.patch(product_id, patch)
+
+        return await asyncio.to_thread(write)
 
     async def delete(self, product_id: str) -> int:
         """Durable when it returns; `seq`."""
@@ -93,7 +129,7 @@ class Catalogue:
         async with self._encoding:  # replicas that ask at once wait for the first one's vectors
             lacking = await asyncio.to_thread(self._log.lacking, since, version, LIMIT)
             if lacking:
-                vectors = await self._vectors(bundle, [source for _, source in lacking])
+                vectors = await self.encode(bundle, [source for _, source in lacking])
                 seqs = [seq for seq, _ in lacking]
                 await asyncio.to_thread(self._log.add_vectors, seqs, vectors, version)
         return await asyncio.to_thread(self._log.since, since, version, LIMIT)
@@ -104,7 +140,3 @@ class Catalogue:
 
     async def photo(self, product_id: str) -> bytes | None:
         return await asyncio.to_thread(self._log.photo, product_id)
-
-    async def _vectors(self, bundle: Path, sources: Sequence[Source]) -> NDArray[np.float32]:
-        titles = [source.product.title for source in sources]
-        return await self.encode(bundle, titles, [source.photo for source in sources])

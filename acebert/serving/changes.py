@@ -1,9 +1,10 @@
 """The change log: what happened to products since the bundle was made, in SQLite.
 
 One row a product, its last change, numbered by `seq`; whoever asks for what came after the last
-number it saw gets every product's newest state, in order. WAL with synchronous=FULL: when `put`
-or `delete` returns, the change is on the disk. One process writes (the lock is exclusive, which is
-also what lets WAL work on a network file system); replicas follow by asking it.
+number it saw gets every product's newest state, in order. Where price or stock alone are changed,
+each has a row of its own, until the product is put or deleted. WAL with synchronous=FULL: when a
+method that writes returns, the change is on the disk. One process writes (the lock is exclusive,
+which is also what lets WAL work on a network file system); replicas follow by asking it.
 
 Vectors are kept by model version, beside the product and its photo: for another model the same
 products are encoded again.
@@ -17,24 +18,25 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from acebert.errors import UserError
-from acebert.serving.products import Change, Product
+from acebert.serving.products import Change, Patch, Product
 
 WAIT_SECONDS = 30.0  # for the process that had the log before to end
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS change (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, product_id TEXT NOT NULL UNIQUE,
-    deleted INTEGER NOT NULL, title TEXT, category TEXT, price REAL, in_stock INTEGER, photo BLOB,
-    at REAL NOT NULL
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, product_id TEXT NOT NULL, part TEXT NOT NULL,
+    title TEXT, category TEXT, price REAL, in_stock INTEGER, photo BLOB, at REAL NOT NULL
 );
+CREATE UNIQUE INDEX IF NOT EXISTS of_product ON change (product_id, part);
 CREATE TABLE IF NOT EXISTS vector (
     seq INTEGER NOT NULL, version TEXT NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (seq, version)
 );
@@ -44,11 +46,25 @@ END;
 """
 
 
+Part = Literal["product", "deleted", "price", "in_stock"]
+"""what a row of `change` holds"""
+WHOLE = "product", "deleted"
+
+
 @dataclass(frozen=True)
 class Source:
     """A product as it was sent: what a vector is made from."""
 
     product: Product
+    photo: bytes | None
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What the log says of a product."""
+
+    at: datetime
+    deleted: bool
     photo: bytes | None
 
 
@@ -81,10 +97,15 @@ class ChangeLog:
         with self._lock, self._db:
             for source, vector in zip(sources, vectors, strict=True):
                 product = source.product
-                row = (product.product_id, product.title, product.category, product.price)
+                self._forget(product.product_id)
                 seq = self._insert(
-                    "(?, 0, ?, ?, ?, ?, ?, ?)",
-                    (*row, product.in_stock, source.photo, time.time()),
+                    product.product_id,
+                    "product",
+                    title=product.title,
+                    category=product.category,
+                    price=product.price,
+                    in_stock=product.in_stock,
+                    photo=source.photo,
                 )
                 self._set_vector(seq, version, vector)
         return seq
@@ -92,12 +113,32 @@ class ChangeLog:
     def delete(self, product_id: str) -> int:
         """Mark a product as deleted; durable when it returns. Its `seq`."""
         with self._lock, self._db:
-            values = "(?, 1, NULL, NULL, NULL, NULL, NULL, ?)"
-            return self._insert(values, (product_id, time.time()))
+            self._forget(product_id)
+            return self._insert(product_id, "deleted")
 
-    def _insert(self, values: str, row: tuple[object, ...]) -> int:
-        columns = "product_id, deleted, title, category, price, in_stock, photo, at"
-        found = self._db.execute(f"REPLACE INTO change ({columns}) VALUES {values}", row)
+    def patch(self, product_id: str, patch: Patch) -> int:
+        """Change price or stock of a product; durable when it returns. Its `seq`.
+
+        Args:
+            patch: that changes something.
+        """
+        seq = 0
+        with self._lock, self._db:
+            if patch.price is not None:
+                seq = self._insert(product_id, "price", price=patch.price)
+            if patch.in_stock is not None:
+                seq = self._insert(product_id, "in_stock", in_stock=patch.in_stock)
+        return seq
+
+    def _forget(self, product_id: str) -> None:
+        self._db.execute("DELETE FROM change WHERE product_id = ?", (product_id,))
+
+    def _insert(self, product_id: str, part: Part, **columns: object) -> int:
+        row = {"product_id": product_id, "part": part, "at": time.time(), **columns}
+        marks = ", ".join("?" * len(row))
+        found = self._db.execute(
+            f"REPLACE INTO change ({', '.join(row)}) VALUES ({marks})", list(row.values())
+        )
         assert found.lastrowid is not None
         return found.lastrowid
 
@@ -106,22 +147,13 @@ class ChangeLog:
         `version` yet (`lacking` names these)."""
         with self._lock:
             rows = self._db.execute(
-                "SELECT change.seq, product_id, deleted, title, category, price, in_stock, vector "
+                "SELECT change.seq, product_id, part, title, category, price, in_stock, vector "
                 "FROM change LEFT JOIN vector ON vector.seq = change.seq AND version = ? "
                 "WHERE change.seq > ? ORDER BY change.seq LIMIT ?",
                 (version, seq, limit),
             ).fetchall()
-        return [
-            Change(
-                at,
-                product_id,
-                None if deleted else Product(product_id, title, category, price, bool(in_stock)),
-                None if deleted else np.frombuffer(vector, np.float32),
-            )
-            for at, product_id, deleted, title, category, price, in_stock, vector in takewhile(
-                lambda row: row[2] or row[-1] is not None, rows
-            )
-        ]
+        known = takewhile(lambda row: row[2] != "product" or row[-1] is not None, rows)
+        return [_change(*row) for row in known]
 
     def lacking(self, seq: int, version: str, limit: int) -> list[tuple[int, Source]]:
         """Of the next `limit` changes after `seq` the products, by their own `seq`, that have no
@@ -130,7 +162,7 @@ class ChangeLog:
             rows = self._db.execute(
                 "SELECT seq, product_id, title, category, price, in_stock, photo FROM change "
                 "WHERE seq IN (SELECT seq FROM change WHERE seq > ? ORDER BY seq LIMIT ?) "
-                "AND NOT deleted AND NOT EXISTS "
+                "AND part = 'product' AND NOT EXISTS "
                 "(SELECT 1 FROM vector WHERE vector.seq = change.seq AND version = ?) ORDER BY seq",
                 (seq, limit, version),
             ).fetchall()
@@ -152,12 +184,18 @@ class ChangeLog:
         self._db.execute("REPLACE INTO vector VALUES (?, ?, ?)", (seq, version, blob))
 
     def photo(self, product_id: str) -> bytes | None:
-        """The photo that a changed product was sent with."""
+        """The photo of a product that was put."""
+        logged = self.logged(product_id)
+        return None if logged is None else logged.photo
+
+    def logged(self, product_id: str) -> Logged | None:
+        """The last time that a product was put or deleted."""
         with self._lock:
             row = self._db.execute(
-                "SELECT photo FROM change WHERE product_id = ?", (product_id,)
+                "SELECT at, part, photo FROM change WHERE product_id = ? AND part IN (?, ?)",
+                (product_id, *WHOLE),
             ).fetchone()
-        return row and row[0]
+        return row and Logged(datetime.fromtimestamp(row[0], UTC), row[1] == "deleted", row[2])
 
     def before(self, moment: datetime) -> int:
         """`seq` of the last change made before `moment`; 0: there is none."""
@@ -174,3 +212,22 @@ class ChangeLog:
     def close(self) -> None:
         with self._lock:
             self._db.close()
+
+
+def _change(
+    seq: int,
+    product_id: str,
+    part: Part,
+    title: str,
+    category: str | None,
+    price: float | None,
+    in_stock: int | None,
+    vector: bytes | None,
+) -> Change:
+    if part == "deleted":
+        return Change(seq, product_id, None, None)
+    if vector is None:
+        patch = Patch(price, None if in_stock is None else bool(in_stock))
+        return Change(seq, product_id, None, None, patch)
+    product = Product(product_id, title, category, price, bool(in_stock))
+    return Change(seq, product_id, product, np.frombuffer(vector, np.float32))

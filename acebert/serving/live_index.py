@@ -10,10 +10,11 @@
 Changes are few beside the catalogue: a new bundle, made of a newer catalogue, takes them in.
 """
 
+import math
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,7 +42,7 @@ class LiveProducts(Protocol):
         ...
 
     def is_changed(self, product_id: str) -> bool:
-        """Whether the product is no longer as in the bundle."""
+        """Whether the product was put or deleted since the bundle."""
         ...
 
     def categories(self) -> list[str]:
@@ -100,8 +101,10 @@ class _Columns:
 @dataclass(frozen=True)
 class _State:
     in_base: NDArray[np.bool_]
-    """[n]: the bundle's own row still holds"""
+    """[n]: the bundle's own row still holds, but for price and stock"""
     all_in_base: bool
+    base: _Columns
+    """[n], as patched"""
     vectors: NDArray[np.float32]
     """of what changed, [changed, d]"""
     columns: _Columns
@@ -120,7 +123,6 @@ class LiveIndex:
         self._base_categories = set(self._code)
         n, d = bundle.vectors.shape
         codes = np.array([self._code[name] for name in categories], np.int32)
-        self._base = _Columns(codes, prices, np.ones(n, bool))
         self._applying = threading.Lock()
         self._changed: dict[str, int | None] = {}
         """what changed: its row, or None where it is deleted"""
@@ -129,13 +131,25 @@ class LiveIndex:
         self._vectors = _Growing((d,), np.float32)
         self._category, self._price = _Growing((), np.int32), _Growing((), np.float64)
         self._in_stock = _Growing((), np.bool_)
-        self._state = self._state_of(np.ones(n, bool), np.zeros(0, bool))
+        base = _Columns(codes, prices, np.ones(n, bool))
+        self._state = self._state_of(np.ones(n, bool), base, np.zeros(0, bool))
         self._words = sqlite3.connect(":memory:", check_same_thread=False)
         create_words(self._words)
 
-    def _state_of(self, in_base: NDArray[np.bool_], live: NDArray[np.bool_]) -> _State:
+    def _state_of(
+        self, in_base: NDArray[np.bool_], base: _Columns, live: NDArray[np.bool_]
+    ) -> _State:
         columns = _Columns(self._category.rows, self._price.rows, self._in_stock.rows)
-        return _State(in_base, bool(in_base.all()), self._vectors.rows, columns, live)
+        return _State(in_base, bool(in_base.all()), base, self._vectors.rows, columns, live)
+
+    def _base_products(self, state: _State, rows: list[int]) -> list[Product]:
+        """Products of the bundle, as patched."""
+        found, columns = self._bundle.products(rows), state.base
+        prices, in_stock = columns.price[rows].tolist(), columns.in_stock[rows].tolist()
+        return [
+            replace(product, price=None if math.isnan(price) else price, in_stock=stock)
+            for product, price, stock in zip(found, prices, in_stock, strict=True)
+        ]
 
     def search(self, queries: NDArray[np.float32], k: int, where: Filter) -> list[list[Hit]]:
         state = self._state
@@ -143,7 +157,7 @@ class LiveIndex:
         scores, rows = self._bundle.index.search(queries, k, among=among)
         kept = rows >= 0
         distinct = np.unique(rows[kept]).tolist()
-        found = dict(zip(distinct, self._bundle.products(distinct), strict=True))
+        found = dict(zip(distinct, self._base_products(state, distinct), strict=True))
         others = queries @ state.vectors.T  # [m, changed]
         others[:, ~self._allowed_changed(state, where)] = -np.inf
         return [
@@ -168,7 +182,7 @@ class LiveIndex:
         among = self._allowed(state, where)
         changed = self._allowed_changed(state, where)
         own = _first(k, self._bundle.by_words(query), lambda row: among is None or bool(among[row]))
-        base = self._bundle.products([row for row, _ in own])
+        base = self._base_products(state, [row for row, _ in own])
         new = _first(
             k,
             match_words(self._words, query),
@@ -184,7 +198,7 @@ class LiveIndex:
         """Rows of the bundle that may be found [n]; None: all."""
         if not where:
             return None if state.all_in_base else state.in_base
-        return state.in_base & self._base.allowed(where, self._code_of(where))
+        return state.in_base & state.base.allowed(where, self._code_of(where))
 
     def _allowed_changed(self, state: _State, where: Filter) -> NDArray[np.bool_]:
         """Of what changed, the rows that may be found [changed]."""
@@ -200,7 +214,7 @@ class LiveIndex:
             changed = self._changed[product_id]
             return None if changed is None else self._products[changed]
         row = self._bundle.row_of(product_id)
-        return None if row is None else self._bundle.products([row])[0]
+        return None if row is None else self._base_products(self._state, [row])[0]
 
     def vector(self, product_id: str) -> NDArray[np.float32] | None:
         if product_id in self._changed:
@@ -221,27 +235,52 @@ class LiveIndex:
         if not changes:
             return
         with self._applying:
-            row = len(self._products)
-            self._add([(c.product, c.vector) for c in changes if c.product is not None])
-            in_base = self._state.in_base.copy()
-            live = np.zeros(len(self._products), bool)
-            live[:row] = self._state.live
+            old, start = self._state, len(self._products)
+            in_base, price, in_stock = old.in_base.copy(), old.base.price, old.base.in_stock
+            if any(change.patch for change in changes):
+                price, in_stock = price.copy(), in_stock.copy()
+            added: list[tuple[Product, NDArray[np.float32]]] = []
+            last: dict[str, int | None] = {}  # of these changes, as `self._changed`
+            dead: list[int] = []
             for change in changes:
-                base = self._bundle.row_of(change.product_id)
+                name, patch = change.product_id, change.patch
+                base = self._bundle.row_of(name)
+                changed = name in last or name in self._changed
+                row = last.get(name, self._changed.get(name))
+                new = None
+                if patch is None:
+                    if change.product is not None and change.vector is not None:
+                        new = change.product, change.vector
+                elif row is not None:
+                    if row >= start:
+                        product, vector = added[row - start]
+                    else:
+                        product, vector = self._products[row], old.vectors[row]
+                    new = patch.of(product), vector
+                else:
+                    if base is not None and not changed:
+                        if patch.price is not None:
+                            price[base] = patch.price
+                        if patch.in_stock is not None:
+                            in_stock[base] = patch.in_stock
+                    continue  # else there is no such product
                 if base is not None:
                     in_base[base] = False
-                before = self._changed.get(change.product_id)
-                if before is not None:
-                    live[before] = False
-                if change.product is None:
-                    self._changed[change.product_id] = None
-                else:
-                    self._changed[change.product_id] = row
-                    live[row] = True
-                    row += 1
-            self._state = self._state_of(in_base, live)
+                if row is not None:
+                    dead.append(row)
+                last[name] = None
+                if new is not None:
+                    last[name] = start + len(added)
+                    added.append(new)
+            self._add(added)
+            live = np.ones(len(self._products), bool)
+            live[:start] = old.live
+            live[dead] = False
+            self._changed |= last
+            base_columns = _Columns(old.base.category, price, in_stock)
+            self._state = self._state_of(in_base, base_columns, live)
 
-    def _add(self, rows: Sequence[tuple[Product, NDArray[np.float32] | None]]) -> None:
+    def _add(self, rows: Sequence[tuple[Product, NDArray[np.float32]]]) -> None:
         """New rows, which no state has yet."""
         if not rows:
             return

@@ -33,10 +33,11 @@ from acebert.experiment.interleaving import team_draft
 from acebert.serving.batcher import Batcher
 from acebert.serving.bundle import Bundle, published
 from acebert.serving.catalogue import Products, Unavailable
+from acebert.serving.changes import Source
 from acebert.serving.drift import QueryDrift
 from acebert.serving.live_index import LiveIndex, LiveProducts, fuse
 from acebert.serving.metrics import Metrics
-from acebert.serving.products import Filter, Hit
+from acebert.serving.products import Filter, Hit, Product
 from acebert.serving.query_encoder import QueryEncoder
 
 log = logging.getLogger(__name__)
@@ -261,7 +262,8 @@ class SearchService:
         """
         start = time.perf_counter()
         loaded = self.current()
-        vectors = await self.products.encode(loaded.bundle.directory, [text], [photo])
+        shown = Source(Product("", text), photo)  # no product of the bundle
+        vectors = await self.products.encode(loaded.bundle.directory, [shown])
         self.metrics.stage("encode", "photo", time.perf_counter() - start)
         return await self._nearest(loaded, vectors[0], k, where, "photo", start, None, None)
 

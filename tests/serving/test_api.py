@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from acebert.serving.bundle import publish
+from acebert.serving.bundle import Bundle, publish
+from acebert.serving.changes import Source
 from acebert.serving.gate import Gate
+from acebert.serving.products import Product
 from acebert.serving.query_encoder import QueryEncoder
 
 
@@ -133,6 +135,71 @@ def test_an_upsert_is_found_by_its_own_title_and_a_delete_is_not(world, with_ser
     with_service(test)
 
 
+def test_a_change_of_price_or_stock_keeps_vector_and_photo(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        name, index = world.ids[5], local.service.current().index
+        before = (await client.get(f"/products/{name}")).json()
+        photo = (await client.get(f"/photos/{name}")).content
+        assert (await client.patch(f"/products/{name}", json={"price": 0.5})).status_code == 202
+        gone = await client.patch(f"/products/{name}", json={"in_stock": False})
+        assert gone.status_code == 202
+
+        async def known() -> bool:
+            return not (await client.get(f"/products/{name}")).json()["in_stock"]
+
+        await until(known)
+        after = (await client.get(f"/products/{name}")).json()
+        assert after == before | {"price": 0.5, "in_stock": False}
+        np.testing.assert_array_equal(index.vector(name), world.vectors[5])
+        assert (await client.get(f"/photos/{name}")).content == photo
+        for query in ("in_stock=false", "max_price=0.5"):
+            assert ids(await client.get(f"/search?q=shoe&{query}")) == [name]
+        assert name not in ids(await client.get("/search?q=shoe&k=80&in_stock=true"))
+        nobody = await client.patch("/products/nobody", json={"price": 1})
+        assert nobody.status_code == 404
+        assert (await client.patch(f"/products/{name}", json={})).status_code == 422
+        await client.put("/products/new", json={"title": "new"})
+        assert (await client.patch("/products/new", json={"price": 1})).status_code == 202
+        await client.delete(f"/products/{name}")
+        assert (await client.patch(f"/products/{name}", json={"price": 1})).status_code == 404
+
+    with_service(test)
+
+
+def test_a_put_without_a_photo_keeps_photo_and_hot_queries(world, with_service) -> None:
+    hot = Bundle(world.bundle).hot_queries
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        index, row = (
+            local.service.current().index,
+            next(r for r, i in enumerate(world.ids) if hot(i)),
+        )
+        name = world.ids[row]
+        photo = (await client.get(f"/photos/{name}")).content
+        title = (await client.get(f"/products/{name}")).json()["title"]
+        await client.put(f"/products/{name}", json={"title": title, "category": "changed"})
+        await client.put("/products/new", json={"title": title})
+
+        async def known() -> bool:
+            return (await client.get("/products/new")).status_code == 200
+
+        await until(known)
+        assert (await client.get(f"/products/{name}")).json()["category"] == "changed"
+        np.testing.assert_allclose(index.vector(name), world.vectors[row], atol=1e-5)
+        assert np.abs(index.vector("new") - world.vectors[row]).max() > 1e-3  # it has no queries
+        assert photo
+        assert (await client.get(f"/photos/{name}")).content == photo
+        await client.delete(f"/products/{name}")
+        await client.put(f"/products/{name}", json={"title": title})
+
+        async def bare() -> bool:
+            return (await client.get(f"/photos/{name}")).status_code == 404
+
+        await until(bare)
+
+    with_service(test)
+
+
 def test_a_restarted_service_has_the_changes_it_acknowledged(world, with_service) -> None:
     async def write(client: httpx.AsyncClient, local: Any) -> None:
         bodies = [{"product_id": f"n{i}", "title": f"new thing {i}"} for i in range(30)]
@@ -168,7 +235,8 @@ def test_a_swap_takes_changes_over_to_the_new_model_and_fails_no_request(
         assert "new" in ids(await client.get("/search?q=red+shoe&k=81"))
         encoded = local.service.current().index.vector("new")
         assert encoded is not None
-        own = await local.catalogue.encode(world.other_bundle, ["red shoe"], [None])
+        sent = Source(Product("new", "red shoe"), None)
+        own = await local.catalogue.encode(world.other_bundle, [sent])
         np.testing.assert_allclose(encoded, own[0], atol=1e-5)
 
     with_service(test)
@@ -334,7 +402,6 @@ def test_vectors_of_two_models_are_refused(world, with_service, tmp_path) -> Non
     import shutil
 
     from acebert.errors import UserError
-    from acebert.serving.bundle import Bundle
 
     mixed = tmp_path / "mixed"
     shutil.copytree(world.bundle, mixed)

@@ -19,7 +19,7 @@ from acebert.errors import UserError
 from acebert.serving import changes as module
 from acebert.serving.catalogue import Catalogue
 from acebert.serving.changes import ChangeLog, Source
-from acebert.serving.products import Change, Product
+from acebert.serving.products import Change, Patch, Product
 
 
 def source(name: str, title: str = "shoe", photo: bytes | None = None) -> Source:
@@ -113,6 +113,25 @@ def test_a_photo_is_kept_until_the_product_is_deleted(log: ChangeLog) -> None:
     assert log.photo("unknown") is None
 
 
+def test_price_and_stock_are_changes_of_their_own_until_the_product_is_put_again(
+    log: ChangeLog,
+) -> None:
+    log.put([source("a")], vector(1), "v")
+    log.patch("a", Patch(price=2.0, in_stock=False))
+    log.patch("a", Patch(price=3.0))
+    log.patch("b", Patch(in_stock=True))
+    found = log.since(0, "v", 10)
+    assert [(c.product_id, c.patch) for c in found] == [
+        ("a", None),
+        ("a", Patch(in_stock=False)),
+        ("a", Patch(price=3.0)),
+        ("b", Patch(in_stock=True)),
+    ]
+    log.put([source("a")], vector(1), "v")
+    log.delete("b")
+    assert [(c.product_id, c.patch) for c in log.since(0, "v", 10)] == [("a", None), ("b", None)]
+
+
 def test_a_second_writer_is_refused(
     log: ChangeLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,10 +158,10 @@ def test_a_new_model_encodes_no_superseded_change_and_each_other_one_once_for_al
 ) -> None:
     encoded: list[str] = []
 
-    async def encode(bundle: Path, titles: Sequence[str], photos: object) -> np.ndarray:
-        encoded.extend(titles)
+    async def encode(bundle: Path, sources: Sequence[Source]) -> np.ndarray:
+        encoded.extend(source.product.title for source in sources)
         await asyncio.sleep(0.01)
-        return np.ones((len(titles), 4), np.float32)
+        return np.ones((len(sources), 4), np.float32)
 
     superseded = log.put([source("a", "superseded")], vector(1), "old")
     for title in ("first", "second", "last"):

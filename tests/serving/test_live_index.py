@@ -1,11 +1,13 @@
 """The live index against numpy on the catalogue as it then is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from acebert.serving.bundle import Bundle
 from acebert.serving.live_index import LiveIndex, fuse
-from acebert.serving.products import Change, Filter, Hit, Product
+from acebert.serving.products import Change, Filter, Hit, Patch, Product
 
 
 class Truth:
@@ -20,6 +22,12 @@ class Truth:
 
     def apply(self, changes: list[Change]) -> None:
         for change in changes:
+            before = self.found.get(change.product_id)
+            if change.patch is not None:
+                if before is not None:
+                    own = {k: v for k, v in vars(change.patch).items() if v is not None}
+                    self.found[change.product_id] = replace(before[0], **own), before[1]
+                continue
             self.found.pop(change.product_id, None)
             if change.product is not None and change.vector is not None:
                 self.found[change.product_id] = change.product, change.vector
@@ -47,7 +55,7 @@ def unit(seed: int, n: int, d: int) -> np.ndarray:
 
 
 def random_changes(bundle: Bundle, seed: int, count: int) -> list[Change]:
-    """Adds, replacements and deletions of old and new products."""
+    """Adds, replacements, patches and deletions of old and new products."""
     rng = np.random.default_rng(seed)
     d = bundle.vectors.shape[1]
     vectors = unit(seed, count, d)
@@ -64,6 +72,10 @@ def random_changes(bundle: Bundle, seed: int, count: int) -> list[Change]:
             None if rng.random() < 0.2 else float(rng.integers(1, 100)),
             bool(rng.random() < 0.6),
         )
+        if rng.random() < 0.4:
+            patch = Patch(*((None, False), (7.5, None), (3.25, True))[rng.integers(3)])
+            changes.append(Change(i + 1, name, None, None, patch))
+            continue
         deleted = rng.random() < 0.3
         changes.append(
             Change(i + 1, name, None if deleted else product, None if deleted else vectors[i])
