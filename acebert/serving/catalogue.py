@@ -41,7 +41,7 @@ class Products(Protocol):
 
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]: ...
 
-    async def before(self, moment: datetime) -> int: ...
+    async def begin(self, catalogue: datetime | None) -> tuple[int, list[str]]: ...
 
     async def photo(self, product_id: str) -> bytes | None: ...
 
@@ -134,9 +134,13 @@ class Catalogue:
                 await asyncio.to_thread(self._log.add_vectors, seqs, vectors, version)
         return await asyncio.to_thread(self._log.since, since, version, LIMIT)
 
-    async def before(self, moment: datetime) -> int:
-        """`seq` of the last change made before `moment`; 0: there is none."""
-        return await asyncio.to_thread(self._log.before, moment)
+    async def begin(self, catalogue: datetime | None) -> tuple[int, list[str]]:
+        """Where who serves a bundle begins, by when its catalogue was written (None: not known):
+        `seq` of the last change that it supersedes, and what was out of stock then."""
+        if catalogue is None:
+            return 0, []
+        seq = await asyncio.to_thread(self._log.before, catalogue)
+        return seq, await asyncio.to_thread(self._log.out_of_stock, seq)
 
     async def photo(self, product_id: str) -> bytes | None:
         return await asyncio.to_thread(self._log.photo, product_id)

@@ -10,7 +10,8 @@ Vectors are kept by model version, beside the product and its photo: for another
 products are encoded again.
 
 Each change has its time: a bundle of a catalogue that was written later holds it already, so those
-who serve that bundle begin `before` that time.
+who serve that bundle begin `before` that time, with what was out of stock then: a catalogue does
+not say.
 """
 
 import sqlite3
@@ -203,6 +204,17 @@ class ChangeLog:
             return self._db.execute(
                 "SELECT coalesce(max(seq), 0) FROM change WHERE at < ?", (moment.timestamp(),)
             ).fetchone()[0]
+
+    def out_of_stock(self, seq: int) -> list[str]:
+        """Products that changes up to `seq` took out of stock; no later one says they are back."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT product_id FROM change WHERE in_stock = 0 AND seq <= ? AND (part = "
+                "'in_stock' OR NOT EXISTS (SELECT 1 FROM change AS own WHERE own.part = 'in_stock' "
+                "AND own.product_id = change.product_id)) ORDER BY seq",
+                (seq,),
+            ).fetchall()
+        return [name for (name,) in rows]
 
     def last(self) -> int:
         """`seq` of the last change; 0: there is none."""

@@ -126,8 +126,8 @@ class Changes:
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]:
         return await self._catalogue.changes(since, bundle, version)
 
-    async def before(self, moment: datetime) -> int:
-        return await self._catalogue.before(moment)
+    async def begin(self, catalogue: datetime | None) -> tuple[int, list[str]]:
+        return await self._catalogue.begin(catalogue)
 
     async def photo(self, product_id: str) -> bytes | None:
         return await self._catalogue.photo(product_id)
@@ -154,8 +154,8 @@ class RemoteProducts:
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]:
         return await _asked(self._changes.changes.remote(since, bundle, version))
 
-    async def before(self, moment: datetime) -> int:
-        return await _asked(self._changes.before.remote(moment))
+    async def begin(self, catalogue: datetime | None) -> tuple[int, list[str]]:
+        return await _asked(self._changes.begin.remote(catalogue))
 
     async def photo(self, product_id: str) -> bytes | None:
         return await _asked(self._changes.photo.remote(product_id))

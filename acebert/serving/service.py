@@ -37,7 +37,7 @@ from acebert.serving.changes import Source
 from acebert.serving.drift import QueryDrift
 from acebert.serving.live_index import LiveIndex, LiveProducts, fuse
 from acebert.serving.metrics import Metrics
-from acebert.serving.products import Filter, Hit, Product
+from acebert.serving.products import Change, Filter, Hit, Patch, Product
 from acebert.serving.query_encoder import QueryEncoder
 
 log = logging.getLogger(__name__)
@@ -161,9 +161,11 @@ class SearchService:
 
     async def load(self, directory: Path) -> Loaded:
         loaded = await asyncio.to_thread(Loaded, directory, self.all_settings, self._pool)
-        written = loaded.bundle.made.get("catalogue")
-        if written is not None:
-            loaded.seq = await self.products.before(written)
+        seq, gone = await self.products.begin(loaded.bundle.made.get("catalogue"))
+        out = Patch(in_stock=False)
+        carried = [Change(seq, name, None, None, out) for name in gone]
+        await asyncio.to_thread(loaded.index.apply, carried)
+        loaded.seq = seq
         while await self.catch_up(loaded):
             pass
         log.info("serves %s, %d changes", directory, loaded.seq)

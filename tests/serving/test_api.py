@@ -242,32 +242,39 @@ def test_a_swap_takes_changes_over_to_the_new_model_and_fails_no_request(
     with_service(test)
 
 
-def test_a_newer_catalogue_supersedes_the_changes_made_before_it_was_written(
+def test_a_newer_catalogue_supersedes_the_changes_made_before_it_was_written_but_for_stock(
     world, with_service, tmp_path
 ) -> None:
     newer = tmp_path / "newer"
     shutil.copytree(world.other_bundle, newer)
     info = json.loads((newer / "bundle.json").read_text())
-    changed, deleted = world.ids[0], world.ids[1]
+    changed, deleted, back = world.ids[0], world.ids[1], world.ids[2]
 
     async def test(client: httpx.AsyncClient, local: Any) -> None:
-        await client.put(f"/products/{changed}", json={"title": "of the old day"})
+        gone = {"title": "of the old day", "in_stock": False}
+        await client.put(f"/products/{changed}", json=gone)
+        await client.patch(f"/products/{back}", json={"in_stock": False, "price": 1.25})
         await client.delete(f"/products/{deleted}")
         await asyncio.sleep(0.05)
         info["made"]["catalogue"] = datetime.now(UTC).isoformat()
         (newer / "bundle.json").write_text(json.dumps(info))
         await asyncio.sleep(0.05)
         await client.put("/products/later", json={"title": "of the new day"})
+        await client.patch(f"/products/{back}", json={"in_stock": True})
         publish(world.settings.workdir, newer)
 
         async def swapped() -> bool:
             return (await client.get("/version")).json()["bundle"] == "newer"
 
         await until(swapped, 60)
-        assert (await client.get(f"/products/{changed}")).json()["title"] != "of the old day"
+        now = (await client.get(f"/products/{changed}")).json()
+        assert now["title"] != "of the old day"
+        assert not now["in_stock"]  # the catalogue does not say that it is there again
+        assert (await client.get(f"/products/{back}")).json()["in_stock"]
+        assert (await client.get(f"/products/{back}")).json()["price"] != 1.25
         assert (await client.get(f"/products/{deleted}")).status_code == 200
         assert (await client.get("/products/later")).json()["title"] == "of the new day"
-        assert (await client.get("/version")).json()["changes"] == 3
+        assert (await client.get("/version")).json()["changes"] == 6
 
     with_service(test)
 

@@ -132,6 +132,20 @@ def test_price_and_stock_are_changes_of_their_own_until_the_product_is_put_again
     assert [(c.product_id, c.patch) for c in log.since(0, "v", 10)] == [("a", None), ("b", None)]
 
 
+def test_what_is_out_of_stock_is_told_by_the_last_that_was_said_of_stock(log: ChangeLog) -> None:
+    gone = {"in_stock": False}
+    out = Source(Product("put", "shoe", **gone), None)
+    log.put([out, Source(Product("put and back", "shoe", **gone), None)], np.eye(2, 4), "v")
+    for name in ("patched", "back", "deleted"):
+        log.patch(name, Patch(**gone))
+    log.delete("deleted")
+    before = log.patch("patched", Patch(price=2.0))
+    for name in ("back", "put and back"):
+        log.patch(name, Patch(in_stock=True))
+    log.patch("later", Patch(**gone))
+    assert log.out_of_stock(before) == ["put", "patched"]
+
+
 def test_a_second_writer_is_refused(
     log: ChangeLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
