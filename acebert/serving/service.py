@@ -5,9 +5,9 @@ Hot path: a query whose text, normalised as in training, is in the bundle's tabl
 there; the index is searched at once. All others share forwards of the query encoder (`Batcher`).
 Both kinds end in one thread pool, so that the event loop is free for health checks and refusals.
 
-Swap: `_follow` loads the new bundle with its encoder and index beside the old, applies all changes
+Swap: `_swap` loads the new bundle with its encoder and index beside the old, applies all changes
 to it that were made since its catalogue was written, and then puts it in place at once. A request
-keeps the bundle that it began with.
+keeps the bundle that it began with, which goes on following changes meanwhile.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -43,6 +44,8 @@ from acebert.serving.query_encoder import QueryEncoder
 log = logging.getLogger(__name__)
 
 EVENTS = 500  # of one transaction of the log
+BACK_OFF = 60.0  # most seconds between two attempts to load a bundle that cannot be loaded
+Step = Callable[[], Awaitable[None]]
 EncodeQueries = Callable[[Path, Sequence[str]], Awaitable[tuple[str, NDArray[np.float32]]]]
 """bundle, texts [n] → version of the model, vectors [n, d]: a query encoder elsewhere"""
 
@@ -76,6 +79,7 @@ class Loaded:
         self.bundle = Bundle(directory)
         self.version = self.bundle.version
         self.seq = 0
+        self.applying = asyncio.Lock()
         self.drift = QueryDrift(self.bundle.query_mean)
         self.index: LiveProducts
         if serve.milvus_uri is None:
@@ -125,8 +129,9 @@ class SearchService:
         self.loaded: Loaded | None = None
         experiment = Experiment.of(settings.experiment)
         self.trial = Trial(experiment, self) if experiment else None
+        self.loading = asyncio.Lock()
         self._heard = 0.0
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         faiss.omp_set_num_threads(self.settings.threads)
 
     async def start(self) -> None:
@@ -136,13 +141,19 @@ class SearchService:
             UserError: there is no bundle, or it is broken.
         """
         self.loaded = await self.load(self._wanted())
+        often = self.settings.follow_seconds
+        steps: list[tuple[Step, float, float]]
+        steps = [(self._follow, often, often), (self._swap, often, BACK_OFF)]
         if self.trial is not None:
             await self.trial.start()
-        self._task = asyncio.create_task(self._follow())
+            flush = self.all_settings.experiment.flush_seconds
+            steps += [(self.trial.follow, often, often), (self.trial.flush, flush, flush)]
+            steps += [(swap, often, BACK_OFF) for swap in self.trial.swaps()]
+        self._tasks = [asyncio.create_task(self._repeat(*step)) for step in steps]
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
+        for task in self._tasks:
+            task.cancel()
         if self.trial is not None:
             self.trial.close()
         self._pool.shutdown(wait=False)
@@ -173,32 +184,45 @@ class SearchService:
 
     async def catch_up(self, loaded: Loaded) -> int:
         """Apply the next changes; how many there were."""
-        changes = await self.products.changes(loaded.seq, loaded.bundle.directory, loaded.version)
-        if changes:
-            await asyncio.to_thread(loaded.index.apply, changes)
-            loaded.seq = changes[-1].seq
-            self.metrics.changes.inc(len(changes))
+        bundle, version = loaded.bundle.directory, loaded.version
+        async with loaded.applying:  # an arm's bundle may be the published one
+            changes = await self.products.changes(loaded.seq, bundle, version)
+            if changes:
+                await asyncio.to_thread(loaded.index.apply, changes)
+                loaded.seq = changes[-1].seq
+                self.metrics.changes.inc(len(changes))
         self._heard = time.monotonic()
         return len(changes)
 
-    async def _follow(self) -> None:
+    async def _repeat(self, step: Step, seconds: float, most: float) -> None:
+        """Take `step` every so many seconds; after one that failed wait twice as long as before
+        it, up to `most`."""
+        wait = seconds
         while True:
-            await asyncio.sleep(self.settings.follow_seconds)
+            await asyncio.sleep(wait)
             try:
-                current = self.current()
-                while await self.catch_up(current):
-                    pass
-                wanted = self._wanted()
-                if wanted != current.bundle.directory:
-                    self.loaded = await self.load(wanted)
-                if self.trial is not None:
-                    await self.trial.follow()
-            except Unavailable as error:
-                log.warning("cannot follow, goes on with what it has: %s", error)
-            except Exception:  # a bundle is broken: serve what there is
-                log.exception("cannot follow, goes on with what it has")
+                await step()
+                wait = seconds
+            except Exception as error:  # a bundle is broken, a part is away: serve what there is
+                wait = max(seconds, min(2 * wait, most))
+                known = isinstance(error, Unavailable | UserError)
+                why = "goes on with what it has, tries again in %.1f s: %s"
+                log.warning(why, wait, error, exc_info=not known)
+
+    async def _follow(self) -> None:
+        try:
+            loaded = self.current()
+            while await self.catch_up(loaded):
+                pass
+        finally:
             self.metrics.behind.set(self.behind)
             self._tell()
+
+    async def _swap(self) -> None:
+        wanted = self._wanted()
+        if wanted != self.current().bundle.directory:
+            async with self.loading:
+                self.loaded = await self.load(wanted)
 
     def _tell(self) -> None:
         """Metrics of what is served, and of what waits."""
@@ -330,7 +354,6 @@ class Trial:
         self._directory = settings.workdir / "serving" / "events"
         self._arms: dict[str, Loaded] = {}
         self._thread = ThreadPoolExecutor(1, "events")
-        self._flushed = time.monotonic()
 
     async def start(self) -> None:
         """Load what is published for each arm, and open the log.
@@ -351,22 +374,30 @@ class Trial:
         return await self._service.load(directory)
 
     async def follow(self) -> None:
-        """Take over changes of products and newer bundles; move the log to Parquet in its turn."""
+        """Take over changes of products."""
         for loaded in {id(arm): arm for arm in self._arms.values()}.values():
             while await self._service.catch_up(loaded):
                 pass
-        for arm, loaded in list(self._arms.items()):
-            wanted = published(self._workdir, arm)
-            if wanted != loaded.bundle.directory:
-                self._arms[arm] = await self._bundle(wanted)
-        if time.monotonic() - self._flushed > self._settings.flush_seconds:
-            self._flushed = time.monotonic()
-            await asyncio.to_thread(self._flush)
 
-    def _flush(self) -> None:
-        self._log.flush()
-        collect(self._directory)
-        forget(self._directory, self._settings.retention_days)
+    def swaps(self) -> list[Step]:
+        """For each arm, what takes over a newer bundle."""
+        return [partial(self._swap, arm) for arm in self._arms]
+
+    async def _swap(self, arm: str) -> None:
+        wanted = published(self._workdir, arm)
+        if wanted != self._arms[arm].bundle.directory:
+            async with self._service.loading:
+                self._arms[arm] = await self._bundle(wanted)
+
+    async def flush(self) -> None:
+        """Move the log to Parquet, and delete what is too old."""
+
+        def work() -> None:
+            self._log.flush()
+            collect(self._directory)
+            forget(self._directory, self._settings.retention_days)
+
+        await asyncio.to_thread(work)
 
     def close(self) -> None:
         self._thread.shutdown()

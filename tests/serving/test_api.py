@@ -6,9 +6,11 @@ import io
 import json
 import shutil
 import struct
+import time
 import zlib
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -22,6 +24,7 @@ from acebert.serving.changes import Source
 from acebert.serving.gate import Gate
 from acebert.serving.products import Product
 from acebert.serving.query_encoder import QueryEncoder
+from acebert.serving.service import Loaded
 
 
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20) -> None:
@@ -240,6 +243,46 @@ def test_a_swap_takes_changes_over_to_the_new_model_and_fails_no_request(
         np.testing.assert_allclose(encoded, own[0], atol=1e-5)
 
     with_service(test)
+
+
+def test_changes_go_on_while_a_bundle_that_cannot_be_loaded_is_tried_less_and_less_often(
+    world, with_service, tmp_path, monkeypatch
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(world.bundle, broken)
+    shutil.rmtree(broken / "query_encoder")
+    tried: list[float] = []
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        load = local.service.load
+
+        async def slow(directory: Path) -> Loaded:
+            tried.append(time.monotonic())
+            if len(tried) == 1:
+                await asyncio.sleep(3)
+            return await load(directory)
+
+        monkeypatch.setattr(local.service, "load", slow)
+        publish(world.settings.workdir, broken)
+
+        async def loads() -> bool:
+            return len(tried) > 0
+
+        async def known() -> bool:
+            return (await client.get("/products/new")).status_code == 200
+
+        async def tried_again() -> bool:
+            return len(tried) == 5
+
+        await until(loads)
+        await client.put("/products/new", json={"title": "new"})
+        await until(known)
+        assert len(tried) == 1  # applied while the bundle was loaded
+        await until(tried_again)
+        waited = np.diff(tried[1:])
+        assert waited[2] > 1.5 * waited[0]
+
+    with_service(test, follow_seconds=0.1)
 
 
 def test_a_newer_catalogue_supersedes_the_changes_made_before_it_was_written_but_for_stock(
