@@ -256,7 +256,7 @@ def _states(app: FastAPI, service: SearchService) -> None:
 
     @app.get("/ready", response_model=schema.Status, operation_id="ready")
     async def ready() -> Any:
-        """A bundle is loaded, with all changes that there were then."""
+        """A bundle is loaded, with all changes that there were then, if the writer told them."""
         if service.loaded is None:
             raise Unavailable("no bundle is loaded yet")
         return {"status": "ok"}

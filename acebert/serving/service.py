@@ -44,6 +44,7 @@ from acebert.serving.query_encoder import QueryEncoder
 log = logging.getLogger(__name__)
 
 EVENTS = 500  # of one transaction of the log
+START_SECONDS = 60.0  # for one answer of the writer, before a replica starts without it
 BACK_OFF = 60.0  # most seconds between two attempts to load a bundle that cannot be loaded
 Step = Callable[[], Awaitable[None]]
 EncodeQueries = Callable[[Path, Sequence[str]], Awaitable[tuple[str, NDArray[np.float32]]]]
@@ -79,6 +80,8 @@ class Loaded:
         self.bundle = Bundle(directory)
         self.version = self.bundle.version
         self.seq = 0
+        self.begun = False
+        """the writer has said where to begin"""
         self.applying = asyncio.Lock()
         self.drift = QueryDrift(self.bundle.query_mean)
         self.index: LiveProducts
@@ -135,12 +138,13 @@ class SearchService:
         faiss.omp_set_num_threads(self.settings.threads)
 
     async def start(self) -> None:
-        """Load the bundle, apply all changes to it, and follow both from then on.
+        """Load the bundle, apply all changes to it, and follow both from then on. Without the
+        writer it starts with the bundle alone, so that a replica can come back; changes follow.
 
         Raises:
             UserError: there is no bundle, or it is broken.
         """
-        self.loaded = await self.load(self._wanted())
+        self.loaded = await self.load(self._wanted(), starts=True)
         often = self.settings.follow_seconds
         steps: list[tuple[Step, float, float]]
         steps = [(self._follow, often, often), (self._swap, often, BACK_OFF)]
@@ -170,15 +174,17 @@ class SearchService:
     def _wanted(self) -> Path:
         return self.settings.bundle or published(self.all_settings.workdir)
 
-    async def load(self, directory: Path) -> Loaded:
+    async def load(self, directory: Path, *, starts: bool = False) -> Loaded:
+        """A bundle with all changes; where the service `starts` and the writer does not answer,
+        with those that it has told."""
         loaded = await asyncio.to_thread(Loaded, directory, self.all_settings, self._pool)
-        seq, gone = await self.products.begin(loaded.bundle.made.get("catalogue"))
-        out = Patch(in_stock=False)
-        carried = [Change(seq, name, None, None, out) for name in gone]
-        await asyncio.to_thread(loaded.index.apply, carried)
-        loaded.seq = seq
-        while await self.catch_up(loaded):
-            pass
+        try:
+            while await asyncio.wait_for(self.catch_up(loaded), START_SECONDS if starts else None):
+                pass
+        except (Unavailable, TimeoutError) as error:
+            if not starts:
+                raise
+            log.warning("starts without all changes, the writer does not answer: %r", error)
         log.info("serves %s, %d changes", directory, loaded.seq)
         return loaded
 
@@ -186,6 +192,12 @@ class SearchService:
         """Apply the next changes; how many there were."""
         bundle, version = loaded.bundle.directory, loaded.version
         async with loaded.applying:  # an arm's bundle may be the published one
+            if not loaded.begun:
+                seq, gone = await self.products.begin(loaded.bundle.made.get("catalogue"))
+                out = Patch(in_stock=False)
+                carried = [Change(seq, name, None, None, out) for name in gone]
+                await asyncio.to_thread(loaded.index.apply, carried)
+                loaded.seq, loaded.begun = seq, True
             changes = await self.products.changes(loaded.seq, bundle, version)
             if changes:
                 await asyncio.to_thread(loaded.index.apply, changes)
@@ -362,16 +374,16 @@ class Trial:
             UserError: nothing is published for an arm, or a bundle is broken.
         """
         for arm in self._experiment.arms:
-            self._arms[arm] = await self._bundle(published(self._workdir, arm))
+            self._arms[arm] = await self._bundle(published(self._workdir, arm), starts=True)
         self._log = EventLog(self._directory)
         self._append = Batcher(self._log.append, self._thread, EVENTS)
 
-    async def _bundle(self, directory: Path) -> Loaded:
+    async def _bundle(self, directory: Path, *, starts: bool = False) -> Loaded:
         """A bundle that several arms, or all other users, have is there once."""
         for loaded in (self._service.current(), *self._arms.values()):
             if loaded.bundle.directory == directory:
                 return loaded
-        return await self._service.load(directory)
+        return await self._service.load(directory, starts=starts)
 
     async def follow(self) -> None:
         """Take over changes of products."""

@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from acebert.serving import service
 from acebert.serving.bundle import Bundle, publish
+from acebert.serving.catalogue import Catalogue, Unavailable
 from acebert.serving.changes import Source
 from acebert.serving.gate import Gate
 from acebert.serving.products import Product
@@ -243,6 +245,39 @@ def test_a_swap_takes_changes_over_to_the_new_model_and_fails_no_request(
         np.testing.assert_allclose(encoded, own[0], atol=1e-5)
 
     with_service(test)
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_service_starts_without_its_writer_and_catches_up_when_it_is_back(
+    world, with_service, monkeypatch, silent
+) -> None:
+    begin, down = Catalogue.begin, [True]
+
+    async def gone(*arguments: Any) -> Any:
+        while down and silent:
+            await asyncio.sleep(0.05)
+        if down:
+            raise Unavailable("killed")
+        return await begin(*arguments)
+
+    async def write(client: httpx.AsyncClient, local: Any) -> None:
+        await client.put("/products/new", json={"title": "new"})
+
+    async def read(client: httpx.AsyncClient, local: Any) -> None:
+        assert (await client.get("/ready")).status_code == 200
+        assert len(ids(await client.get("/search?q=shoe"))) == 10
+        assert (await client.get("/products/new")).status_code == 404
+        down.clear()
+
+        async def known() -> bool:
+            return (await client.get("/products/new")).status_code == 200
+
+        await until(known)
+
+    with_service(write)
+    monkeypatch.setattr(Catalogue, "begin", gone)
+    monkeypatch.setattr(service, "START_SECONDS", 0.3)
+    with_service(read)
 
 
 def test_changes_go_on_while_a_bundle_that_cannot_be_loaded_is_tried_less_and_less_often(
