@@ -256,7 +256,12 @@ class ProductTable:
 
     def by_words(self, query: str) -> Iterator[tuple[int, float]]:
         """Rows whose titles share a word with `query` and their BM25 scores, best first."""
-        return match_words(self._db, query)
+        return match_words(self._db, query_words(query))
+
+    def titles_with(self, word: str) -> int:
+        """How many titles hold a word of `query_words`."""
+        found = self._db.execute("SELECT count(*) FROM words WHERE words MATCH ?", (word,))
+        return found.fetchone()[0]
 
 
 class Bundle(ProductTable):
@@ -312,10 +317,15 @@ def create_words(db: sqlite3.Connection) -> None:
     db.execute(f"CREATE VIRTUAL TABLE words USING fts5(title, content='', tokenize='{TOKENS}')")
 
 
-def match_words(db: sqlite3.Connection, query: str) -> Iterator[tuple[int, float]]:
+def query_words(query: str) -> list[str]:
+    """The words of a query, as phrases of FTS5."""
+    words = ("".join(c for c in word if c.isalnum()) for word in query.split())
+    return [f'"{word}"' for word in words if word]
+
+
+def match_words(db: sqlite3.Connection, words: Sequence[str]) -> Iterator[tuple[int, float]]:
     """Rowids of the FTS5 table `words` and BM25 scores (higher is better), best first."""
-    words = ["".join(c for c in word if c.isalnum()) for word in query.split()]
-    wanted = " OR ".join(f'"{word}"' for word in words if word)
+    wanted = " OR ".join(words)
     if not wanted:
         return iter(())
     found = db.execute("SELECT rowid, rank FROM words WHERE words MATCH ? ORDER BY rank", (wanted,))

@@ -13,14 +13,16 @@ Changes are few beside the catalogue: a new bundle, made of a newer catalogue, t
 import math
 import sqlite3
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from acebert.serving.bundle import Bundle, create_words, match_words
+from acebert.serving.bundle import Bundle, create_words, match_words, query_words
 from acebert.serving.products import Change, Filter, Hit, Product
 
 
@@ -133,6 +135,8 @@ class LiveIndex:
         self._in_stock = _Growing((), np.bool_)
         base = _Columns(codes, prices, np.ones(n, bool))
         self._state = self._state_of(np.ones(n, bool), base, np.zeros(0, bool))
+        self._titles_with = lru_cache(100_000)(bundle.titles_with)
+        self._reading = threading.Lock()  # of `_words`
         self._words = sqlite3.connect(":memory:", check_same_thread=False)
         create_words(self._words)
 
@@ -184,15 +188,26 @@ class LiveIndex:
         own = _first(k, self._bundle.by_words(query), lambda row: among is None or bool(among[row]))
         base = self._base_products(state, [row for row, _ in own])
         new = _first(
-            k,
-            match_words(self._words, query),
-            lambda row: row < len(changed) and bool(changed[row]),
+            k, self._changed_by_words(query), lambda row: row < len(changed) and bool(changed[row])
         )
         return _best(
             k,
             [Hit(product, score) for product, (_, score) in zip(base, own, strict=True)],
             [Hit(self._products[row], score) for row, score in new],
         )
+
+    def _changed_by_words(self, query: str) -> list[tuple[int, float]]:
+        """Rows of what changed and their BM25 scores, best first. How rare a word is, is told by
+        the bundle's titles and these, so that the scores stand beside the bundle's."""
+        scores: dict[int, float] = defaultdict(float)
+        with self._reading:
+            for word in query_words(query):
+                rows = list(match_words(self._words, [word]))
+                n, found = len(self._products), len(rows)
+                both = _rarity(len(self._bundle.vectors) + n, self._titles_with(word) + found)
+                for row, score in rows:
+                    scores[row] += score / _rarity(n, found) * both
+        return sorted(scores.items(), key=lambda found: -found[1])
 
     def _allowed(self, state: _State, where: Filter) -> NDArray[np.bool_] | None:
         """Rows of the bundle that may be found [n]; None: all."""
@@ -290,11 +305,17 @@ class LiveIndex:
         self._category.add([self._code.setdefault(p.category, len(self._code)) for p in products])
         self._price.add([np.nan if p.price is None else p.price for p in products])
         self._in_stock.add([p.in_stock for p in products])
-        self._words.executemany(
-            "INSERT INTO words (rowid, title) VALUES (?, ?)",
-            ((first + i, product.title) for i, product in enumerate(products)),
-        )
-        self._products += products
+        with self._reading:
+            self._words.executemany(
+                "INSERT INTO words (rowid, title) VALUES (?, ?)",
+                ((first + i, product.title) for i, product in enumerate(products)),
+            )
+            self._products += products
+
+
+def _rarity(titles: int, with_it: int) -> float:
+    """A word's weight in FTS5's BM25."""
+    return max(math.log((titles - with_it + 0.5) / (with_it + 0.5)), 1e-6)
 
 
 def _first_rows(scores: NDArray[np.float32], k: int) -> list[int]:

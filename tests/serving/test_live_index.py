@@ -1,11 +1,12 @@
 """The live index against numpy on the catalogue as it then is."""
 
+import sqlite3
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from acebert.serving.bundle import Bundle
+from acebert.serving.bundle import Bundle, create_words, match_words, query_words
 from acebert.serving.live_index import LiveIndex, fuse
 from acebert.serving.products import Change, Filter, Hit, Patch, Product
 
@@ -172,6 +173,30 @@ def test_words_find_new_titles_and_no_deleted_ones(bundle: Bundle) -> None:
     assert old.product_id not in found
     assert [h.product.product_id for h in index.by_words("ZEBRA", 9, Filter())] == ["n"]
     assert index.by_words("zebra", 9, Filter(in_stock=False)) == []
+
+
+def test_a_new_title_scores_as_it_would_among_the_bundles(bundle: Bundle) -> None:
+    """Against one FTS5 table of all titles."""
+    n, d = bundle.vectors.shape
+    own = bundle.products(list(range(n)))
+    titles = [" ".join([*own[i].title.split()[:-1], "zebra"]) for i in range(12)]
+    new = [Product(f"n{i}", title) for i, title in enumerate(titles)]
+    index = LiveIndex(bundle)
+    index.apply([Change(i + 1, p.product_id, p, unit(i, 1, d)[0]) for i, p in enumerate(new)])
+    whole = sqlite3.connect(":memory:")
+    create_words(whole)
+    titles = [p.title for p in [*own, *new]]
+    whole.executemany("INSERT INTO words (rowid, title) VALUES (?, ?)", enumerate(titles))
+    for query in (new[0].title, own[1].title, "zebra", own[2].title.split()[0]):
+        expected = dict(match_words(whole, query_words(query)))
+        hits = index.by_words(query, 2 * n, Filter())
+        scores = {hit.product.product_id: hit.score for hit in hits}
+        for row, product in enumerate([*own, *new]):
+            # the mean length of a title differs, and the bundle's words are counted without these
+            assert scores.get(product.product_id, 0) == pytest.approx(
+                expected.get(row, 0), rel=0.2, abs=0.3
+            )
+    assert index.by_words(new[0].title, 5, Filter())[0].product == new[0]
 
 
 @pytest.mark.parametrize("query", ['"', "a OR", "NEAR(", "title:x", "*", "", "()", "x' --", "日本"])
