@@ -84,10 +84,10 @@ def _searches(app: FastAPI, service: SearchService) -> None:
         x_user_id: Annotated[schema.UserId | None, Header()] = None,
         x_search_id: Annotated[schema.SearchId | None, Header()] = None,
     ) -> Response:
-        """Products for a query, best first. `min_score` leaves worse hits out; `hybrid` fuses the
-        ranks with those of BM25 on titles. With `X-User-Id` the search is part of the experiment
-        that runs, if one does; `X-Search-Id`, the client's own id of the search, makes one search
-        of it however often it is sent."""
+        """Products for a query, best first. `min_score` leaves out hits whose vectors score worse;
+        `hybrid` fuses the ranks with those of BM25 on titles, and shows the fused score. With
+        `X-User-Id` the search is part of the experiment that runs, if one does; `X-Search-Id`, the
+        client's own id of the search, makes one search of it however often it is sent."""
         where = Filter(category, min_price, max_price, in_stock)
         if service.trial is None or x_user_id is None:
             found = await service.search(q, k, where, hybrid=hybrid, min_score=min_score)

@@ -33,8 +33,8 @@ class LiveProducts(Protocol):
         """The best k products of each query, float32 [m, d], that `where` allows; best first."""
         ...
 
-    def by_words(self, query: str, k: int, where: Filter) -> list[Hit]:
-        """The best k products by BM25 on titles; the score is BM25's."""
+    def by_words(self, query: str, vector: NDArray[np.float32], k: int, where: Filter) -> list[Hit]:
+        """The best k products by BM25 on titles, best first; the score is that of `vector` [d]."""
         ...
 
     def product(self, product_id: str) -> Product | None: ...
@@ -181,20 +181,22 @@ class LiveIndex:
             for q in range(len(queries))
         ]
 
-    def by_words(self, query: str, k: int, where: Filter) -> list[Hit]:
+    def by_words(self, query: str, vector: NDArray[np.float32], k: int, where: Filter) -> list[Hit]:
         state = self._state
         among = self._allowed(state, where)
         changed = self._allowed_changed(state, where)
         own = _first(k, self._bundle.by_words(query), lambda row: among is None or bool(among[row]))
-        base = self._base_products(state, [row for row, _ in own])
         new = _first(
             k, self._changed_by_words(query), lambda row: row < len(changed) and bool(changed[row])
         )
-        return _best(
-            k,
-            [Hit(product, score) for product, (_, score) in zip(base, own, strict=True)],
-            [Hit(self._products[row], score) for row, score in new],
-        )
+        base = self._base_products(state, [row for row, _ in own])
+        vectors = self._bundle.vectors[[row for row, _ in own]]
+        found = [
+            *zip([score for _, score in own], base, vectors, strict=True),
+            *((score, self._products[row], state.vectors[row]) for row, score in new),
+        ]
+        best = sorted(found, key=lambda one: -one[0])[:k]
+        return [Hit(product, float(own_vector @ vector)) for _, product, own_vector in best]
 
     def _changed_by_words(self, query: str) -> list[tuple[int, float]]:
         """Rows of what changed and their BM25 scores, best first. How rare a word is, is told by

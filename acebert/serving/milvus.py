@@ -100,7 +100,7 @@ class MilvusIndex:
         )
         return [[Hit(_product(hit["entity"]), hit["distance"]) for hit in hits] for hits in found]
 
-    def by_words(self, query: str, k: int, where: Filter) -> list[Hit]:
+    def by_words(self, query: str, vector: NDArray[np.float32], k: int, where: Filter) -> list[Hit]:
         """
         Raises:
             UserError: always; words are matched by the FAISS index's own tables.

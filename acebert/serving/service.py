@@ -258,7 +258,8 @@ class SearchService:
 
         Args:
             hybrid: fuse the ranks with BM25's on titles.
-            min_score: hits below are left out (none: `serve.good_score` only judges the best).
+            min_score: hits whose vectors score below are left out (none: `serve.good_score` only
+                judges the best).
             loaded: the bundle that answers (none: the published one).
         """
         start = time.perf_counter()
@@ -337,14 +338,18 @@ class SearchService:
         (hits,) = await loop.run_in_executor(
             self._pool, loaded.index.search, vector[None], k, where
         )
-        good = self.settings.good_score if min_score is None else min_score
-        no_good_match = not hits or (good is not None and hits[0].score < good)
-        if min_score is not None:
-            hits = [hit for hit in hits if hit.score >= min_score]
+        rankings = [hits]
         if hybrid is not None:
-            words = await loop.run_in_executor(self._pool, loaded.index.by_words, hybrid, k, where)
-            hits = fuse(k, hits, words)
-            no_good_match = no_good_match and not words
+            by_words = loaded.index.by_words
+            rankings.append(
+                await loop.run_in_executor(self._pool, by_words, hybrid, vector, k, where)
+            )
+        scores = [hit.score for ranking in rankings for hit in ranking]
+        good = self.settings.good_score if min_score is None else min_score
+        no_good_match = not scores or (good is not None and max(scores) < good)
+        if min_score is not None:
+            rankings = [[hit for hit in some if hit.score >= min_score] for some in rankings]
+        hits = rankings[0] if hybrid is None else fuse(k, *rankings)
         end = time.perf_counter()
         self.metrics.stage("index", path, end - asked)
         self.metrics.stage("total", path, end - start)

@@ -99,6 +99,24 @@ def test_filters_and_the_score_threshold_hold_for_every_hit(world, with_service)
     with_service(test)
 
 
+def test_hybrid_hits_are_judged_by_their_vectors_too(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        hit = (await client.get("/search?q=shoe&k=80")).json()["hits"][40]
+        asked = {"q": hit["title"], "k": 80, "hybrid": True}
+        whole = {
+            h["product_id"]: h["score"]
+            for h in (await client.get("/search", params=asked | {"hybrid": False})).json()["hits"]
+        }
+        middle = sorted(whole.values())[40] - 2e-6  # scores are rounded in answers
+        above = await client.get("/search", params=asked | {"min_score": middle})
+        assert {*ids(above)} == {name for name, score in whole.items() if score >= middle}
+        none = await client.get("/search", params=asked | {"min_score": 1})
+        assert ids(none) == []
+        assert none.json()["no_good_match"]
+
+    with_service(test)
+
+
 def test_similar_items_are_the_nearest_without_the_product_itself(world, with_service) -> None:
     async def test(client: httpx.AsyncClient, local: Any) -> None:
         name = world.ids[5]

@@ -73,4 +73,4 @@ def test_milvus_answers_as_faiss_does_also_after_changes_and_when_opened_again(
     compare(milvus)
     assert faiss.product(second) == milvus.product(second)
     with pytest.raises(UserError, match="hybrid"):
-        milvus.by_words("zebra", 3, Filter())
+        milvus.by_words("zebra", queries[0], 3, Filter())
