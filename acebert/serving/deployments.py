@@ -6,7 +6,7 @@
       ├─ ProductEncoding, for search by photo
       └─ QueryEncoding (N), only where `serve.encoder_apart`
 
-A search makes no hop: what each hop costs is in docs/decisions.md. Changes, which may wait some
+A search makes no hop (`benchmarks/serve.py` measures what one costs). Changes, which may wait some
 milliseconds, go to the one writer.
 """
 
