@@ -23,6 +23,8 @@ from acebert.serving.changes import Source
 from acebert.serving.query_encoder import product_side_version
 from acebert.training.pairs import as_inputs
 
+CHUNK = 32  # products of one forward, so that many take no more memory than a few
+
 
 class ProductEncoder:
     """The product side of a bundle.
@@ -53,11 +55,15 @@ class ProductEncoder:
             self._cnn = PatchCNN(image.cnn, weights, image.cnn_side, image.cnn_batch)
 
     def encode(self, sources: Sequence[Source]) -> NDArray[np.float32]:
-        """Vectors of n products, float32 [n, d] of length 1.
+        """Vectors of n > 0 products, float32 [n, d] of length 1.
 
         Raises:
             BrokenImage: a photo is none, or too large.
         """
+        starts = range(0, len(sources), CHUNK)
+        return np.concatenate([self._forward(sources[i : i + CHUNK]) for i in starts])
+
+    def _forward(self, sources: Sequence[Source]) -> NDArray[np.float32]:
         limits, rows = self._settings.text, np.arange(len(sources))
         titles = [source.product.title for source in sources]
         hot = [self._products.hot_queries(source.product.product_id) for source in sources]
