@@ -16,6 +16,7 @@ change log (`acebert.serving.changes`): later than the catalogue was written (`m
 says when, and as of when its other parts are).
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -85,7 +86,7 @@ def build_bundle(
     key = {
         "version": VERSION,
         "model": version,
-        "query_encoder": [query_encoder.parent.name, query_encoder.name],
+        "query_encoder": _digests(query_encoder),
         "embed": embedded.digest,
         "ingest": ingested.digest,
         "index": [serve.index, serve.codec, serve.target_recall, settings.eval.ann_from],
@@ -132,6 +133,17 @@ def build_bundle(
         log.info("bundle: %s", info)
 
     return run_stage(settings.workdir, "bundle", key, build)
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file of a query encoder's directory."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            name = path.relative_to(directory).as_posix()
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _times(model: Path, ingested: Path) -> dict[str, str]:

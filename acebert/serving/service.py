@@ -128,14 +128,16 @@ class SearchService:
         self.products = products
         self._encode_apart = encode
         self.metrics = Metrics()
-        self._pool = ThreadPoolExecutor(self.settings.threads + 1, "search")
+        threads = self.settings.threads
+        self._pool = ThreadPoolExecutor(  # FAISS counts its threads for each thread that calls it
+            threads + 1, "search", faiss.omp_set_num_threads, (threads,)
+        )
         self.loaded: Loaded | None = None
         experiment = Experiment.of(settings.experiment)
         self.trial = Trial(experiment, self) if experiment else None
         self.loading = asyncio.Lock()
         self._heard = 0.0
         self._tasks: list[asyncio.Task[None]] = []
-        faiss.omp_set_num_threads(self.settings.threads)
 
     async def start(self) -> None:
         """Load the bundle, apply all changes to it, and follow both from then on. Without the

@@ -14,19 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import faiss
 import httpx2 as httpx
 import numpy as np
 import pytest
 from PIL import Image
 
+from acebert.errors import UserError
 from acebert.serving import service
-from acebert.serving.bundle import Bundle, publish
+from acebert.serving.bundle import Bundle, build_bundle, publish
 from acebert.serving.catalogue import Catalogue, Unavailable
 from acebert.serving.changes import Source
 from acebert.serving.gate import Gate
+from acebert.serving.product_encoder import ProductEncoder
 from acebert.serving.products import Product
 from acebert.serving.query_encoder import QueryEncoder
 from acebert.serving.service import Loaded
+from acebert.workdir import Stage
 
 
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20) -> None:
@@ -502,10 +506,6 @@ def test_what_is_too_much_is_refused_at_once_and_the_rest_answered(world, with_s
 
 
 def test_vectors_of_two_models_are_refused(world, with_service, tmp_path) -> None:
-    import shutil
-
-    from acebert.errors import UserError
-
     mixed = tmp_path / "mixed"
     shutil.copytree(world.bundle, mixed)
     shutil.rmtree(mixed / "query_encoder")
@@ -526,11 +526,42 @@ def test_vectors_of_two_models_are_refused(world, with_service, tmp_path) -> Non
         Bundle(mixed)
 
 
-def test_a_query_encoder_of_another_model_makes_no_bundle(world, with_service) -> None:
-    from acebert.errors import UserError
-    from acebert.serving.bundle import build_bundle
-    from acebert.workdir import Stage
+def test_many_products_are_encoded_a_few_at_a_time(world, monkeypatch) -> None:
+    encoder, rows = ProductEncoder(world.bundle, 1, 10.0), []
+    forward = encoder._model.encode_products
 
+    def counted(text: Any, image: Any) -> Any:
+        rows.append(len(text.input_ids))
+        return forward(text, image)
+
+    monkeypatch.setattr(encoder._model, "encode_products", counted)
+    sources = [Source(Product(f"n{i}", "red shoe " * (i % 7)), None) for i in range(70)]
+    vectors = encoder.encode(sources)
+    assert max(rows) <= 32
+    alone = np.concatenate([encoder.encode([source]) for source in sources])
+    np.testing.assert_allclose(vectors, alone, atol=1e-5)
+
+
+def test_threads_that_search_have_as_many_of_faiss_as_are_set(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        in_pool = local.service._pool.submit(faiss.omp_get_max_threads)
+        assert in_pool.result() == 3
+
+    with_service(test, threads=3)
+
+
+def test_another_query_encoder_of_the_same_name_makes_another_bundle(world, tmp_path) -> None:
+    embedded = Stage("embed", world.model.parent / "embed-model0", "model0", 0.0, reused=True)
+    made = set()
+    for day in ("first", "second"):
+        own = tmp_path / day / "distill" / "student"
+        shutil.copytree(world.model, own)
+        (own / "query_encoder.onnx").write_text(day)
+        made.add(build_bundle(world.settings, world.model, own, world.ingested, embedded).path)
+    assert len(made) == 2
+
+
+def test_a_query_encoder_of_another_model_makes_no_bundle(world, with_service) -> None:
     nothing = Stage("embed", world.settings.workdir, "none", 0.0, reused=True)
     other = world.other_bundle / "model"
     with pytest.raises(UserError, match="another model"):
