@@ -1,5 +1,6 @@
 """The search API over HTTP (FastAPI), and the page at `/`."""
 
+import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -178,7 +179,7 @@ def _products(app: FastAPI, service: SearchService) -> None:
         operation_id="get_product",
     )
     async def get_product(product_id: ProductId) -> Response:
-        product = service.current().index.product(product_id)
+        product = await service.product(product_id)
         return _no_product(product_id) if product is None else JSONResponse(_shown(product))
 
     @app.put(
@@ -247,7 +248,7 @@ def _products(app: FastAPI, service: SearchService) -> None:
 def _states(app: FastAPI, service: SearchService) -> None:
     @app.get("/categories", response_model=schema.Categories, operation_id="categories")
     async def categories() -> Any:
-        return {"categories": service.current().index.categories()}
+        return {"categories": await asyncio.to_thread(service.current().index.categories)}
 
     @app.get("/health", response_model=schema.Status, operation_id="health")
     async def health() -> Any:

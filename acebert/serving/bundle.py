@@ -22,6 +22,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -236,7 +237,14 @@ class ProductTable:
             self.made = {part: datetime.fromisoformat(time) for part, time in made}
         except (OSError, ValueError, KeyError) as error:
             raise _unreadable(directory, error) from error
-        self._db = sqlite3.connect(_address(directory), uri=True, check_same_thread=False)
+        self._connections = threading.local()
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        """The thread's own connection, so that none waits for another's query."""
+        if not hasattr(self._connections, "db"):
+            self._connections.db = sqlite3.connect(_address(self.directory), uri=True)
+        return self._connections.db
 
     def columns(self) -> tuple[list[str | None], NDArray[np.float64]]:
         """Category and price (NaN: none) of every row [n]."""
@@ -258,8 +266,9 @@ class ProductTable:
         found = self._db.execute("SELECT row FROM product WHERE product_id = ?", (product_id,))
         return next((row for (row,) in found), None)
 
-    def photo(self, row: int) -> bytes | None:
-        return self._db.execute("SELECT photo FROM product WHERE row = ?", (row,)).fetchone()[0]
+    def photo_of(self, product_id: str) -> bytes | None:
+        found = self._db.execute("SELECT photo FROM product WHERE product_id = ?", (product_id,))
+        return next((photo for (photo,) in found), None)
 
     def hot_queries(self, product_id: str) -> list[str]:
         """What the product is found by most, most clicked first; for a model that reads this."""

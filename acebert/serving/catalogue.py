@@ -94,18 +94,16 @@ class Catalogue:
     def _with_photo(self, table: ProductTable, source: Source) -> Source:
         if source.photo is not None:
             return source
-        logged, row = self._known(table, source.product.product_id)
-        if logged is not None:
-            return Source(source.product, logged.photo)
-        return source if row is None else Source(source.product, table.photo(row))
+        product_id = source.product.product_id
+        logged = self._logged(table, product_id)
+        photo = table.photo_of(product_id) if logged is None else logged.photo
+        return Source(source.product, photo)
 
-    def _known(self, table: ProductTable, product_id: str) -> tuple[Logged | None, int | None]:
-        """The change of a product that holds, or the bundle's row: none, where there is none."""
-        logged = self._log.logged(product_id)
-        written = table.made.get("catalogue")
-        if logged is not None and (written is None or logged.at >= written):
-            return logged, None
-        return None, table.row_of(product_id)
+    def _logged(self, table: ProductTable, product_id: str) -> Logged | None:
+        """The change of a product, unless the bundle supersedes it."""
+        logged, written = self._log.logged(product_id), table.made.get("catalogue")
+        superseded = logged is not None and written is not None and logged.at < written
+        return None if superseded else logged
 
     async def patch(self, product_id: str, patch: Patch) -> int | None:
         """Change price or stock of a product, which keeps its vector; durable when it returns.
@@ -113,8 +111,8 @@ class Catalogue:
         table = self._table(self._bundle()[0])
 
         def write() -> int | None:
-            logged, row = self._known(table, product_id)
-            if (row is None) if logged is None else logged.deleted:
+            logged = self._logged(table, product_id)
+            if logged.deleted if logged else table.row_of(product_id) is None:
                 return None
             return self._log.patch(product_id, patch)
 

@@ -288,7 +288,7 @@ class SearchService:
         """The products nearest to a product, without it; None: there is no such product."""
         start = time.perf_counter()
         loaded = self.current()
-        vector = loaded.index.vector(product_id)
+        vector = await asyncio.to_thread(loaded.index.vector, product_id)
         if vector is None:
             return None
         found = await self._nearest(loaded, vector, k + 1, where, "product", start, None, None)
@@ -313,8 +313,10 @@ class SearchService:
         loaded = self.current()
         if loaded.index.is_changed(product_id):
             return await self.products.photo(product_id)
-        row = loaded.bundle.row_of(product_id)
-        return None if row is None else loaded.bundle.photo(row)
+        return await asyncio.to_thread(loaded.bundle.photo_of, product_id)
+
+    async def product(self, product_id: str) -> Product | None:
+        return await asyncio.to_thread(self.current().index.product, product_id)
 
     async def _vector(self, loaded: Loaded, text: str) -> NDArray[np.float32]:
         if loaded.batcher is not None:
@@ -507,6 +509,6 @@ class Trial:
     ) -> None:
         """Log what a shopper did; durable when it returns."""
         if action == "purchase" and revenue is None:
-            product = self._service.current().index.product(product_id)
+            product = await self._service.product(product_id)
             revenue = product.price if product else None
         await self._append(Action(search_id, datetime.now(UTC), action, product_id, revenue))

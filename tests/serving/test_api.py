@@ -5,7 +5,9 @@ import base64
 import io
 import json
 import shutil
+import sqlite3
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Awaitable, Callable
@@ -22,7 +24,7 @@ from PIL import Image
 
 from acebert.errors import UserError
 from acebert.serving import service
-from acebert.serving.bundle import Bundle, build_bundle, publish
+from acebert.serving.bundle import Bundle, ProductTable, build_bundle, publish
 from acebert.serving.catalogue import Catalogue, Unavailable
 from acebert.serving.changes import Source
 from acebert.serving.gate import Gate
@@ -559,6 +561,29 @@ def test_another_query_encoder_of_the_same_name_makes_another_bundle(world, tmp_
         (own / "query_encoder.onnx").write_text(day)
         made.add(build_bundle(world.settings, world.model, own, world.ingested, embedded).path)
     assert len(made) == 2
+
+
+def test_no_request_for_a_product_waits_for_sqlite_on_the_event_loop(
+    world, with_service, monkeypatch
+) -> None:
+    used: list[tuple[int, int]] = []
+    own = ProductTable._db.fget
+    assert own is not None
+
+    def noted(table: ProductTable) -> sqlite3.Connection:
+        used.append((threading.get_ident(), id(own(table))))
+        return own(table)
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        monkeypatch.setattr(ProductTable, "_db", property(noted))
+        for what in ("products", "photos", "similar"):
+            asked = [client.get(f"/{what}/{name}") for name in world.ids[:8]]
+            assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
+        threads, connections = {thread for thread, _ in used}, {name for _, name in used}
+        assert threading.get_ident() not in threads
+        assert len(connections) == len(threads) > 1
+
+    with_service(test)
 
 
 def test_a_query_encoder_of_another_model_makes_no_bundle(world, with_service) -> None:
