@@ -20,7 +20,7 @@ from acebert.errors import UserError
 from acebert.serving import schema
 from acebert.serving.catalogue import Unavailable
 from acebert.serving.changes import Source
-from acebert.serving.gate import RETRY_SECONDS, Gate
+from acebert.serving.gate import OPEN, RETRY_SECONDS, Gate
 from acebert.serving.products import Filter, Patch, Product
 from acebert.serving.request_log import RequestLog
 from acebert.serving.service import Found, SearchService
@@ -63,6 +63,8 @@ def make_api(service: SearchService, key: str | None) -> ASGIApp:
     _states(app, service)
     _page(app)
     _problems(app)
+    if key is not None:
+        _declare_key(app)
     settings = service.settings
     body = int(settings.max_body_mb * 2**20)
     gate = Gate(app, settings.max_requests, body, key, service.metrics)
@@ -318,6 +320,17 @@ def _problems(app: FastAPI) -> None:
     @app.exception_handler(Unavailable)
     async def unavailable(request: HttpRequest, error: Unavailable) -> Response:
         return JSONResponse({"error": str(error)}, 503, headers={"retry-after": str(RETRY_SECONDS)})
+
+
+def _declare_key(app: FastAPI) -> None:
+    """Say in the description which requests have to carry the key, as `Gate` asks for it."""
+    described = app.openapi()  # kept by the app
+    scheme = {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+    described["components"]["securitySchemes"] = {"key": scheme}
+    for path, operations in described["paths"].items():
+        if not path.startswith(OPEN):
+            for operation in operations.values():
+                operation["security"] = [{"key": []}]
 
 
 def _no_product(product_id: str) -> Response:

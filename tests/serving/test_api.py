@@ -486,8 +486,16 @@ def test_a_key_guards_all_but_the_page_photos_and_health(world, with_service) ->
             assert (await client.get("/search?q=x", headers=headers)).status_code == 401
             put = await client.put("/products/x", json={"title": "x"}, headers=headers)
             assert put.status_code == 401
-        good = await client.get("/search?q=x", headers={"x-api-key": "secret"})
-        assert good.status_code == 200
+        good = {"x-api-key": "secret"}
+        assert (await client.get("/search?q=x", headers=good)).status_code == 200
+        described = (await client.get("/openapi.json", headers=good)).json()
+        (scheme,) = described["components"]["securitySchemes"].values()
+        assert scheme == {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+        for path, operations in described["paths"].items():
+            for method, operation in operations.items():
+                asked = path.format(product_id=world.ids[0])
+                refused = (await client.request(method, asked)).status_code == 401
+                assert refused == bool(operation.get("security")), path
 
     with_service(test, key="secret")
 
