@@ -44,6 +44,7 @@ def drawn(vectors: NDArray[np.float32]) -> SimpleNamespace:
         columns=lambda: ([CATEGORIES[i % 20] for i in range(n)], np.arange(n) % 100.0),
         products=lambda rows: [product(f"p{row}", row) for row in rows],
         row_of=lambda name: int(name[1:]) if name[0] == "p" else None,
+        titles_with=lambda word: 0,
     )
 
 
