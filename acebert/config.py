@@ -447,8 +447,9 @@ class DistillSettings(ScheduleSettings):
     """Query-side students of a trained dual encoder (paper section 4.7). Workers are those of
     `train`; precision and clipping are those that the teacher was trained with."""
 
-    layers: tuple[int, ...] = (1, 2, 3)
-    """a student for each number: the first layers of the teacher's query side"""
+    layers: tuple[int, ...] = ()
+    """a student for each number: the first layers of the teacher's query side (none: 1, 2 and 3, as
+    far as it has them)"""
     width: int | None = Field(None, ge=8)
     """hidden width of narrower students, whose layers start at random weights (none: the
     teacher's, with its weights)"""

@@ -36,6 +36,7 @@ HNSW_BUILD = 100
 TRAIN_A_LIST = 64  # vectors to train each list of IVF on; FAISS warns below 39
 TUNE_QUERIES = 500
 EFFORT_STEP = 1.4
+GPU_PROBES = 2048  # most lists of IVF that FAISS looks through for a query on a GPU
 RESCORED = 3  # candidates by codes for each hit that is asked for
 
 Kind = Literal["flat", "hnsw", "ivf"]
@@ -192,6 +193,8 @@ class ProductIndex:
             return self._approximate.search(queries, k, params=chosen)
         lists = self._stored.nlist
         probed = lists if exact else min(lists, math.ceil(self.info.effort / share))
+        if probed > GPU_PROBES:
+            on = self._exact_on_cpu
         chosen = faiss.SearchParametersIVF(nprobe=probed, sel=selector)  # type: ignore[call-arg]
         return on.search(queries, k, params=chosen)
 

@@ -26,7 +26,7 @@ from acebert.serving.bundle import build_bundle, hot_queries
 from acebert.serving.onnx_export import export
 from acebert.serving.student_table import TEACHER, students_table
 from acebert.tracking import finished_run, shared, start_run
-from acebert.training.distill import distill
+from acebert.training.distill import distill, student_layers
 from acebert.training.finetune import finetune
 from acebert.training.harness import HOW_IT_RUNS
 from acebert.training.pretrain import pretrain
@@ -209,12 +209,13 @@ def distill_stages(settings: Settings, teacher: Path) -> tuple[list[Stage], Stag
     train = own.train.model_copy(update=how)
     own = own.model_copy(update={"distill": settings.distill, "train": train})
     _refuse_uneven(own, "distill")
+    students = student_layers(own, teacher)  # refuses before the first is trained
     ingested = ingest_stage(shared(own))
     embedded = embed_stage(shared(own), teacher, evaluation_queries(own, ingested))
     connect()
     targets = tracked(shared(own), teach(own, teacher, ingested, embedded))
     exports = {TEACHER: export(own, teacher)}
-    for layers in own.distill.layers:
+    for layers in students:
         student = distill(own, teacher, layers, targets)
         alias = f"{own.tracking.alias}-{layers}-layers"
         exports[f"{layers} layers"] = export(own, student.path, alias)

@@ -6,7 +6,7 @@ One worker each: the same code, bundle, runtime, batching and index. `plain`: uv
 process. `default`: Ray Serve's own proxy, no hop behind it. `haproxy`: Ray's HAProxy in its place.
 `apart`: HAProxy, and the query encoder a deployment of its own (one hop). Closed loop: each of 1, 8
 and 64 clients, in a second process, asks again when it has its answer. `noop` is /health, `hot`
-asks for queries of the bundle's table, `tail` for others, each of them once.
+asks for queries of the bundle's table, `tail` for others, each of them once a server.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -50,13 +50,13 @@ async def one_client(paths: Iterator[str], end: float, times: list[float]) -> No
     writer.close()
 
 
-def measure(paths: list[str], clients: int, seconds: float) -> tuple[float, float, float]:
+def measure(paths: Iterator[str], clients: int, seconds: float) -> tuple[float, float, float]:
     """Requests a second, p50 and p99 [ms]."""
 
     async def run() -> list[float]:
         times: list[float] = []
-        end, asked = time.perf_counter() + seconds, cycle(paths)
-        await asyncio.gather(*(one_client(asked, end, times) for _ in range(clients)))
+        end = time.perf_counter() + seconds
+        await asyncio.gather(*(one_client(paths, end, times) for _ in range(clients)))
         return times
 
     asyncio.run(run())  # warm-up: connections, caches
@@ -69,10 +69,13 @@ def generate(bundle: Path, seconds: float, results: "multiprocessing.Queue[Any]"
     hot = pq.read_table(bundle / "hot_queries.parquet")["query"].to_pylist()[:500]
     words = sorted({word for query in hot for word in query.split()})
     rng = np.random.default_rng(0)
-    tail = [" ".join(rng.choice(words, 3)) + f" {i}" for i in range(20_000)]
-    kinds = {"noop": ["/health"], "hot": hot, "tail": tail}
-    for name, texts in kinds.items():
-        paths = texts if name == "noop" else [f"/search?k=10&q={quote(text)}" for text in texts]
+    searches = ["/search?k=10&q=" + quote(" ".join(rng.choice(words, 3))) for _ in range(20_000)]
+    kinds = {
+        "noop": cycle(["/health"]),
+        "hot": cycle([f"/search?k=10&q={quote(text)}" for text in hot]),
+        "tail": (f"{some}+{i}" for i, some in zip(count(), cycle(searches), strict=False)),
+    }
+    for name, paths in kinds.items():
         for clients in CLIENTS:
             results.put((name, clients, *measure(paths, clients, seconds)))
     results.put(None)
@@ -87,6 +90,9 @@ def serve_plain(bundle: Path) -> None:
     from acebert.serving.service import SearchService
 
     class Nothing:
+        async def begin(self, catalogue: object) -> tuple[int, list[str]]:
+            return 0, []
+
         async def changes(self, since: int, bundle: Path, version: str) -> list[object]:
             return []
 

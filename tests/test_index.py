@@ -1,10 +1,12 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from acebert import index as module
 from acebert.errors import UserError
 from acebert.index import ProductIndex
 
@@ -67,6 +69,24 @@ def test_saved_and_loaded_it_finds_the_same(index: ProductIndex, tmp_path: Path)
             strict=True,
         ):
             np.testing.assert_array_equal(ours, theirs)
+
+
+def test_more_lists_than_a_gpu_looks_through_are_searched_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    index = ProductIndex.build(PRODUCTS, IDS, QUERIES, ann_from=1)
+    expected, stored = index.search(QUERIES, 20, exact=True), index._exact
+
+    class Gpu:
+        def search(self, queries: np.ndarray, k: int, params: Any) -> Any:
+            assert params.nprobe <= 20, "nprobe is too large"
+            return stored.search(queries, k, params=params)
+
+    index._exact = Gpu()
+    monkeypatch.setattr(module, "GPU_PROBES", 20)
+    np.testing.assert_array_equal(index.search(QUERIES, 20, exact=True), expected)
+    assert index.info.effort <= 20
+    index.search(QUERIES, 20)
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -13,6 +13,7 @@ one id: readers drop the second. Days are UTC days; whole days are deleted when 
 
 import hmac
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -28,6 +29,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+log = logging.getLogger(__name__)
 
 TIME = pa.timestamp("ms", tz="UTC")
 SCHEMAS = {
@@ -90,6 +93,8 @@ class Action:
 
 
 Event = Exposure | Action
+Row = tuple[int, str, str]
+"""seq, kind, event as JSON"""
 
 
 class EventLog:
@@ -100,6 +105,7 @@ class EventLog:
         self._directory = directory
         self._path = directory / "hot" / f"{uuid.uuid4().hex}.sqlite"
         self._lock = threading.Lock()
+        self._flushing = threading.Lock()
         self._db = _open(self._path, "rwc", wait=5)  # a collector may look at it
         self._db.execute("CREATE TABLE event (seq INTEGER PRIMARY KEY, kind TEXT, body TEXT)")
         self._db.commit()
@@ -114,13 +120,19 @@ class EventLog:
         return [None] * len(events)
 
     def flush(self) -> int:
-        """Move what is there to Parquet; how many events those were."""
-        with self._lock:
-            return _move(self._db, self._directory)
+        """Move what is there to Parquet; how many events those were. Events are appended while
+        their files are written."""
+        with self._flushing:
+            with self._lock:
+                rows = _rows(self._db)
+            _write(rows, self._directory)
+            with self._lock:
+                _delete(self._db, rows)
+            return len(rows)
 
     def close(self) -> None:
         """Flush, and leave no file behind."""
-        with self._lock:
+        with self._flushing, self._lock:
             _move(self._db, self._directory)
             self._db.close()
             _unlink(self._path)
@@ -128,16 +140,21 @@ class EventLog:
 
 def collect(directory: Path) -> int:
     """Move what dead replicas left to Parquet; how many events those were. Files of replicas that
-    live are passed by."""
+    live are passed by, one that cannot be read is set aside under another name."""
     moved = 0
     for path in sorted((directory / "hot").glob("*.sqlite")):
         try:
-            db = _open(path, "rw", wait=0)
-        except sqlite3.OperationalError:  # locked: it lives; or another collector was faster
-            continue
-        with closing(db), suppress(sqlite3.OperationalError):
-            moved += _move(db, directory)  # no table yet: it starts
-            _unlink(path)  # while it is locked
+            with closing(_open(path, "rw", wait=0)) as db:
+                moved += _move(db, directory)
+                _unlink(path)  # while it is locked
+        except sqlite3.OperationalError:
+            pass  # locked: it lives; no table yet: it starts; gone: another collector was faster
+        except (sqlite3.DatabaseError, ValueError, LookupError, pa.ArrowException) as error:
+            aside = path.with_suffix(".broken")
+            for suffix in ("", "-wal"):
+                with suppress(FileNotFoundError):
+                    path.with_name(path.name + suffix).rename(f"{aside}{suffix}")
+            log.warning("%s: events that cannot be read (%s) are set aside there", aside, error)
     return moved
 
 
@@ -188,14 +205,31 @@ def _open(path: Path, mode: str, wait: float) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous=NORMAL")
         db.execute("BEGIN IMMEDIATE")  # takes the lock, which stays until the file is closed
         db.commit()
-    except sqlite3.OperationalError:
+    except sqlite3.DatabaseError:
         db.close()
         raise
     return db
 
 
 def _move(db: sqlite3.Connection, directory: Path) -> int:
-    rows = db.execute("SELECT seq, kind, body FROM event ORDER BY seq").fetchall()
+    rows = _rows(db)
+    _write(rows, directory)
+    _delete(db, rows)
+    return len(rows)
+
+
+def _rows(db: sqlite3.Connection) -> list[Row]:
+    return db.execute("SELECT seq, kind, body FROM event ORDER BY seq").fetchall()
+
+
+def _delete(db: sqlite3.Connection, rows: list[Row]) -> None:
+    if rows:
+        with db:
+            db.execute("DELETE FROM event WHERE seq <= ?", (rows[-1][0],))
+
+
+def _write(rows: list[Row], directory: Path) -> None:
+    """To Parquet, durable when it returns."""
     of_file: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _, kind, body in rows:
         event = json.loads(body)
@@ -211,10 +245,6 @@ def _move(db: sqlite3.Connection, directory: Path) -> int:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(final)
-    if rows:
-        with db:
-            db.execute("DELETE FROM event WHERE seq <= ?", (rows[-1][0],))
-    return len(rows)
 
 
 def _unlink(path: Path) -> None:

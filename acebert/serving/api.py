@@ -1,5 +1,6 @@
 """The search API over HTTP (FastAPI), and the page at `/`."""
 
+import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -19,8 +20,8 @@ from acebert.errors import UserError
 from acebert.serving import schema
 from acebert.serving.catalogue import Unavailable
 from acebert.serving.changes import Source
-from acebert.serving.gate import RETRY_SECONDS, Gate
-from acebert.serving.products import Filter, Product
+from acebert.serving.gate import OPEN, RETRY_SECONDS, Gate
+from acebert.serving.products import Filter, Patch, Product
 from acebert.serving.request_log import RequestLog
 from acebert.serving.service import Found, SearchService
 
@@ -62,6 +63,8 @@ def make_api(service: SearchService, key: str | None) -> ASGIApp:
     _states(app, service)
     _page(app)
     _problems(app)
+    if key is not None:
+        _declare_key(app)
     settings = service.settings
     body = int(settings.max_body_mb * 2**20)
     gate = Gate(app, settings.max_requests, body, key, service.metrics)
@@ -84,10 +87,10 @@ def _searches(app: FastAPI, service: SearchService) -> None:
         x_user_id: Annotated[schema.UserId | None, Header()] = None,
         x_search_id: Annotated[schema.SearchId | None, Header()] = None,
     ) -> Response:
-        """Products for a query, best first. `min_score` leaves worse hits out; `hybrid` fuses the
-        ranks with those of BM25 on titles. With `X-User-Id` the search is part of the experiment
-        that runs, if one does; `X-Search-Id`, the client's own id of the search, makes one search
-        of it however often it is sent."""
+        """Products for a query, best first. `min_score` leaves out hits whose vectors score worse;
+        `hybrid` fuses the ranks with those of BM25 on titles, and shows the fused score. With
+        `X-User-Id` the search is part of the experiment that runs, if one does; `X-Search-Id`, the
+        client's own id of the search, makes one search of it however often it is sent."""
         where = Filter(category, min_price, max_price, in_stock)
         if service.trial is None or x_user_id is None:
             found = await service.search(q, k, where, hybrid=hybrid, min_score=min_score)
@@ -178,7 +181,7 @@ def _products(app: FastAPI, service: SearchService) -> None:
         operation_id="get_product",
     )
     async def get_product(product_id: ProductId) -> Response:
-        product = service.current().index.product(product_id)
+        product = await service.product(product_id)
         return _no_product(product_id) if product is None else JSONResponse(_shown(product))
 
     @app.put(
@@ -192,14 +195,30 @@ def _products(app: FastAPI, service: SearchService) -> None:
         product_id: ProductId,
         body: schema.ProductIn,
     ) -> Any:
-        """Add a product, or replace it whole."""
+        """Add a product, or replace its title, category, price and stock, what is left out too; its
+        photo where one is sent. For price or stock alone there is PATCH."""
         return {"seq": await service.products.put([source(product_id, body)])}
+
+    @app.patch(
+        "/products/{product_id:path}",
+        status_code=202,
+        response_model=schema.Accepted,
+        responses=MISSING,
+        operation_id="patch_product",
+    )
+    async def patch_product(product_id: ProductId, body: schema.PatchIn) -> Any:
+        """Change price or stock of a product, and nothing else of it."""
+        patch = Patch(body.price, body.in_stock)
+        if patch == Patch():
+            raise UserError("price or in_stock, or both, have to be given")
+        seq = await service.products.patch(product_id, patch)
+        return _no_product(product_id) if seq is None else {"seq": seq}
 
     @app.post(
         "/products", status_code=202, response_model=schema.Accepted, operation_id="put_products"
     )
     async def put_products(body: schema.ProductsIn) -> Any:
-        """Add or replace products: all of them, or none."""
+        """Add or replace products, each as PUT does: all of them, or none."""
         sources = [source(product.product_id, product) for product in body.products]
         return {"seq": await service.products.put(sources)}
 
@@ -231,7 +250,7 @@ def _products(app: FastAPI, service: SearchService) -> None:
 def _states(app: FastAPI, service: SearchService) -> None:
     @app.get("/categories", response_model=schema.Categories, operation_id="categories")
     async def categories() -> Any:
-        return {"categories": service.current().index.categories()}
+        return {"categories": await asyncio.to_thread(service.current().index.categories)}
 
     @app.get("/health", response_model=schema.Status, operation_id="health")
     async def health() -> Any:
@@ -240,7 +259,7 @@ def _states(app: FastAPI, service: SearchService) -> None:
 
     @app.get("/ready", response_model=schema.Status, operation_id="ready")
     async def ready() -> Any:
-        """A bundle is loaded, with all changes that there were then."""
+        """A bundle is loaded, with all changes that there were then, if the writer told them."""
         if service.loaded is None:
             raise Unavailable("no bundle is loaded yet")
         return {"status": "ok"}
@@ -301,6 +320,17 @@ def _problems(app: FastAPI) -> None:
     @app.exception_handler(Unavailable)
     async def unavailable(request: HttpRequest, error: Unavailable) -> Response:
         return JSONResponse({"error": str(error)}, 503, headers={"retry-after": str(RETRY_SECONDS)})
+
+
+def _declare_key(app: FastAPI) -> None:
+    """Say in the description which requests have to carry the key, as `Gate` asks for it."""
+    described = app.openapi()  # kept by the app
+    scheme = {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+    described["components"]["securitySchemes"] = {"key": scheme}
+    for path, operations in described["paths"].items():
+        if not path.startswith(OPEN):
+            for operation in operations.values():
+                operation["security"] = [{"key": []}]
 
 
 def _no_product(product_id: str) -> Response:

@@ -5,7 +5,7 @@
 | `bundle.json` | `version` (of the model: `product_side_version`), numbers, expected hit rate |
 | `vectors.npy` | product vectors, float32 [n, d], mapped |
 | `index/` | the FAISS index of these (`acebert.index.ProductIndex`) |
-| `products.sqlite` | `product` (row, product_id, title, category, price, photo, digest), `words` |
+| `products.sqlite` | `product` (id, title, category, price, photo, digest, hot queries), `words` |
 | `hot.npy`, `hot_queries.parquet` | vectors of the most frequent queries, float32 [h, d]; texts |
 | `query_mean.npy` | mean vector of the log's queries by clicks, float32 [d]; a refresh keeps it |
 | `model/`, `query_encoder/` | model directory (products are encoded by it), query encoder |
@@ -16,12 +16,14 @@ change log (`acebert.serving.changes`): later than the catalogue was written (`m
 says when, and as of when its other parts are).
 """
 
+import hashlib
 import json
 import logging
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from acebert.config import Settings
 from acebert.data.earlier import stage_key
 from acebert.data.features import photo_digest
 from acebert.data.image import BrokenImage, decode
+from acebert.data.lookups import Lookups
 from acebert.data.photos import Photo, PhotoStorage, Rows
 from acebert.errors import UserError
 from acebert.index import TUNE_QUERIES, Kind, ProductIndex
@@ -46,7 +49,7 @@ from acebert.workdir import Stage, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 FLAT_UP_TO = 10_000  # products up to which exact search takes less than a millisecond
 PHOTO_SIDE = 320  # photos of hits are not shown larger [px]
 PHOTO_BYTES = 40_000  # smaller files are kept as they are
@@ -84,7 +87,7 @@ def build_bundle(
     key = {
         "version": VERSION,
         "model": version,
-        "query_encoder": [query_encoder.parent.name, query_encoder.name],
+        "query_encoder": _digests(query_encoder),
         "embed": embedded.digest,
         "ingest": ingested.digest,
         "index": [serve.index, serve.codec, serve.target_recall, settings.eval.ann_from],
@@ -111,7 +114,7 @@ def build_bundle(
         pq.write_table(pa.table({"query": queries}), out / "hot_queries.parquet")
         storage = PhotoStorage(settings.data.products, int(settings.image.max_megapixels * 3e6))
         known = earlier if earlier and _is_one_of_ours(earlier) else None
-        photos = _write_products(ingested.path / "products", storage, settings, out, known)
+        photos = _write_products(ingested.path, storage, settings, out, known)
         shutil.copytree(model, out / "model")
         weights = Path(settings.image.cnn_weights)
         if settings.model.patches and weights.is_file():
@@ -131,6 +134,17 @@ def build_bundle(
         log.info("bundle: %s", info)
 
     return run_stage(settings.workdir, "bundle", key, build)
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file of a query encoder's directory."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            name = path.relative_to(directory).as_posix()
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _times(model: Path, ingested: Path) -> dict[str, str]:
@@ -202,57 +216,40 @@ def _pointer(workdir: Path, arm: str | None) -> Path:
     return workdir / "serving" / name
 
 
-class Bundle:
-    """A bundle that is read.
+class ProductTable:
+    """The products of a bundle, without its model, vectors and index.
 
     Attributes:
         directory: where it lies.
-        version: of the model, see the module's docstring.
         info: bundle.json.
-        query_mean: of the log's queries, float32 [d].
         made: part (bundle, catalogue, hot_lists, model) → as of when it is.
-        vectors: float32 [n, d], mapped.
-        index: the FAISS index of these.
-        hot: text of a hot query → its row of `hot_vectors`.
-        hot_vectors: float32 [h, d], mapped.
     """
 
     def __init__(self, directory: Path) -> None:
         """
         Raises:
-            UserError: no bundle, or files that do not belong together.
+            UserError: no bundle.
         """
         self.directory = directory
         try:
             self.info = json.loads((directory / "bundle.json").read_text())
-            self.vectors = np.load(directory / "vectors.npy", mmap_mode="r", allow_pickle=False)
-            self.hot_vectors = np.load(directory / "hot.npy", mmap_mode="r", allow_pickle=False)
-            texts = pq.read_table(directory / "hot_queries.parquet")["query"].to_pylist()
-            self.query_mean = np.load(directory / "query_mean.npy", allow_pickle=False)
-            self.version: str = self.info["version"]
             made = self.info["made"].items()
             self.made = {part: datetime.fromisoformat(time) for part, time in made}
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{directory}: no bundle that can be read ({error!r}); publish the model again"
-            ) from error
-        of_model = product_side_version(directory / "model")
-        if of_model != self.version:
-            raise UserError(f"{directory}: model {of_model} in a bundle of model {self.version}")
-        self.hot = {text: row for row, text in enumerate(texts)}
-        self.index = ProductIndex.load(directory / "index", self.vectors)
-        self._db = sqlite3.connect(_address(directory), uri=True, check_same_thread=False)
-        n = len(self.vectors)
-        if not n == self.index.info.products == self.info["products"]:
-            raise UserError(
-                f"{directory}: {n} vectors, an index of {self.index.info.products} and "
-                f"{self.info['products']} products do not belong together"
-            )
+            raise _unreadable(directory, error) from error
+        self._connections = threading.local()
 
-    def columns(self) -> tuple[list[str | None], NDArray[np.float32]]:
+    @property
+    def _db(self) -> sqlite3.Connection:
+        """The thread's own connection, so that none waits for another's query."""
+        if not hasattr(self._connections, "db"):
+            self._connections.db = sqlite3.connect(_address(self.directory), uri=True)
+        return self._connections.db
+
+    def columns(self) -> tuple[list[str | None], NDArray[np.float64]]:
         """Category and price (NaN: none) of every row [n]."""
         rows = self._db.execute("SELECT category, price FROM product ORDER BY row").fetchall()
-        prices = np.array([row[1] for row in rows], np.float32)
+        prices = np.array([row[1] for row in rows], np.float64)
         return [row[0] for row in rows], prices
 
     def products(self, rows: Sequence[int]) -> list[Product]:
@@ -269,12 +266,68 @@ class Bundle:
         found = self._db.execute("SELECT row FROM product WHERE product_id = ?", (product_id,))
         return next((row for (row,) in found), None)
 
-    def photo(self, row: int) -> bytes | None:
-        return self._db.execute("SELECT photo FROM product WHERE row = ?", (row,)).fetchone()[0]
+    def photo_of(self, product_id: str) -> bytes | None:
+        found = self._db.execute("SELECT photo FROM product WHERE product_id = ?", (product_id,))
+        return next((photo for (photo,) in found), None)
+
+    def hot_queries(self, product_id: str) -> list[str]:
+        """What the product is found by most, most clicked first; for a model that reads this."""
+        found = self._db.execute("SELECT hot FROM product WHERE product_id = ?", (product_id,))
+        return next((json.loads(hot) for (hot,) in found), [])
 
     def by_words(self, query: str) -> Iterator[tuple[int, float]]:
         """Rows whose titles share a word with `query` and their BM25 scores, best first."""
-        return match_words(self._db, query)
+        return match_words(self._db, query_words(query))
+
+    def titles_with(self, word: str) -> int:
+        """How many titles hold a word of `query_words`."""
+        found = self._db.execute("SELECT count(*) FROM words WHERE words MATCH ?", (word,))
+        return found.fetchone()[0]
+
+
+class Bundle(ProductTable):
+    """A bundle that is read.
+
+    Attributes:
+        version: of the model, see the module's docstring.
+        query_mean: of the log's queries, float32 [d].
+        vectors: float32 [n, d], mapped.
+        index: the FAISS index of these.
+        hot: text of a hot query → its row of `hot_vectors`.
+        hot_vectors: float32 [h, d], mapped.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """
+        Raises:
+            UserError: no bundle, or files that do not belong together.
+        """
+        super().__init__(directory)
+        try:
+            self.vectors = np.load(directory / "vectors.npy", mmap_mode="r", allow_pickle=False)
+            self.hot_vectors = np.load(directory / "hot.npy", mmap_mode="r", allow_pickle=False)
+            texts = pq.read_table(directory / "hot_queries.parquet")["query"].to_pylist()
+            self.query_mean = np.load(directory / "query_mean.npy", allow_pickle=False)
+            self.version: str = self.info["version"]
+        except (OSError, ValueError, KeyError) as error:
+            raise _unreadable(directory, error) from error
+        of_model = product_side_version(directory / "model")
+        if of_model != self.version:
+            raise UserError(f"{directory}: model {of_model} in a bundle of model {self.version}")
+        self.hot = {text: row for row, text in enumerate(texts)}
+        self.index = ProductIndex.load(directory / "index", self.vectors)
+        n = len(self.vectors)
+        if not n == self.index.info.products == self.info["products"]:
+            raise UserError(
+                f"{directory}: {n} vectors, an index of {self.index.info.products} and "
+                f"{self.info['products']} products do not belong together"
+            )
+
+
+def _unreadable(directory: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{directory}: no bundle that can be read ({error!r}); publish the model again"
+    )
 
 
 def _address(bundle: Path) -> str:
@@ -285,10 +338,15 @@ def create_words(db: sqlite3.Connection) -> None:
     db.execute(f"CREATE VIRTUAL TABLE words USING fts5(title, content='', tokenize='{TOKENS}')")
 
 
-def match_words(db: sqlite3.Connection, query: str) -> Iterator[tuple[int, float]]:
+def query_words(query: str) -> list[str]:
+    """The words of a query, as phrases of FTS5."""
+    words = ("".join(c for c in word if c.isalnum()) for word in query.split())
+    return [f'"{word}"' for word in words if word]
+
+
+def match_words(db: sqlite3.Connection, words: Sequence[str]) -> Iterator[tuple[int, float]]:
     """Rowids of the FTS5 table `words` and BM25 scores (higher is better), best first."""
-    words = ["".join(c for c in word if c.isalnum()) for word in query.split()]
-    wanted = " OR ".join(f'"{word}"' for word in words if word)
+    wanted = " OR ".join(words)
     if not wanted:
         return iter(())
     found = db.execute("SELECT rowid, rank FROM words WHERE words MATCH ? ORDER BY rank", (wanted,))
@@ -326,19 +384,21 @@ def _is_one_of_ours(bundle: Path) -> bool:
 
 
 def _write_products(
-    folder: Path, storage: PhotoStorage, settings: Settings, out: Path, earlier: Path | None
+    ingested: Path, storage: PhotoStorage, settings: Settings, out: Path, earlier: Path | None
 ) -> int:
     """Write products.sqlite; returns how many products have a photo to show."""
     db = sqlite3.connect(out / "products.sqlite")
     db.execute(
         "CREATE TABLE product (row INTEGER PRIMARY KEY, product_id TEXT NOT NULL, "
-        "title TEXT NOT NULL, category TEXT, price REAL, photo BLOB, digest BLOB)"
+        "title TEXT NOT NULL, category TEXT, price REAL, photo BLOB, digest BLOB, "
+        "hot TEXT NOT NULL)"
     )
     known = sqlite3.connect(_address(earlier), uri=True) if earlier else None
     create_words(db)
     photos = 0
     columns = ["product", "product_id", "title", "category", "price"]
-    for path in sorted(folder.glob("part-*.parquet")):
+    hot_of = _hot_queries_of(ingested, settings)
+    for path in sorted((ingested / "products").glob("part-*.parquet")):
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=columns)
@@ -349,14 +409,14 @@ def _write_products(
                 price = table["price"].cast(pa.string()).cast(pa.float64())
                 table = table.set_column(columns.index("price"), "price", price)
                 rows = (
-                    (*fields, *photo)
+                    (*fields, *photo, json.dumps(hot_of(fields[0])))
                     for fields, photo in zip(
                         zip(*(table[name].to_pylist() for name in columns), strict=True),
                         shown,
                         strict=True,
                     )
                 )
-                db.executemany("INSERT INTO product VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+                db.executemany("INSERT INTO product VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
                 texts = zip(table["product"].to_pylist(), table["title"].to_pylist(), strict=True)
                 db.executemany("INSERT INTO words (rowid, title) VALUES (?, ?)", texts)
     db.execute("CREATE UNIQUE INDEX by_id ON product (product_id)")
@@ -365,6 +425,16 @@ def _write_products(
     if known:
         known.close()
     return photos
+
+
+def _hot_queries_of(ingested: Path, settings: Settings) -> Callable[[int], list[str]]:
+    """Product → texts of the hot queries that the model reads with it."""
+    if settings.model.hot_queries == "off":
+        return lambda product: []
+    texts = pq.read_table(ingested / "queries.parquet", columns=["text"])["text"].combine_chunks()
+    lookups = Lookups.open(ingested)
+    lists = lookups.product_hot_lists[:, 1]  # of all days before the test day
+    return lambda product: texts.take(pa.array(lookups.hot_lists[lists[product]])).to_pylist()
 
 
 def _shown(

@@ -3,26 +3,27 @@
 There is one of it for all replicas. A change is encoded before it is acknowledged, by the model
 that is published, so that a photo that cannot be read is refused at once. A replica asks for
 changes by the bundle that it serves; products that have no vector of that bundle's model yet, as
-after a swap, are encoded then.
+after a swap, are encoded then. Changes of price or stock alone need no encoding.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from acebert.serving.bundle import small_photo
-from acebert.serving.changes import ChangeLog, Source
-from acebert.serving.products import Change
+from acebert.serving.bundle import ProductTable, small_photo
+from acebert.serving.changes import ChangeLog, Logged, Source
+from acebert.serving.products import Change, Patch
 
 LIMIT = 500  # changes in one answer
 
-Encode = Callable[[Path, Sequence[str], Sequence[bytes | None]], Awaitable[NDArray[np.float32]]]
-"""bundle, titles [n], photos [n] → vectors [n, d]"""
+Encode = Callable[[Path, Sequence[Source]], Awaitable[NDArray[np.float32]]]
+"""bundle, products [n] → vectors [n, d]"""
 
 
 class Unavailable(Exception):  # noqa: N818 - what it is, not what went wrong in the code
@@ -34,17 +35,17 @@ class Products(Protocol):
 
     async def put(self, sources: Sequence[Source]) -> int: ...
 
+    async def patch(self, product_id: str, patch: Patch) -> int | None: ...
+
     async def delete(self, product_id: str) -> int: ...
 
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]: ...
 
-    async def before(self, moment: datetime) -> int: ...
+    async def begin(self, catalogue: datetime | None) -> tuple[int, list[str]]: ...
 
     async def photo(self, product_id: str) -> bytes | None: ...
 
-    async def encode(
-        self, bundle: Path, titles: Sequence[str], photos: Sequence[bytes | None]
-    ) -> NDArray[np.float32]: ...
+    async def encode(self, bundle: Path, sources: Sequence[Source]) -> NDArray[np.float32]: ...
 
 
 class Catalogue:
@@ -68,20 +69,54 @@ class Catalogue:
         self.encode = encode
         self._bundle = bundle
         self._max_megapixels = max_megapixels
+        self._encoding = asyncio.Lock()
+        self._table = lru_cache(2)(ProductTable)
 
     async def put(self, sources: Sequence[Source]) -> int:
-        """Add or replace products; durable when it returns. `seq` of the last.
+        """Add or replace products; durable when it returns. `seq` of the last. A product that comes
+        without a photo keeps the one that it has.
 
         Raises:
             BrokenImage: a photo is none, or too large; none of the products is taken then.
         """
         bundle, version = self._bundle()
-        vectors = await self._vectors(bundle, sources)
-        kept = [Source(s.product, self._small(s.photo)) for s in sources]
-        return await asyncio.to_thread(self._log.put, kept, vectors, version)
+        table = self._table(bundle)
+        sources = await asyncio.to_thread(lambda: [self._with_photo(table, s) for s in sources])
+        vectors = await self.encode(bundle, sources)
 
-    def _small(self, photo: bytes | None) -> bytes | None:
-        return None if photo is None else small_photo(photo, self._max_megapixels)
+        def write() -> int:
+            small = (s.photo and small_photo(s.photo, self._max_megapixels) for s in sources)
+            kept = [Source(s.product, photo) for s, photo in zip(sources, small, strict=True)]
+            return self._log.put(kept, vectors, version)
+
+        return await asyncio.to_thread(write)
+
+    def _with_photo(self, table: ProductTable, source: Source) -> Source:
+        if source.photo is not None:
+            return source
+        product_id = source.product.product_id
+        logged = self._logged(table, product_id)
+        photo = table.photo_of(product_id) if logged is None else logged.photo
+        return Source(source.product, photo)
+
+    def _logged(self, table: ProductTable, product_id: str) -> Logged | None:
+        """The change of a product, unless the bundle supersedes it."""
+        logged, written = self._log.logged(product_id), table.made.get("catalogue")
+        superseded = logged is not None and written is not None and logged.at < written
+        return None if superseded else logged
+
+    async def patch(self, product_id: str, patch: Patch) -> int | None:
+        """Change price or stock of a product, which keeps its vector; durable when it returns.
+        `seq`; None: there is no such product."""
+        table = self._table(self._bundle()[0])
+
+        def write() -> int | None:
+            logged = self._logged(table, product_id)
+            if logged.deleted if logged else table.row_of(product_id) is None:
+                return None
+            return self._log.patch(product_id, patch)
+
+        return await asyncio.to_thread(write)
 
     async def delete(self, product_id: str) -> int:
         """Durable when it returns; `seq`."""
@@ -89,20 +124,21 @@ class Catalogue:
 
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]:
         """What comes after `since`, with vectors of `version`, the model of `bundle`."""
-        while lacking := await asyncio.to_thread(self._log.lacking, version, LIMIT):
-            vectors = await self._vectors(bundle, [source for _, source in lacking])
-            await asyncio.to_thread(
-                self._log.add_vectors, [seq for seq, _ in lacking], vectors, version
-            )
+        async with self._encoding:  # replicas that ask at once wait for the first one's vectors
+            lacking = await asyncio.to_thread(self._log.lacking, since, version, LIMIT)
+            if lacking:
+                vectors = await self.encode(bundle, [source for _, source in lacking])
+                seqs = [seq for seq, _ in lacking]
+                await asyncio.to_thread(self._log.add_vectors, seqs, vectors, version)
         return await asyncio.to_thread(self._log.since, since, version, LIMIT)
 
-    async def before(self, moment: datetime) -> int:
-        """`seq` of the last change made before `moment`; 0: there is none."""
-        return await asyncio.to_thread(self._log.before, moment)
+    async def begin(self, catalogue: datetime | None) -> tuple[int, list[str]]:
+        """Where who serves a bundle begins, by when its catalogue was written (None: not known):
+        `seq` of the last change that it supersedes, and what was out of stock then."""
+        if catalogue is None:
+            return 0, []
+        seq = await asyncio.to_thread(self._log.before, catalogue)
+        return seq, await asyncio.to_thread(self._log.out_of_stock, seq)
 
     async def photo(self, product_id: str) -> bytes | None:
         return await asyncio.to_thread(self._log.photo, product_id)
-
-    async def _vectors(self, bundle: Path, sources: Sequence[Source]) -> NDArray[np.float32]:
-        titles = [source.product.title for source in sources]
-        return await self.encode(bundle, titles, [source.photo for source in sources])

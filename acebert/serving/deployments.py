@@ -6,7 +6,7 @@
       ├─ ProductEncoding, for search by photo
       └─ QueryEncoding (N), only where `serve.encoder_apart`
 
-A search makes no hop: what each hop costs is in docs/decisions.md. Changes, which may wait some
+A search makes no hop (`benchmarks/serve.py` measures what one costs). Changes, which may wait some
 milliseconds, go to the one writer.
 """
 
@@ -36,7 +36,7 @@ from acebert.serving.bundle import Bundle, published
 from acebert.serving.catalogue import Catalogue, Unavailable
 from acebert.serving.changes import ChangeLog, Source
 from acebert.serving.product_encoder import ProductEncoder
-from acebert.serving.products import Change
+from acebert.serving.products import Change, Patch
 from acebert.serving.query_encoder import QueryEncoder, product_side_version
 from acebert.serving.service import SearchService
 
@@ -59,11 +59,9 @@ class ProductEncoding:
         self._encoder = lru_cache(bundles)(lambda bundle: ProductEncoder(bundle, *options))
         self._one = asyncio.Lock()  # torch's threads are there for one batch
 
-    async def encode(
-        self, bundle: Path, titles: Sequence[str], photos: Sequence[bytes | None]
-    ) -> NDArray[np.float32]:
+    async def encode(self, bundle: Path, sources: Sequence[Source]) -> NDArray[np.float32]:
         async with self._one:
-            return await asyncio.to_thread(lambda: self._encoder(bundle).encode(titles, photos))
+            return await asyncio.to_thread(lambda: self._encoder(bundle).encode(sources))
 
 
 @serve.deployment(ray_actor_options=SOME, logging_config=QUIET)
@@ -119,14 +117,17 @@ class Changes:
     async def put(self, sources: Sequence[Source]) -> int:
         return await self._catalogue.put(sources)
 
+    async def patch(self, product_id: str, patch: Patch) -> int | None:
+        return await self._catalogue.patch(product_id, patch)
+
     async def delete(self, product_id: str) -> int:
         return await self._catalogue.delete(product_id)
 
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]:
         return await self._catalogue.changes(since, bundle, version)
 
-    async def before(self, moment: datetime) -> int:
-        return await self._catalogue.before(moment)
+    async def begin(self, catalogue: datetime | None) -> tuple[int, list[str]]:
+        return await self._catalogue.begin(catalogue)
 
     async def photo(self, product_id: str) -> bytes | None:
         return await self._catalogue.photo(product_id)
@@ -144,22 +145,23 @@ class RemoteProducts:
     async def put(self, sources: Sequence[Source]) -> int:
         return await _asked(self._changes.put.remote(sources))
 
+    async def patch(self, product_id: str, patch: Patch) -> int | None:
+        return await _asked(self._changes.patch.remote(product_id, patch))
+
     async def delete(self, product_id: str) -> int:
         return await _asked(self._changes.delete.remote(product_id))
 
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]:
         return await _asked(self._changes.changes.remote(since, bundle, version))
 
-    async def before(self, moment: datetime) -> int:
-        return await _asked(self._changes.before.remote(moment))
+    async def begin(self, catalogue: datetime | None) -> tuple[int, list[str]]:
+        return await _asked(self._changes.begin.remote(catalogue))
 
     async def photo(self, product_id: str) -> bytes | None:
         return await _asked(self._changes.photo.remote(product_id))
 
-    async def encode(
-        self, bundle: Path, titles: Sequence[str], photos: Sequence[bytes | None]
-    ) -> NDArray[np.float32]:
-        return await _asked(self._encoding.encode.remote(bundle, titles, photos))
+    async def encode(self, bundle: Path, sources: Sequence[Source]) -> NDArray[np.float32]:
+        return await _asked(self._encoding.encode.remote(bundle, sources))
 
 
 async def _asked(response: Any) -> Any:

@@ -4,20 +4,25 @@
   kind that cannot remove. A product that changed is left out of it (a bit) and, unless deleted,
   stands in `changed`, which is searched exactly; both lists of hits are merged.
 * `apply` makes a new state beside the old one and puts it in place at once; a search works on the
-  state that it began with, and needs no lock.
+  state that it began with, and needs no lock. Rows of what changed are only ever added, so states
+  share them; what a state has of its own is a bit a row.
 
 Changes are few beside the catalogue: a new bundle, made of a newer catalogue, takes them in.
 """
 
+import math
 import sqlite3
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from acebert.serving.bundle import Bundle, create_words, match_words
+from acebert.serving.bundle import Bundle, create_words, match_words, query_words
 from acebert.serving.products import Change, Filter, Hit, Product
 
 
@@ -28,8 +33,8 @@ class LiveProducts(Protocol):
         """The best k products of each query, float32 [m, d], that `where` allows; best first."""
         ...
 
-    def by_words(self, query: str, k: int, where: Filter) -> list[Hit]:
-        """The best k products by BM25 on titles; the score is BM25's."""
+    def by_words(self, query: str, vector: NDArray[np.float32], k: int, where: Filter) -> list[Hit]:
+        """The best k products by BM25 on titles, best first; the score is that of `vector` [d]."""
         ...
 
     def product(self, product_id: str) -> Product | None: ...
@@ -39,7 +44,7 @@ class LiveProducts(Protocol):
         ...
 
     def is_changed(self, product_id: str) -> bool:
-        """Whether the product is no longer as in the bundle."""
+        """Whether the product was put or deleted since the bundle."""
         ...
 
     def categories(self) -> list[str]:
@@ -51,33 +56,104 @@ class LiveProducts(Protocol):
         ...
 
 
+class _Growing:
+    """Rows of one array; adding some copies those before only when the room is used up."""
+
+    def __init__(self, row: tuple[int, ...], dtype: type) -> None:
+        self._room: NDArray[Any] = np.empty((16, *row), dtype)
+        self.rows = self._room[:0]
+        """all of them; what was read before stays as it was"""
+
+    def add(self, rows: Sequence[Any]) -> None:
+        start, end = len(self.rows), len(self.rows) + len(rows)
+        if end > len(self._room):
+            room = np.empty(
+                (max(end, 2 * len(self._room)), *self._room.shape[1:]), self._room.dtype
+            )
+            room[:start] = self.rows
+            self._room = room
+        self._room[start:end] = rows
+        self.rows = self._room[:end]
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What filters ask of n rows."""
+
+    category: NDArray[np.int32]
+    """its code"""
+    price: NDArray[np.float64]
+    """NaN: none"""
+    in_stock: NDArray[np.bool_]
+
+    def allowed(self, where: Filter, category: int) -> NDArray[np.bool_]:
+        """[n], for a filter that asks for something and the code of its category."""
+        allowed = np.ones(len(self.price), bool)
+        if where.category is not None:
+            allowed &= self.category == category
+        if where.min_price is not None:
+            allowed &= self.price >= where.min_price
+        if where.max_price is not None:
+            allowed &= self.price <= where.max_price
+        if where.in_stock is not None:
+            allowed &= self.in_stock == where.in_stock
+        return allowed
+
+
 @dataclass(frozen=True)
 class _State:
     in_base: NDArray[np.bool_]
-    """[n]: the bundle's own row still holds"""
-    products: dict[str, tuple[int, Product] | None]
-    """what changed: row of `vectors` and product, or None where it is deleted"""
-    rows: list[Product]
-    """products by row of `vectors`; a row that another came after is no product's any more"""
+    """[n]: the bundle's own row still holds, but for price and stock"""
+    all_in_base: bool
+    base: _Columns
+    """[n], as patched"""
     vectors: NDArray[np.float32]
-    """[changed, d]"""
+    """of what changed, [changed, d]"""
+    columns: _Columns
+    """[changed]"""
     live: NDArray[np.bool_]
     """[changed]: the row is its product's last"""
 
 
 class LiveIndex:
-    """FAISS over a bundle, and what changed. Safe for one that applies and many that search."""
+    """FAISS over a bundle, and what changed. Safe for many threads."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        categories, self._price = bundle.columns()
+        categories, prices = bundle.columns()
         self._code = {name: code for code, name in enumerate(dict.fromkeys(categories))}
-        self._category = np.array([self._code[name] for name in categories], np.int32)
+        self._base_categories = set(self._code)
         n, d = bundle.vectors.shape
-        none = np.zeros((0, d), np.float32)
-        self._state = _State(np.ones(n, bool), {}, [], none, np.zeros(0, bool))
+        codes = np.array([self._code[name] for name in categories], np.int32)
+        self._applying = threading.Lock()
+        self._changed: dict[str, int | None] = {}
+        """what changed: its row, or None where it is deleted"""
+        self._products: list[Product] = []
+        """by row; a row that another came after is no product's any more"""
+        self._vectors = _Growing((d,), np.float32)
+        self._category, self._price = _Growing((), np.int32), _Growing((), np.float64)
+        self._in_stock = _Growing((), np.bool_)
+        base = _Columns(codes, prices, np.ones(n, bool))
+        self._state = self._state_of(np.ones(n, bool), base, np.zeros(0, bool))
+        self._titles_with = lru_cache(100_000)(bundle.titles_with)
+        self._reading = threading.Lock()  # of `_words`
         self._words = sqlite3.connect(":memory:", check_same_thread=False)
         create_words(self._words)
+
+    def _state_of(
+        self, in_base: NDArray[np.bool_], base: _Columns, live: NDArray[np.bool_]
+    ) -> _State:
+        columns = _Columns(self._category.rows, self._price.rows, self._in_stock.rows)
+        return _State(in_base, bool(in_base.all()), base, self._vectors.rows, columns, live)
+
+    def _base_products(self, state: _State, rows: list[int]) -> list[Product]:
+        """Products of the bundle, as patched."""
+        found, columns = self._bundle.products(rows), state.base
+        prices, in_stock = columns.price[rows].tolist(), columns.in_stock[rows].tolist()
+        return [
+            replace(product, price=None if math.isnan(price) else price, in_stock=stock)
+            for product, price, stock in zip(found, prices, in_stock, strict=True)
+        ]
 
     def search(self, queries: NDArray[np.float32], k: int, where: Filter) -> list[list[Hit]]:
         state = self._state
@@ -85,9 +161,9 @@ class LiveIndex:
         scores, rows = self._bundle.index.search(queries, k, among=among)
         kept = rows >= 0
         distinct = np.unique(rows[kept]).tolist()
-        found = dict(zip(distinct, self._bundle.products(distinct), strict=True))
-        changed = [i for i in np.flatnonzero(state.live).tolist() if where.allows(state.rows[i])]
-        others = queries @ state.vectors[changed].T  # [m, changed]
+        found = dict(zip(distinct, self._base_products(state, distinct), strict=True))
+        others = queries @ state.vectors.T  # [m, changed]
+        others[:, ~self._allowed_changed(state, where)] = -np.inf
         return [
             _best(
                 k,
@@ -98,92 +174,157 @@ class LiveIndex:
                     )
                 ],
                 [
-                    Hit(state.rows[changed[i]], float(others[q, i]))
-                    for i in np.argsort(-others[q], kind="stable")[:k].tolist()
+                    Hit(self._products[row], float(others[q, row]))
+                    for row in _first_rows(others[q], k)
                 ],
             )
             for q in range(len(queries))
         ]
 
-    def by_words(self, query: str, k: int, where: Filter) -> list[Hit]:
+    def by_words(self, query: str, vector: NDArray[np.float32], k: int, where: Filter) -> list[Hit]:
         state = self._state
         among = self._allowed(state, where)
+        changed = self._allowed_changed(state, where)
         own = _first(k, self._bundle.by_words(query), lambda row: among is None or bool(among[row]))
-        base = self._bundle.products([row for row, _ in own])
         new = _first(
-            k,
-            match_words(self._words, query),
-            lambda row: row < len(state.rows) and state.live[row] and where.allows(state.rows[row]),
+            k, self._changed_by_words(query), lambda row: row < len(changed) and bool(changed[row])
         )
-        return _best(
-            k,
-            [Hit(product, score) for product, (_, score) in zip(base, own, strict=True)],
-            [Hit(state.rows[row], score) for row, score in new],
-        )
+        base = self._base_products(state, [row for row, _ in own])
+        vectors = self._bundle.vectors[[row for row, _ in own]]
+        found = [
+            *zip([score for _, score in own], base, vectors, strict=True),
+            *((score, self._products[row], state.vectors[row]) for row, score in new),
+        ]
+        best = sorted(found, key=lambda one: -one[0])[:k]
+        return [Hit(product, float(own_vector @ vector)) for _, product, own_vector in best]
+
+    def _changed_by_words(self, query: str) -> list[tuple[int, float]]:
+        """Rows of what changed and their BM25 scores, best first. How rare a word is, is told by
+        the bundle's titles and these, so that the scores stand beside the bundle's."""
+        scores: dict[int, float] = defaultdict(float)
+        with self._reading:
+            for word in query_words(query):
+                rows = list(match_words(self._words, [word]))
+                n, found = len(self._products), len(rows)
+                both = _rarity(len(self._bundle.vectors) + n, self._titles_with(word) + found)
+                for row, score in rows:
+                    scores[row] += score / _rarity(n, found) * both
+        return sorted(scores.items(), key=lambda found: -found[1])
 
     def _allowed(self, state: _State, where: Filter) -> NDArray[np.bool_] | None:
         """Rows of the bundle that may be found [n]; None: all."""
         if not where:
-            return state.in_base if state.products else None
-        allowed = state.in_base.copy()
-        if where.category is not None:
-            allowed &= self._category == self._code.get(where.category, -1)
-        if where.min_price is not None:
-            allowed &= self._price >= where.min_price
-        if where.max_price is not None:
-            allowed &= self._price <= where.max_price
-        if where.in_stock is False:  # what is out of stock has been said so since
-            allowed[:] = False
-        return allowed
+            return None if state.all_in_base else state.in_base
+        return state.in_base & state.base.allowed(where, self._code_of(where))
+
+    def _allowed_changed(self, state: _State, where: Filter) -> NDArray[np.bool_]:
+        """Of what changed, the rows that may be found [changed]."""
+        if not where:
+            return state.live
+        return state.live & state.columns.allowed(where, self._code_of(where))
+
+    def _code_of(self, where: Filter) -> int:
+        return self._code.get(where.category, -1)
 
     def product(self, product_id: str) -> Product | None:
-        if product_id in self._state.products:
-            changed = self._state.products[product_id]
-            return changed and changed[1]
+        if product_id in self._changed:
+            changed = self._changed[product_id]
+            return None if changed is None else self._products[changed]
         row = self._bundle.row_of(product_id)
-        return None if row is None else self._bundle.products([row])[0]
+        return None if row is None else self._base_products(self._state, [row])[0]
 
     def vector(self, product_id: str) -> NDArray[np.float32] | None:
-        state = self._state
-        if product_id in state.products:
-            changed = state.products[product_id]
-            return changed and state.vectors[changed[0]]
+        if product_id in self._changed:
+            changed = self._changed[product_id]
+            return None if changed is None else self._vectors.rows[changed]
         row = self._bundle.row_of(product_id)
         return None if row is None else np.asarray(self._bundle.vectors[row])
 
     def is_changed(self, product_id: str) -> bool:
-        return product_id in self._state.products
+        return product_id in self._changed
 
     def categories(self) -> list[str]:
-        state = self._state
-        new = {p.category for p, live in zip(state.rows, state.live, strict=True) if live}
-        return sorted(name for name in new | set(self._code) if name is not None)
+        state, names = self._state, list(self._code)
+        new = {names[code] for code in np.unique(state.columns.category[state.live])}
+        return sorted(name for name in new | self._base_categories if name is not None)
 
     def apply(self, changes: Sequence[Change]) -> None:
         if not changes:
             return
-        old = self._state
-        in_base, products, rows = old.in_base.copy(), dict(old.products), list(old.rows)
-        live = np.concatenate([old.live, np.zeros(len(changes), bool)])
-        vectors = [old.vectors]
-        for change in changes:
-            base = self._bundle.row_of(change.product_id)
-            if base is not None:
-                in_base[base] = False
-            before = products.get(change.product_id)
-            if before is not None:
-                live[before[0]] = False
-            products[change.product_id] = None
-            if change.product is not None and change.vector is not None:
-                row = len(rows)
-                products[change.product_id] = row, change.product
-                rows.append(change.product)
-                vectors.append(change.vector[None])
-                live[row] = True
-                self._words.execute(
-                    "INSERT INTO words (rowid, title) VALUES (?, ?)", (row, change.product.title)
-                )
-        self._state = _State(in_base, products, rows, np.concatenate(vectors), live[: len(rows)])
+        with self._applying:
+            old, start = self._state, len(self._products)
+            in_base, price, in_stock = old.in_base.copy(), old.base.price, old.base.in_stock
+            if any(change.patch for change in changes):
+                price, in_stock = price.copy(), in_stock.copy()
+            added: list[tuple[Product, NDArray[np.float32]]] = []
+            last: dict[str, int | None] = {}  # of these changes, as `self._changed`
+            dead: list[int] = []
+            for change in changes:
+                name, patch = change.product_id, change.patch
+                base = self._bundle.row_of(name)
+                changed = name in last or name in self._changed
+                row = last.get(name, self._changed.get(name))
+                new = None
+                if patch is None:
+                    if change.product is not None and change.vector is not None:
+                        new = change.product, change.vector
+                elif row is not None:
+                    if row >= start:
+                        product, vector = added[row - start]
+                    else:
+                        product, vector = self._products[row], old.vectors[row]
+                    new = patch.of(product), vector
+                else:
+                    if base is not None and not changed:
+                        if patch.price is not None:
+                            price[base] = patch.price
+                        if patch.in_stock is not None:
+                            in_stock[base] = patch.in_stock
+                    continue  # else there is no such product
+                if base is not None:
+                    in_base[base] = False
+                if row is not None:
+                    dead.append(row)
+                last[name] = None
+                if new is not None:
+                    last[name] = start + len(added)
+                    added.append(new)
+            self._add(added)
+            live = np.ones(len(self._products), bool)
+            live[:start] = old.live
+            live[dead] = False
+            self._changed |= last
+            base_columns = _Columns(old.base.category, price, in_stock)
+            self._state = self._state_of(in_base, base_columns, live)
+
+    def _add(self, rows: Sequence[tuple[Product, NDArray[np.float32]]]) -> None:
+        """New rows, which no state has yet."""
+        if not rows:
+            return
+        products = [product for product, _ in rows]
+        first = len(self._products)
+        self._vectors.add([vector for _, vector in rows])
+        self._category.add([self._code.setdefault(p.category, len(self._code)) for p in products])
+        self._price.add([np.nan if p.price is None else p.price for p in products])
+        self._in_stock.add([p.in_stock for p in products])
+        with self._reading:
+            self._words.executemany(
+                "INSERT INTO words (rowid, title) VALUES (?, ?)",
+                ((first + i, product.title) for i, product in enumerate(products)),
+            )
+            self._products += products
+
+
+def _rarity(titles: int, with_it: int) -> float:
+    """A word's weight in FTS5's BM25."""
+    return max(math.log((titles - with_it + 0.5) / (with_it + 0.5)), 1e-6)
+
+
+def _first_rows(scores: NDArray[np.float32], k: int) -> list[int]:
+    """Rows of the k best of `scores` [n] that are finite, best first."""
+    best = np.argpartition(-scores, k)[:k] if k < len(scores) else np.arange(len(scores))
+    best = best[np.argsort(-scores[best], kind="stable")]
+    return best[scores[best] > -np.inf].tolist()
 
 
 def _first(

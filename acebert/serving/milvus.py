@@ -100,7 +100,7 @@ class MilvusIndex:
         )
         return [[Hit(_product(hit["entity"]), hit["distance"]) for hit in hits] for hits in found]
 
-    def by_words(self, query: str, k: int, where: Filter) -> list[Hit]:
+    def by_words(self, query: str, vector: NDArray[np.float32], k: int, where: Filter) -> list[Hit]:
         """
         Raises:
             UserError: always; words are matched by the FAISS index's own tables.
@@ -125,16 +125,27 @@ class MilvusIndex:
         return sorted(self._categories)
 
     def apply(self, changes: Sequence[Change]) -> None:
-        last = {change.product_id: change for change in changes}
-        kept = [(c.product, c.vector) for c in last.values() if c.vector is not None]
-        products = [product for product, _ in kept if product is not None]
-        if products:
-            self._write(products, np.stack([vector for _, vector in kept]))
-        gone = [name for name, change in last.items() if change.product is None]
+        last: dict[str, tuple[Product, NDArray[np.float32]] | None] = {}
+        for change in changes:
+            name = change.product_id
+            if change.patch is None:
+                self._changed.add(name)
+                last[name] = None
+                if change.product is not None and change.vector is not None:
+                    last[name] = change.product, change.vector
+            elif (known := last[name] if name in last else self._known(name)) is not None:
+                last[name] = change.patch.of(known[0]), known[1]
+        kept = [row for row in last.values() if row is not None]
+        if kept:
+            self._write([product for product, _ in kept], np.stack([vector for _, vector in kept]))
+        gone = [name for name, row in last.items() if row is None]
         if gone:
             self._client.delete(self._name, ids=gone)
-        self._changed |= last.keys()
-        self._categories |= {p.category for p in products if p.category is not None}
+        self._categories |= {p.category for p, _ in kept if p.category is not None}
+
+    def _known(self, product_id: str) -> tuple[Product, NDArray[np.float32]] | None:
+        rows = self._get(product_id, [*FIELDS, "vector"])
+        return (_product(rows[0]), np.asarray(rows[0]["vector"], np.float32)) if rows else None
 
 
 def _expression(where: Filter) -> str:

@@ -1,6 +1,6 @@
 """What is searched: products as the service knows them, filters on them, hits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,13 +50,29 @@ class Hit:
 
 
 @dataclass(frozen=True)
+class Patch:
+    """A change that no vector depends on; None: as before."""
+
+    price: float | None = None
+    in_stock: bool | None = None
+
+    def of(self, product: Product) -> Product:
+        """The product with this change."""
+        price = product.price if self.price is None else self.price
+        in_stock = product.in_stock if self.in_stock is None else self.in_stock
+        return replace(product, price=price, in_stock=in_stock)
+
+
+@dataclass(frozen=True)
 class Change:
-    """The last thing that happened to a product."""
+    """The last thing that happened to a product, or to its price or stock."""
 
     seq: int
     """grows with every change"""
     product_id: str
     product: Product | None
-    """None: deleted"""
+    """None: deleted, or only patched"""
     vector: NDArray[np.float32] | None
     """[d], by the model of the bundle that was asked for"""
+    patch: Patch | None = None
+    """of the product as it then is, if there is one"""

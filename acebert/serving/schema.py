@@ -50,7 +50,14 @@ class ProductIn(Request):
     price: Price | None = None
     in_stock: bool = True
     photo: Base64Bytes | None = None
-    """JPEG, PNG, WebP, GIF, BMP or TIFF, in base64"""
+    """JPEG, PNG, WebP, GIF, BMP or TIFF, in base64 (none: the one that the product has)"""
+
+
+class PatchIn(Request):
+    """At least one of them; none: as before."""
+
+    price: Price | None = None
+    in_stock: bool | None = None
 
 
 class NamedProductIn(ProductIn):

@@ -5,9 +5,9 @@ Hot path: a query whose text, normalised as in training, is in the bundle's tabl
 there; the index is searched at once. All others share forwards of the query encoder (`Batcher`).
 Both kinds end in one thread pool, so that the event loop is free for health checks and refusals.
 
-Swap: `_follow` loads the new bundle with its encoder and index beside the old, applies all changes
+Swap: `_swap` loads the new bundle with its encoder and index beside the old, applies all changes
 to it that were made since its catalogue was written, and then puts it in place at once. A request
-keeps the bundle that it began with.
+keeps the bundle that it began with, which goes on following changes meanwhile.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -33,15 +34,19 @@ from acebert.experiment.interleaving import team_draft
 from acebert.serving.batcher import Batcher
 from acebert.serving.bundle import Bundle, published
 from acebert.serving.catalogue import Products, Unavailable
+from acebert.serving.changes import Source
 from acebert.serving.drift import QueryDrift
 from acebert.serving.live_index import LiveIndex, LiveProducts, fuse
 from acebert.serving.metrics import Metrics
-from acebert.serving.products import Filter, Hit
+from acebert.serving.products import Change, Filter, Hit, Patch, Product
 from acebert.serving.query_encoder import QueryEncoder
 
 log = logging.getLogger(__name__)
 
 EVENTS = 500  # of one transaction of the log
+START_SECONDS = 60.0  # for one answer of the writer, before a replica starts without it
+BACK_OFF = 60.0  # most seconds between two attempts to load a bundle that cannot be loaded
+Step = Callable[[], Awaitable[None]]
 EncodeQueries = Callable[[Path, Sequence[str]], Awaitable[tuple[str, NDArray[np.float32]]]]
 """bundle, texts [n] → version of the model, vectors [n, d]: a query encoder elsewhere"""
 
@@ -75,6 +80,9 @@ class Loaded:
         self.bundle = Bundle(directory)
         self.version = self.bundle.version
         self.seq = 0
+        self.begun = False
+        """the writer has said where to begin"""
+        self.applying = asyncio.Lock()
         self.drift = QueryDrift(self.bundle.query_mean)
         self.index: LiveProducts
         if serve.milvus_uri is None:
@@ -120,28 +128,38 @@ class SearchService:
         self.products = products
         self._encode_apart = encode
         self.metrics = Metrics()
-        self._pool = ThreadPoolExecutor(self.settings.threads + 1, "search")
+        threads = self.settings.threads
+        self._pool = ThreadPoolExecutor(  # FAISS counts its threads for each thread that calls it
+            threads + 1, "search", faiss.omp_set_num_threads, (threads,)
+        )
         self.loaded: Loaded | None = None
         experiment = Experiment.of(settings.experiment)
         self.trial = Trial(experiment, self) if experiment else None
+        self.loading = asyncio.Lock()
         self._heard = 0.0
-        self._task: asyncio.Task[None] | None = None
-        faiss.omp_set_num_threads(self.settings.threads)
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Load the bundle, apply all changes to it, and follow both from then on.
+        """Load the bundle, apply all changes to it, and follow both from then on. Without the
+        writer it starts with the bundle alone, so that a replica can come back; changes follow.
 
         Raises:
             UserError: there is no bundle, or it is broken.
         """
-        self.loaded = await self.load(self._wanted())
+        self.loaded = await self.load(self._wanted(), starts=True)
+        often = self.settings.follow_seconds
+        steps: list[tuple[Step, float, float]]
+        steps = [(self._follow, often, often), (self._swap, often, BACK_OFF)]
         if self.trial is not None:
             await self.trial.start()
-        self._task = asyncio.create_task(self._follow())
+            flush = self.all_settings.experiment.flush_seconds
+            steps += [(self.trial.follow, often, often), (self.trial.flush, flush, flush)]
+            steps += [(swap, often, BACK_OFF) for swap in self.trial.swaps()]
+        self._tasks = [asyncio.create_task(self._repeat(*step)) for step in steps]
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
+        for task in self._tasks:
+            task.cancel()
         if self.trial is not None:
             self.trial.close()
         self._pool.shutdown(wait=False)
@@ -158,44 +176,67 @@ class SearchService:
     def _wanted(self) -> Path:
         return self.settings.bundle or published(self.all_settings.workdir)
 
-    async def load(self, directory: Path) -> Loaded:
+    async def load(self, directory: Path, *, starts: bool = False) -> Loaded:
+        """A bundle with all changes; where the service `starts` and the writer does not answer,
+        with those that it has told."""
         loaded = await asyncio.to_thread(Loaded, directory, self.all_settings, self._pool)
-        written = loaded.bundle.made.get("catalogue")
-        if written is not None:
-            loaded.seq = await self.products.before(written)
-        while await self.catch_up(loaded):
-            pass
+        try:
+            while await asyncio.wait_for(self.catch_up(loaded), START_SECONDS if starts else None):
+                pass
+        except (Unavailable, TimeoutError) as error:
+            if not starts:
+                raise
+            log.warning("starts without all changes, the writer does not answer: %r", error)
         log.info("serves %s, %d changes", directory, loaded.seq)
         return loaded
 
     async def catch_up(self, loaded: Loaded) -> int:
         """Apply the next changes; how many there were."""
-        changes = await self.products.changes(loaded.seq, loaded.bundle.directory, loaded.version)
-        if changes:
-            await asyncio.to_thread(loaded.index.apply, changes)
-            loaded.seq = changes[-1].seq
-            self.metrics.changes.inc(len(changes))
+        bundle, version = loaded.bundle.directory, loaded.version
+        async with loaded.applying:  # an arm's bundle may be the published one
+            if not loaded.begun:
+                seq, gone = await self.products.begin(loaded.bundle.made.get("catalogue"))
+                out = Patch(in_stock=False)
+                carried = [Change(seq, name, None, None, out) for name in gone]
+                await asyncio.to_thread(loaded.index.apply, carried)
+                loaded.seq, loaded.begun = seq, True
+            changes = await self.products.changes(loaded.seq, bundle, version)
+            if changes:
+                await asyncio.to_thread(loaded.index.apply, changes)
+                loaded.seq = changes[-1].seq
+                self.metrics.changes.inc(len(changes))
         self._heard = time.monotonic()
         return len(changes)
 
-    async def _follow(self) -> None:
+    async def _repeat(self, step: Step, seconds: float, most: float) -> None:
+        """Take `step` every so many seconds; after one that failed wait twice as long as before
+        it, up to `most`."""
+        wait = seconds
         while True:
-            await asyncio.sleep(self.settings.follow_seconds)
+            await asyncio.sleep(wait)
             try:
-                current = self.current()
-                while await self.catch_up(current):
-                    pass
-                wanted = self._wanted()
-                if wanted != current.bundle.directory:
-                    self.loaded = await self.load(wanted)
-                if self.trial is not None:
-                    await self.trial.follow()
-            except Unavailable as error:
-                log.warning("cannot follow, goes on with what it has: %s", error)
-            except Exception:  # a bundle is broken: serve what there is
-                log.exception("cannot follow, goes on with what it has")
+                await step()
+                wait = seconds
+            except Exception as error:  # a bundle is broken, a part is away: serve what there is
+                wait = max(seconds, min(2 * wait, most))
+                known = isinstance(error, Unavailable | UserError)
+                why = "goes on with what it has, tries again in %.1f s: %s"
+                log.warning(why, wait, error, exc_info=not known)
+
+    async def _follow(self) -> None:
+        try:
+            loaded = self.current()
+            while await self.catch_up(loaded):
+                pass
+        finally:
             self.metrics.behind.set(self.behind)
             self._tell()
+
+    async def _swap(self) -> None:
+        wanted = self._wanted()
+        if wanted != self.current().bundle.directory:
+            async with self.loading:
+                self.loaded = await self.load(wanted)
 
     def _tell(self) -> None:
         """Metrics of what is served, and of what waits."""
@@ -219,7 +260,8 @@ class SearchService:
 
         Args:
             hybrid: fuse the ranks with BM25's on titles.
-            min_score: hits below are left out (none: `serve.good_score` only judges the best).
+            min_score: hits whose vectors score below are left out (none: `serve.good_score` only
+                judges the best).
             loaded: the bundle that answers (none: the published one).
         """
         start = time.perf_counter()
@@ -246,7 +288,7 @@ class SearchService:
         """The products nearest to a product, without it; None: there is no such product."""
         start = time.perf_counter()
         loaded = self.current()
-        vector = loaded.index.vector(product_id)
+        vector = await asyncio.to_thread(loaded.index.vector, product_id)
         if vector is None:
             return None
         found = await self._nearest(loaded, vector, k + 1, where, "product", start, None, None)
@@ -261,7 +303,8 @@ class SearchService:
         """
         start = time.perf_counter()
         loaded = self.current()
-        vectors = await self.products.encode(loaded.bundle.directory, [text], [photo])
+        shown = Source(Product("", text), photo)  # no product of the bundle
+        vectors = await self.products.encode(loaded.bundle.directory, [shown])
         self.metrics.stage("encode", "photo", time.perf_counter() - start)
         return await self._nearest(loaded, vectors[0], k, where, "photo", start, None, None)
 
@@ -270,8 +313,10 @@ class SearchService:
         loaded = self.current()
         if loaded.index.is_changed(product_id):
             return await self.products.photo(product_id)
-        row = loaded.bundle.row_of(product_id)
-        return None if row is None else loaded.bundle.photo(row)
+        return await asyncio.to_thread(loaded.bundle.photo_of, product_id)
+
+    async def product(self, product_id: str) -> Product | None:
+        return await asyncio.to_thread(self.current().index.product, product_id)
 
     async def _vector(self, loaded: Loaded, text: str) -> NDArray[np.float32]:
         if loaded.batcher is not None:
@@ -297,14 +342,18 @@ class SearchService:
         (hits,) = await loop.run_in_executor(
             self._pool, loaded.index.search, vector[None], k, where
         )
-        good = self.settings.good_score if min_score is None else min_score
-        no_good_match = not hits or (good is not None and hits[0].score < good)
-        if min_score is not None:
-            hits = [hit for hit in hits if hit.score >= min_score]
+        rankings = [hits]
         if hybrid is not None:
-            words = await loop.run_in_executor(self._pool, loaded.index.by_words, hybrid, k, where)
-            hits = fuse(k, hits, words)
-            no_good_match = no_good_match and not words
+            by_words = loaded.index.by_words
+            rankings.append(
+                await loop.run_in_executor(self._pool, by_words, hybrid, vector, k, where)
+            )
+        scores = [hit.score for ranking in rankings for hit in ranking]
+        good = self.settings.good_score if min_score is None else min_score
+        no_good_match = not scores or (good is not None and max(scores) < good)
+        if min_score is not None:
+            rankings = [[hit for hit in some if hit.score >= min_score] for some in rankings]
+        hits = rankings[0] if hybrid is None else fuse(k, *rankings)
         end = time.perf_counter()
         self.metrics.stage("index", path, end - asked)
         self.metrics.stage("total", path, end - start)
@@ -326,7 +375,6 @@ class Trial:
         self._directory = settings.workdir / "serving" / "events"
         self._arms: dict[str, Loaded] = {}
         self._thread = ThreadPoolExecutor(1, "events")
-        self._flushed = time.monotonic()
 
     async def start(self) -> None:
         """Load what is published for each arm, and open the log.
@@ -335,34 +383,42 @@ class Trial:
             UserError: nothing is published for an arm, or a bundle is broken.
         """
         for arm in self._experiment.arms:
-            self._arms[arm] = await self._bundle(published(self._workdir, arm))
+            self._arms[arm] = await self._bundle(published(self._workdir, arm), starts=True)
         self._log = EventLog(self._directory)
         self._append = Batcher(self._log.append, self._thread, EVENTS)
 
-    async def _bundle(self, directory: Path) -> Loaded:
+    async def _bundle(self, directory: Path, *, starts: bool = False) -> Loaded:
         """A bundle that several arms, or all other users, have is there once."""
         for loaded in (self._service.current(), *self._arms.values()):
             if loaded.bundle.directory == directory:
                 return loaded
-        return await self._service.load(directory)
+        return await self._service.load(directory, starts=starts)
 
     async def follow(self) -> None:
-        """Take over changes of products and newer bundles; move the log to Parquet in its turn."""
+        """Take over changes of products."""
         for loaded in {id(arm): arm for arm in self._arms.values()}.values():
             while await self._service.catch_up(loaded):
                 pass
-        for arm, loaded in list(self._arms.items()):
-            wanted = published(self._workdir, arm)
-            if wanted != loaded.bundle.directory:
-                self._arms[arm] = await self._bundle(wanted)
-        if time.monotonic() - self._flushed > self._settings.flush_seconds:
-            self._flushed = time.monotonic()
-            await asyncio.to_thread(self._flush)
 
-    def _flush(self) -> None:
-        self._log.flush()
-        collect(self._directory)
-        forget(self._directory, self._settings.retention_days)
+    def swaps(self) -> list[Step]:
+        """For each arm, what takes over a newer bundle."""
+        return [partial(self._swap, arm) for arm in self._arms]
+
+    async def _swap(self, arm: str) -> None:
+        wanted = published(self._workdir, arm)
+        if wanted != self._arms[arm].bundle.directory:
+            async with self._service.loading:
+                self._arms[arm] = await self._bundle(wanted)
+
+    async def flush(self) -> None:
+        """Move the log to Parquet, and delete what is too old."""
+
+        def work() -> None:
+            self._log.flush()
+            collect(self._directory)
+            forget(self._directory, self._settings.retention_days)
+
+        await asyncio.to_thread(work)
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -453,6 +509,6 @@ class Trial:
     ) -> None:
         """Log what a shopper did; durable when it returns."""
         if action == "purchase" and revenue is None:
-            product = self._service.current().index.product(product_id)
+            product = await self._service.product(product_id)
             revenue = product.price if product else None
         await self._append(Action(search_id, datetime.now(UTC), action, product_id, revenue))

@@ -162,8 +162,12 @@ def as_text(table: Table) -> str:
         for runtime, row in runtimes.items()
         if row["kept_100"] >= KEPT
     ]
-    _, model, runtime = min(good)
-    lines.append(f"fastest that keeps {KEPT:.0%} of Recall@100: {model}, {runtime}")
+    what = f"keeps {KEPT:.0%} of Recall@100"
+    if good:
+        _, model, runtime = min(good)
+        lines.append(f"fastest that {what}: {model}, {runtime}")
+    else:  # of a teacher that finds nothing there is nothing to keep
+        lines.append(f"none {what}")
     return "\n".join(lines) + "\n"
 
 

@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
+def student_layers(settings: Settings, teacher: Path) -> tuple[int, ...]:
+    """How many layers each student has, whom the teacher can all have.
+
+    Raises:
+        UserError: it cannot.
+    """
+    model, own = DualEncoder.load(teacher), settings.distill
+    has = (model.query_tower or model.tower).encoder.config.num_hidden_layers
+    chosen = own.layers or tuple(range(1, min(3, has) + 1))
+    for layers in chosen:
+        new_student(model, layers, own.width)
+    return chosen
+
+
 def distill(settings: Settings, teacher: Path, layers: int, targets: Stage) -> Stage:
     """Train a student of `layers` layers and write its model directory: the teacher's product side
     and tokenizer, and a query side of its own (docs/architecture.md, distill).

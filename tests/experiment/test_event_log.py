@@ -1,8 +1,10 @@
 import os
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -59,6 +61,50 @@ def _collect_elsewhere(directory: Path) -> int:
     code += "print(collect(Path(sys.argv[1])))"
     command = [sys.executable, "-c", code, str(directory)]
     return int(subprocess.check_output(command, text=True))
+
+
+def test_events_are_appended_while_others_are_written_to_parquet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, write = EventLog(tmp_path), pq.write_table
+    log.append([exposure("s1")])
+
+    def slow(*arguments: object, **options: object) -> None:
+        appended = threading.Thread(target=log.append, args=([exposure("s2")],))
+        appended.start()
+        appended.join(10)
+        assert not appended.is_alive()
+        write(*arguments, **options)
+
+    monkeypatch.setattr(event_log.pq, "write_table", slow)
+    assert log.flush() == 1
+    monkeypatch.undo()
+    log.close()
+    assert set(read(tmp_path, "exposure")) == {"s1", "s2"}
+
+
+@pytest.mark.parametrize("how", ["no database", "a page", "an event"])
+def test_a_hot_file_that_cannot_be_read_is_set_aside_and_the_others_collected(
+    tmp_path: Path, how: str
+) -> None:
+    for name in ("a", "b"):
+        log = EventLog(tmp_path)
+        log.append([exposure(f"{name}{i}") for i in range(200)])
+        log._db.close()
+        log._path.rename(tmp_path / "hot" / f"{name}.sqlite")
+    broken = tmp_path / "hot" / "a.sqlite"
+    if how == "no database":
+        broken.write_bytes(b"no database" * 1000)
+    elif how == "a page":
+        data = broken.read_bytes()
+        broken.write_bytes(data[:4096] + bytes([255]) * (len(data) - 4096))
+    else:
+        with sqlite3.connect(broken) as db:
+            db.execute("UPDATE event SET body = '{' WHERE seq = 7")
+        db.close()
+    assert collect(tmp_path) == 200
+    assert sorted(map(str, read(tmp_path, "exposure"))) == sorted(f"b{i}" for i in range(200))
+    assert [path.name for path in (tmp_path / "hot").iterdir()] == ["a.broken"]
 
 
 WRITER = """

@@ -1,5 +1,7 @@
 """Students at their start, and what they learn, against numpy."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from acebert.models.distillation import distillation_losses
 from acebert.models.dual import DualEncoder
 from acebert.models.encoder import HOT_QUERY, TextInputs
 from acebert.models.student import new_student
+from acebert.training.distill import student_layers
 
 
 def unit(*shape: int) -> torch.Tensor:
@@ -41,6 +44,21 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn() -> None:
     assert kl.abs().max() < 1e-6
     assert distance.abs().max() < 1e-6
     assert v.grad.abs().max() < 1e-5
+
+
+def test_students_are_as_deep_as_the_teacher_at_most_and_refused_before_any_is_trained(
+    tmp_path: Path,
+) -> None:
+    argv = ["--model.width", "32", "--model.heads", "4", "--model.layers", "2"]
+    settings = load_settings(argv)
+    model = DualEncoder.new(
+        settings.model, vocab_size=100, sep_token_id=3, patch_dim=8, pixel_side=7, seed=0
+    )
+    model.save(tmp_path)
+    assert student_layers(settings, tmp_path) == (1, 2)
+    deeper = load_settings([*argv, "--distill.layers", "[1, 3]"])
+    with pytest.raises(UserError, match="has 2 layers"):
+        student_layers(deeper, tmp_path)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from acebert.models.dual import DualEncoder
 from acebert.serving.api import make_api
 from acebert.serving.bundle import build_bundle, hot_queries, publish, published
 from acebert.serving.catalogue import Catalogue
-from acebert.serving.changes import ChangeLog
+from acebert.serving.changes import ChangeLog, Source
 from acebert.serving.product_encoder import ProductEncoder
 from acebert.serving.query_encoder import QueryEncoder, product_side_version
 from acebert.serving.service import SearchService
@@ -40,6 +40,7 @@ SMALL = [
     *["--demo.image_side", "64", "--model.width", "32", "--model.heads", "2"],
     *["--model.layers", "1", "--text.vocab_size", "400", "--train.precision", "fp32"],
     *["--serve.hot_queries", "20", "--serve.follow_seconds", "0.1"],
+    *["--model.hot_queries", "as_is"],
 ]
 
 
@@ -107,12 +108,10 @@ class LocalEncoder:
         self._settings = settings.serve
         self._known: dict[Path, ProductEncoder] = {}
 
-    async def __call__(
-        self, bundle: Path, titles: Sequence[str], photos: Sequence[bytes | None]
-    ) -> np.ndarray:
+    async def __call__(self, bundle: Path, sources: Sequence[Source]) -> np.ndarray:
         if bundle not in self._known:
             self._known[bundle] = ProductEncoder(bundle, 1, self._settings.max_megapixels)
-        return self._known[bundle].encode(titles, photos)
+        return self._known[bundle].encode(sources)
 
 
 def local_catalogue(settings: Settings) -> Catalogue:

@@ -5,21 +5,34 @@ import base64
 import io
 import json
 import shutil
+import sqlite3
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import cv2
+import faiss
 import httpx2 as httpx
 import numpy as np
 import pytest
 from PIL import Image
 
-from acebert.serving.bundle import publish
+from acebert.errors import UserError
+from acebert.serving import service
+from acebert.serving.bundle import Bundle, ProductTable, build_bundle, publish
+from acebert.serving.catalogue import Catalogue, Unavailable
+from acebert.serving.changes import Source
 from acebert.serving.gate import Gate
+from acebert.serving.product_encoder import ProductEncoder
+from acebert.serving.products import Product
 from acebert.serving.query_encoder import QueryEncoder
+from acebert.serving.service import Loaded
+from acebert.workdir import Stage
 
 
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20) -> None:
@@ -92,6 +105,24 @@ def test_filters_and_the_score_threshold_hold_for_every_hit(world, with_service)
     with_service(test)
 
 
+def test_hybrid_hits_are_judged_by_their_vectors_too(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        hit = (await client.get("/search?q=shoe&k=80")).json()["hits"][40]
+        asked = {"q": hit["title"], "k": 80, "hybrid": True}
+        whole = {
+            h["product_id"]: h["score"]
+            for h in (await client.get("/search", params=asked | {"hybrid": False})).json()["hits"]
+        }
+        middle = sorted(whole.values())[40] - 2e-6  # scores are rounded in answers
+        above = await client.get("/search", params=asked | {"min_score": middle})
+        assert {*ids(above)} == {name for name, score in whole.items() if score >= middle}
+        none = await client.get("/search", params=asked | {"min_score": 1})
+        assert ids(none) == []
+        assert none.json()["no_good_match"]
+
+    with_service(test)
+
+
 def test_similar_items_are_the_nearest_without_the_product_itself(world, with_service) -> None:
     async def test(client: httpx.AsyncClient, local: Any) -> None:
         name = world.ids[5]
@@ -133,6 +164,71 @@ def test_an_upsert_is_found_by_its_own_title_and_a_delete_is_not(world, with_ser
     with_service(test)
 
 
+def test_a_change_of_price_or_stock_keeps_vector_and_photo(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        name, index = world.ids[5], local.service.current().index
+        before = (await client.get(f"/products/{name}")).json()
+        photo = (await client.get(f"/photos/{name}")).content
+        assert (await client.patch(f"/products/{name}", json={"price": 0.5})).status_code == 202
+        gone = await client.patch(f"/products/{name}", json={"in_stock": False})
+        assert gone.status_code == 202
+
+        async def known() -> bool:
+            return not (await client.get(f"/products/{name}")).json()["in_stock"]
+
+        await until(known)
+        after = (await client.get(f"/products/{name}")).json()
+        assert after == before | {"price": 0.5, "in_stock": False}
+        np.testing.assert_array_equal(index.vector(name), world.vectors[5])
+        assert (await client.get(f"/photos/{name}")).content == photo
+        for query in ("in_stock=false", "max_price=0.5"):
+            assert ids(await client.get(f"/search?q=shoe&{query}")) == [name]
+        assert name not in ids(await client.get("/search?q=shoe&k=80&in_stock=true"))
+        nobody = await client.patch("/products/nobody", json={"price": 1})
+        assert nobody.status_code == 404
+        assert (await client.patch(f"/products/{name}", json={})).status_code == 422
+        await client.put("/products/new", json={"title": "new"})
+        assert (await client.patch("/products/new", json={"price": 1})).status_code == 202
+        await client.delete(f"/products/{name}")
+        assert (await client.patch(f"/products/{name}", json={"price": 1})).status_code == 404
+
+    with_service(test)
+
+
+def test_a_put_without_a_photo_keeps_photo_and_hot_queries(world, with_service) -> None:
+    hot = Bundle(world.bundle).hot_queries
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        index, row = (
+            local.service.current().index,
+            next(r for r, i in enumerate(world.ids) if hot(i)),
+        )
+        name = world.ids[row]
+        photo = (await client.get(f"/photos/{name}")).content
+        title = (await client.get(f"/products/{name}")).json()["title"]
+        await client.put(f"/products/{name}", json={"title": title, "category": "changed"})
+        await client.put("/products/new", json={"title": title})
+
+        async def known() -> bool:
+            return (await client.get("/products/new")).status_code == 200
+
+        await until(known)
+        assert (await client.get(f"/products/{name}")).json()["category"] == "changed"
+        np.testing.assert_allclose(index.vector(name), world.vectors[row], atol=1e-5)
+        assert np.abs(index.vector("new") - world.vectors[row]).max() > 1e-3  # it has no queries
+        assert photo
+        assert (await client.get(f"/photos/{name}")).content == photo
+        await client.delete(f"/products/{name}")
+        await client.put(f"/products/{name}", json={"title": title})
+
+        async def bare() -> bool:
+            return (await client.get(f"/photos/{name}")).status_code == 404
+
+        await until(bare)
+
+    with_service(test)
+
+
 def test_a_restarted_service_has_the_changes_it_acknowledged(world, with_service) -> None:
     async def write(client: httpx.AsyncClient, local: Any) -> None:
         bodies = [{"product_id": f"n{i}", "title": f"new thing {i}"} for i in range(30)]
@@ -168,38 +264,119 @@ def test_a_swap_takes_changes_over_to_the_new_model_and_fails_no_request(
         assert "new" in ids(await client.get("/search?q=red+shoe&k=81"))
         encoded = local.service.current().index.vector("new")
         assert encoded is not None
-        own = await local.catalogue.encode(world.other_bundle, ["red shoe"], [None])
+        sent = Source(Product("new", "red shoe"), None)
+        own = await local.catalogue.encode(world.other_bundle, [sent])
         np.testing.assert_allclose(encoded, own[0], atol=1e-5)
 
     with_service(test)
 
 
-def test_a_newer_catalogue_supersedes_the_changes_made_before_it_was_written(
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_service_starts_without_its_writer_and_catches_up_when_it_is_back(
+    world, with_service, monkeypatch, silent
+) -> None:
+    begin, down = Catalogue.begin, [True]
+
+    async def gone(*arguments: Any) -> Any:
+        while down and silent:
+            await asyncio.sleep(0.05)
+        if down:
+            raise Unavailable("killed")
+        return await begin(*arguments)
+
+    async def write(client: httpx.AsyncClient, local: Any) -> None:
+        await client.put("/products/new", json={"title": "new"})
+
+    async def read(client: httpx.AsyncClient, local: Any) -> None:
+        assert (await client.get("/ready")).status_code == 200
+        assert len(ids(await client.get("/search?q=shoe"))) == 10
+        assert (await client.get("/products/new")).status_code == 404
+        down.clear()
+
+        async def known() -> bool:
+            return (await client.get("/products/new")).status_code == 200
+
+        await until(known)
+
+    with_service(write)
+    monkeypatch.setattr(Catalogue, "begin", gone)
+    monkeypatch.setattr(service, "START_SECONDS", 0.3)
+    with_service(read)
+
+
+def test_changes_go_on_while_a_bundle_that_cannot_be_loaded_is_tried_less_and_less_often(
+    world, with_service, tmp_path, monkeypatch
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(world.bundle, broken)
+    shutil.rmtree(broken / "query_encoder")
+    tried: list[float] = []
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        load = local.service.load
+
+        async def slow(directory: Path) -> Loaded:
+            tried.append(time.monotonic())
+            if len(tried) == 1:
+                await asyncio.sleep(3)
+            return await load(directory)
+
+        monkeypatch.setattr(local.service, "load", slow)
+        publish(world.settings.workdir, broken)
+
+        async def loads() -> bool:
+            return len(tried) > 0
+
+        async def known() -> bool:
+            return (await client.get("/products/new")).status_code == 200
+
+        async def tried_again() -> bool:
+            return len(tried) == 5
+
+        await until(loads)
+        await client.put("/products/new", json={"title": "new"})
+        await until(known)
+        assert len(tried) == 1  # applied while the bundle was loaded
+        await until(tried_again)
+        waited = np.diff(tried[1:])
+        assert waited[2] > 1.5 * waited[0]
+
+    with_service(test, follow_seconds=0.1)
+
+
+def test_a_newer_catalogue_supersedes_the_changes_made_before_it_was_written_but_for_stock(
     world, with_service, tmp_path
 ) -> None:
     newer = tmp_path / "newer"
     shutil.copytree(world.other_bundle, newer)
     info = json.loads((newer / "bundle.json").read_text())
-    changed, deleted = world.ids[0], world.ids[1]
+    changed, deleted, back = world.ids[0], world.ids[1], world.ids[2]
 
     async def test(client: httpx.AsyncClient, local: Any) -> None:
-        await client.put(f"/products/{changed}", json={"title": "of the old day"})
+        gone = {"title": "of the old day", "in_stock": False}
+        await client.put(f"/products/{changed}", json=gone)
+        await client.patch(f"/products/{back}", json={"in_stock": False, "price": 1.25})
         await client.delete(f"/products/{deleted}")
         await asyncio.sleep(0.05)
         info["made"]["catalogue"] = datetime.now(UTC).isoformat()
         (newer / "bundle.json").write_text(json.dumps(info))
         await asyncio.sleep(0.05)
         await client.put("/products/later", json={"title": "of the new day"})
+        await client.patch(f"/products/{back}", json={"in_stock": True})
         publish(world.settings.workdir, newer)
 
         async def swapped() -> bool:
             return (await client.get("/version")).json()["bundle"] == "newer"
 
         await until(swapped, 60)
-        assert (await client.get(f"/products/{changed}")).json()["title"] != "of the old day"
+        now = (await client.get(f"/products/{changed}")).json()
+        assert now["title"] != "of the old day"
+        assert not now["in_stock"]  # the catalogue does not say that it is there again
+        assert (await client.get(f"/products/{back}")).json()["in_stock"]
+        assert (await client.get(f"/products/{back}")).json()["price"] != 1.25
         assert (await client.get(f"/products/{deleted}")).status_code == 200
         assert (await client.get("/products/later")).json()["title"] == "of the new day"
-        assert (await client.get("/version")).json()["changes"] == 3
+        assert (await client.get("/version")).json()["changes"] == 6
 
     with_service(test)
 
@@ -309,8 +486,16 @@ def test_a_key_guards_all_but_the_page_photos_and_health(world, with_service) ->
             assert (await client.get("/search?q=x", headers=headers)).status_code == 401
             put = await client.put("/products/x", json={"title": "x"}, headers=headers)
             assert put.status_code == 401
-        good = await client.get("/search?q=x", headers={"x-api-key": "secret"})
-        assert good.status_code == 200
+        good = {"x-api-key": "secret"}
+        assert (await client.get("/search?q=x", headers=good)).status_code == 200
+        described = (await client.get("/openapi.json", headers=good)).json()
+        (scheme,) = described["components"]["securitySchemes"].values()
+        assert scheme == {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+        for path, operations in described["paths"].items():
+            for method, operation in operations.items():
+                asked = path.format(product_id=world.ids[0])
+                refused = (await client.request(method, asked)).status_code == 401
+                assert refused == bool(operation.get("security")), path
 
     with_service(test, key="secret")
 
@@ -331,11 +516,6 @@ def test_what_is_too_much_is_refused_at_once_and_the_rest_answered(world, with_s
 
 
 def test_vectors_of_two_models_are_refused(world, with_service, tmp_path) -> None:
-    import shutil
-
-    from acebert.errors import UserError
-    from acebert.serving.bundle import Bundle
-
     mixed = tmp_path / "mixed"
     shutil.copytree(world.bundle, mixed)
     shutil.rmtree(mixed / "query_encoder")
@@ -356,11 +536,65 @@ def test_vectors_of_two_models_are_refused(world, with_service, tmp_path) -> Non
         Bundle(mixed)
 
 
-def test_a_query_encoder_of_another_model_makes_no_bundle(world, with_service) -> None:
-    from acebert.errors import UserError
-    from acebert.serving.bundle import build_bundle
-    from acebert.workdir import Stage
+def test_many_products_are_encoded_a_few_at_a_time(world, monkeypatch) -> None:
+    encoder, rows = ProductEncoder(world.bundle, 1, 10.0), []
+    forward = encoder._model.encode_products
 
+    def counted(text: Any, image: Any) -> Any:
+        rows.append(len(text.input_ids))
+        return forward(text, image)
+
+    monkeypatch.setattr(encoder._model, "encode_products", counted)
+    sources = [Source(Product(f"n{i}", "red shoe " * (i % 7)), None) for i in range(70)]
+    vectors = encoder.encode(sources)
+    assert max(rows) <= 32
+    alone = np.concatenate([encoder.encode([source]) for source in sources])
+    np.testing.assert_allclose(vectors, alone, atol=1e-5)
+
+
+def test_threads_that_search_have_as_many_of_faiss_as_are_set(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        in_pool = local.service._pool.submit(faiss.omp_get_max_threads)
+        assert in_pool.result() == 3
+
+    with_service(test, threads=3)
+
+
+def test_another_query_encoder_of_the_same_name_makes_another_bundle(world, tmp_path) -> None:
+    embedded = Stage("embed", world.model.parent / "embed-model0", "model0", 0.0, reused=True)
+    made = set()
+    for day in ("first", "second"):
+        own = tmp_path / day / "distill" / "student"
+        shutil.copytree(world.model, own)
+        (own / "query_encoder.onnx").write_text(day)
+        made.add(build_bundle(world.settings, world.model, own, world.ingested, embedded).path)
+    assert len(made) == 2
+
+
+def test_no_request_for_a_product_waits_for_sqlite_on_the_event_loop(
+    world, with_service, monkeypatch
+) -> None:
+    used: list[tuple[int, int]] = []
+    own = ProductTable._db.fget
+    assert own is not None
+
+    def noted(table: ProductTable) -> sqlite3.Connection:
+        used.append((threading.get_ident(), id(own(table))))
+        return own(table)
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        monkeypatch.setattr(ProductTable, "_db", property(noted))
+        for what in ("products", "photos", "similar"):
+            asked = [client.get(f"/{what}/{name}") for name in world.ids[:8]]
+            assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
+        threads, connections = {thread for thread, _ in used}, {name for _, name in used}
+        assert threading.get_ident() not in threads
+        assert len(connections) == len(threads) > 1
+
+    with_service(test)
+
+
+def test_a_query_encoder_of_another_model_makes_no_bundle(world, with_service) -> None:
     nothing = Stage("embed", world.settings.workdir, "none", 0.0, reused=True)
     other = world.other_bundle / "model"
     with pytest.raises(UserError, match="another model"):

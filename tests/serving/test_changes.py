@@ -1,10 +1,12 @@
 """The change log against a plain dict, and against kill -9."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from hypothesis import strategies as st
 
 from acebert.errors import UserError
 from acebert.serving import changes as module
+from acebert.serving.catalogue import Catalogue
 from acebert.serving.changes import ChangeLog, Source
-from acebert.serving.products import Product
+from acebert.serving.products import Change, Patch, Product
 
 
 def source(name: str, title: str = "shoe", photo: bytes | None = None) -> Source:
@@ -77,7 +80,7 @@ def test_a_follower_that_joins_at_any_time_ends_with_what_a_dict_holds(
 def test_vectors_of_another_version_are_never_handed_out(log: ChangeLog) -> None:
     log.put([source("a"), source("b")], np.ones((2, 4), np.float32), "old")
     assert log.since(0, "new", 10) == []
-    lacking = log.lacking("new", 10)
+    lacking = log.lacking(0, "new", 10)
     assert [s.product.product_id for _, s in lacking] == ["a", "b"]
     log.add_vectors([lacking[0][0]], vector(2), "new")
     (first,) = log.since(0, "new", 10)
@@ -95,10 +98,10 @@ def test_a_change_behind_one_without_a_vector_waits_for_it(log: ChangeLog) -> No
 
 def test_a_vector_for_a_product_that_changed_meanwhile_is_dropped(log: ChangeLog) -> None:
     log.put([source("a", "old title")], vector(1), "old")
-    ((seq, _),) = log.lacking("new", 10)
+    ((seq, _),) = log.lacking(0, "new", 10)
     log.put([source("a", "new title")], vector(1), "old")
     log.add_vectors([seq], vector(5), "new")
-    ((_, lacks),) = log.lacking("new", 10)
+    ((_, lacks),) = log.lacking(0, "new", 10)
     assert lacks.product.title == "new title"
 
 
@@ -108,6 +111,39 @@ def test_a_photo_is_kept_until_the_product_is_deleted(log: ChangeLog) -> None:
     log.delete("a")
     assert log.photo("a") is None
     assert log.photo("unknown") is None
+
+
+def test_price_and_stock_are_changes_of_their_own_until_the_product_is_put_again(
+    log: ChangeLog,
+) -> None:
+    log.put([source("a")], vector(1), "v")
+    log.patch("a", Patch(price=2.0, in_stock=False))
+    log.patch("a", Patch(price=3.0))
+    log.patch("b", Patch(in_stock=True))
+    found = log.since(0, "v", 10)
+    assert [(c.product_id, c.patch) for c in found] == [
+        ("a", None),
+        ("a", Patch(in_stock=False)),
+        ("a", Patch(price=3.0)),
+        ("b", Patch(in_stock=True)),
+    ]
+    log.put([source("a")], vector(1), "v")
+    log.delete("b")
+    assert [(c.product_id, c.patch) for c in log.since(0, "v", 10)] == [("a", None), ("b", None)]
+
+
+def test_what_is_out_of_stock_is_told_by_the_last_that_was_said_of_stock(log: ChangeLog) -> None:
+    gone = {"in_stock": False}
+    out = Source(Product("put", "shoe", **gone), None)
+    log.put([out, Source(Product("put and back", "shoe", **gone), None)], np.eye(2, 4), "v")
+    for name in ("patched", "back", "deleted"):
+        log.patch(name, Patch(**gone))
+    log.delete("deleted")
+    before = log.patch("patched", Patch(price=2.0))
+    for name in ("back", "put and back"):
+        log.patch(name, Patch(in_stock=True))
+    log.patch("later", Patch(**gone))
+    assert log.out_of_stock(before) == ["put", "patched"]
 
 
 def test_a_second_writer_is_refused(
@@ -129,6 +165,30 @@ def test_changes_before_a_moment_are_those_made_before_it(log: ChangeLog) -> Non
     last = log.put([source("c")], vector(1), "v")
     assert log.before(moment) == first
     assert log.before(datetime.now(UTC)) == last
+
+
+def test_a_new_model_encodes_no_superseded_change_and_each_other_one_once_for_all_replicas(
+    log: ChangeLog,
+) -> None:
+    encoded: list[str] = []
+
+    async def encode(bundle: Path, sources: Sequence[Source]) -> np.ndarray:
+        encoded.extend(source.product.title for source in sources)
+        await asyncio.sleep(0.01)
+        return np.ones((len(sources), 4), np.float32)
+
+    superseded = log.put([source("a", "superseded")], vector(1), "old")
+    for title in ("first", "second", "last"):
+        log.put([source("b", title)], vector(1), "old")
+    catalogue = Catalogue(log, encode, lambda: (Path(), "old"), 1.0)
+
+    async def replicas() -> list[list[Change]]:
+        asked = (catalogue.changes(superseded, Path(), "new") for _ in range(3))
+        return await asyncio.gather(*asked)
+
+    for found in asyncio.run(replicas()):
+        assert [change.product_id for change in found] == ["b"]
+    assert encoded == ["last"]
 
 
 WRITER = """

@@ -40,8 +40,8 @@ class Nothing:  # changes no product
     async def changes(self, since, bundle, version):
         return []
 
-    async def before(self, moment):
-        return 0
+    async def begin(self, catalogue):
+        return 0, []
 
 async def run():
     service = SearchService(settings_from(read_recipe(sys.argv[1])), Nothing())

@@ -1,11 +1,15 @@
 """The live index against numpy on the catalogue as it then is."""
 
+import sqlite3
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
-from acebert.serving.bundle import Bundle
+from acebert.serving.bundle import Bundle, create_words, match_words, query_words
 from acebert.serving.live_index import LiveIndex, fuse
-from acebert.serving.products import Change, Filter, Hit, Product
+from acebert.serving.products import Change, Filter, Hit, Patch, Product
 
 
 class Truth:
@@ -20,6 +24,12 @@ class Truth:
 
     def apply(self, changes: list[Change]) -> None:
         for change in changes:
+            before = self.found.get(change.product_id)
+            if change.patch is not None:
+                if before is not None:
+                    own = {k: v for k, v in vars(change.patch).items() if v is not None}
+                    self.found[change.product_id] = replace(before[0], **own), before[1]
+                continue
             self.found.pop(change.product_id, None)
             if change.product is not None and change.vector is not None:
                 self.found[change.product_id] = change.product, change.vector
@@ -47,7 +57,7 @@ def unit(seed: int, n: int, d: int) -> np.ndarray:
 
 
 def random_changes(bundle: Bundle, seed: int, count: int) -> list[Change]:
-    """Adds, replacements and deletions of old and new products."""
+    """Adds, replacements, patches and deletions of old and new products."""
     rng = np.random.default_rng(seed)
     d = bundle.vectors.shape[1]
     vectors = unit(seed, count, d)
@@ -64,6 +74,10 @@ def random_changes(bundle: Bundle, seed: int, count: int) -> list[Change]:
             None if rng.random() < 0.2 else float(rng.integers(1, 100)),
             bool(rng.random() < 0.6),
         )
+        if rng.random() < 0.4:
+            patch = Patch(*((None, False), (7.5, None), (3.25, True))[rng.integers(3)])
+            changes.append(Change(i + 1, name, None, None, patch))
+            continue
         deleted = rng.random() < 0.3
         changes.append(
             Change(i + 1, name, None if deleted else product, None if deleted else vectors[i])
@@ -122,27 +136,75 @@ def test_changes_applied_twice_change_nothing_more(bundle: Bundle) -> None:
     assert [h.product for h in once.search(*ask)[0]] == [h.product for h in twice.search(*ask)[0]]
 
 
+def test_a_search_goes_on_with_the_state_that_it_began_with(bundle: Bundle) -> None:
+    index, d = LiveIndex(bundle), bundle.vectors.shape[1]
+    vectors = unit(5, 300, d)
+    index.apply([Change(1, "new", Product("new", "old title"), vectors[0])])
+    began = index._state
+    index.apply(
+        [Change(i + 2, f"n{i % 40}", Product(f"n{i}", "x"), vectors[i]) for i in range(1, 300)]
+    )
+    index.apply([Change(302, "new", None, None)])
+    assert began.live.tolist() == [True]
+    np.testing.assert_array_equal(began.vectors, vectors[:1])
+
+
+def test_the_rows_before_are_not_copied_for_every_batch_of_changes(bundle: Bundle) -> None:
+    index, d = LiveIndex(bundle), bundle.vectors.shape[1]
+    arrays = set()
+    for i in range(400):
+        index.apply([Change(i + 1, f"n{i}", Product(f"n{i}", "x"), unit(i, 1, d)[0])])
+        arrays.add(index._state.vectors.__array_interface__["data"][0])
+    assert len(arrays) < 10
+
+
 def test_words_find_new_titles_and_no_deleted_ones(bundle: Bundle) -> None:
-    index = LiveIndex(bundle)
+    index, (vector, other) = LiveIndex(bundle), unit(0, 2, bundle.vectors.shape[1])
     old = bundle.products([3])[0]
     word = old.title.split()[-1]
-    assert old.product_id in [h.product.product_id for h in index.by_words(word, 100, Filter())]
-    vector = unit(0, 1, bundle.vectors.shape[1])[0]
+    before = {h.product.product_id: h.score for h in index.by_words(word, other, 100, Filter())}
+    assert before[old.product_id] == pytest.approx(float(bundle.vectors[3] @ other), abs=1e-6)
     index.apply(
         [
             Change(1, old.product_id, None, None),
             Change(2, "n", Product("n", "striped zebras"), vector),
         ]
     )
-    found = [h.product.product_id for h in index.by_words(word, 100, Filter())]
+    found = [h.product.product_id for h in index.by_words(word, other, 100, Filter())]
     assert old.product_id not in found
-    assert [h.product.product_id for h in index.by_words("ZEBRA", 9, Filter())] == ["n"]
-    assert index.by_words("zebra", 9, Filter(in_stock=False)) == []
+    (hit,) = index.by_words("ZEBRA", other, 9, Filter())
+    assert hit.product.product_id == "n"
+    assert hit.score == pytest.approx(float(vector @ other), abs=1e-6)
+    assert index.by_words("zebra", other, 9, Filter(in_stock=False)) == []
+
+
+def test_new_titles_rank_among_the_bundles_as_in_one_table_of_all(bundle: Bundle) -> None:
+    n, d = bundle.vectors.shape
+    own = bundle.products(list(range(n)))
+    titles = [" ".join([*own[i].title.split()[:-1], "zebra"]) for i in range(12)]
+    new = [Product(f"n{i}", title) for i, title in enumerate(titles)]
+    index = LiveIndex(bundle)
+    index.apply([Change(i + 1, p.product_id, p, unit(i, 1, d)[0]) for i, p in enumerate(new)])
+    whole = sqlite3.connect(":memory:")
+    create_words(whole)
+    everything = [*own, *new]
+    rows = enumerate(p.title for p in everything)
+    whole.executemany("INSERT INTO words (rowid, title) VALUES (?, ?)", rows)
+    for query in (new[0].title, own[1].title, own[2].title.split()[0]):
+        expected = dict(match_words(whole, query_words(query)))
+        hits = index.by_words(query, bundle.vectors[0], 2 * n, Filter())
+        names = [hit.product.product_id for hit in hits]
+        assert set(names) == {everything[row].product_id for row in expected}
+        score = {everything[row].product_id: value for row, value in expected.items()}
+        for better, worse in pairwise(names):
+            # the mean length of a title differs, and the bundle's words are counted without these
+            assert score[better] > 0.8 * score[worse] - 0.3
+    assert index.by_words(new[0].title, bundle.vectors[0], 5, Filter())[0].product == new[0]
 
 
 @pytest.mark.parametrize("query", ['"', "a OR", "NEAR(", "title:x", "*", "", "()", "x' --", "日本"])
 def test_words_take_any_text(bundle: Bundle, query: str) -> None:
-    assert isinstance(LiveIndex(bundle).by_words(query, 5, Filter()), list)
+    assert isinstance(LiveIndex(bundle).by_words(query, bundle.vectors[0], 5, Filter()), list)
 
 
 def test_fusion_is_the_sum_of_reciprocal_ranks() -> None:

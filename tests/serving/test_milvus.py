@@ -8,7 +8,7 @@ import pytest
 from acebert.errors import UserError
 from acebert.serving.bundle import Bundle
 from acebert.serving.live_index import LiveIndex
-from acebert.serving.products import Change, Filter, Product
+from acebert.serving.products import Change, Filter, Patch, Product
 
 pytest.importorskip("milvus_lite", reason="Milvus Lite is not installed (extra: milvus)")
 
@@ -36,6 +36,13 @@ def test_milvus_answers_as_faiss_does_also_after_changes_and_when_opened_again(
         Change(2, "new", Product("new", "zebra", 'odd " name', 20.0), queries[0]),
         Change(3, "gone out", Product("gone out", "x", None, None, in_stock=False), queries[1]),
     ]
+    second = bundle.products([1])[0].product_id
+    patched = [
+        Change(4, second, None, None, Patch(12.5, in_stock=False)),
+        Change(5, "new", None, None, Patch(price=45.0)),
+        Change(6, first.product_id, None, None, Patch(price=1.0)),  # which is deleted
+        Change(7, "nobody", None, None, Patch(price=1.0)),
+    ]
     faiss, uri = LiveIndex(bundle), str(tmp_path / "milvus.db")
 
     def compare(milvus: MilvusIndex) -> None:
@@ -61,6 +68,9 @@ def test_milvus_answers_as_faiss_does_also_after_changes_and_when_opened_again(
         index.apply(changes)
     compare(milvus)
     milvus.apply(changes)  # as a replica that starts does
+    for index in (faiss, milvus):
+        index.apply(patched)
     compare(milvus)
+    assert faiss.product(second) == milvus.product(second)
     with pytest.raises(UserError, match="hybrid"):
-        milvus.by_words("zebra", 3, Filter())
+        milvus.by_words("zebra", queries[0], 3, Filter())

@@ -20,6 +20,7 @@ from acebert.models.encoder import HOT_QUERY, TextInputs
 from acebert.models.student import new_student
 from acebert.serving.onnx_export import write_onnx
 from acebert.serving.query_encoder import QueryEncoder
+from acebert.serving.student_table import RUNTIMES, TEACHER, as_text
 
 WORDS = ("red", "blue", "summer", "winter", "dress", "shirt", "shoes", "jeans", "men", "nike")
 
@@ -129,3 +130,11 @@ def test_what_is_missing_or_broken_is_named(teacher: Path, tmp_path: Path) -> No
     (directory / "config.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match=r"config\.json"):
         QueryEncoder.load(directory, "onnx_int8")
+
+
+@pytest.mark.parametrize("kept", [float("nan"), 0.5])
+def test_a_table_without_a_good_row_says_so(kept: float) -> None:
+    row = dict.fromkeys(("recall_100", "kept_100_new", "overlap_100", "cosine", "megabytes"), 0.0)
+    times = {f"ms_batch{b}_threads{t}": 1.0 for b in (1, 32) for t in (1, 2)}
+    table = {TEACHER: {key: {**row, **times, "kept_100": kept} for key in RUNTIMES}}
+    assert as_text(table).endswith("none keeps 98% of Recall@100\n")

@@ -140,7 +140,9 @@ def test_a_refreshed_bundle_equals_one_from_scratch(days: Days) -> None:
     np.testing.assert_allclose(refreshed.hot_vectors, scratch.hot_vectors, atol=1e-5)
     for row in range(len(scratch.vectors)):
         assert refreshed.products([row]) == scratch.products([row])
-        assert refreshed.photo(row) == scratch.photo(row)
+        name = scratch.index.product_ids[row]
+        assert refreshed.photo_of(name) == scratch.photo_of(name)
+        assert refreshed.hot_queries(name) == scratch.hot_queries(name)
     scores, rows = refreshed.index.search(np.array(scratch.hot_vectors), 10)
     expected, expected_rows = scratch.index.search(np.array(scratch.hot_vectors), 10)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
