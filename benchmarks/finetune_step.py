@@ -33,7 +33,6 @@ from acebert.errors import UserError
 from acebert.job import run_job
 from acebert.models.dual import DualEncoder
 from acebert.models.encoder import ImageInputs, TextInputs
-from acebert.training.allocator import keep_freed_memory
 from acebert.training.finetuner import SPEED, Finetuner
 from acebert.training.pairs import PairBatches, Side, TrainBatch
 
@@ -169,8 +168,6 @@ class Rival:
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
-    if not arguments.rival:  # as a worker does; it would help the rival too
-        keep_freed_memory()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     steps, turns = arguments.steps, arguments.turns

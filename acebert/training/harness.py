@@ -40,7 +40,6 @@ from acebert.cluster import cores_here, node_resources, wait_for_nodes
 from acebert.config import Settings, settings_from
 from acebert.errors import AgreedError, UserError
 from acebert.job import set_up_logging
-from acebert.training.allocator import keep_freed_memory
 from acebert.training.checkpoint import (
     Checkpoints,
     Progress,
@@ -311,7 +310,6 @@ def _run_rank(loop: dict[str, Any]) -> str | None:
     if device.type == "cpu":
         cores = cores_here() // context.get_local_world_size()
         torch.set_num_threads(settings.train.threads_per_worker or max(1, cores))
-        keep_freed_memory()
     checkpoints = Checkpoints(loop["directory"], loop["identity"], settings.train.checkpoints_kept)
     send = _in_the_background(_mlflow_sender(loop["actor"], loop["mlflow_run"]))
     path = broadcast_from_rank_zero(checkpoints.newest() if rank == 0 else None)
