@@ -157,8 +157,8 @@ def before_finetuning(settings: Settings) -> Inputs:
 
 def finetune_stage(settings: Settings) -> Stage:
     """The model directory."""
-    before = before_finetuning(settings)
     settings = with_own_cnn(settings)
+    before = before_finetuning(settings)
     connect()
     data = before.data
     stages = data.ingested, data.tokens, data.features, before.planned

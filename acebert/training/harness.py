@@ -115,7 +115,7 @@ def trained_stage(
                 log.info("%s: begins anew. There is a checkpoint of another, %s", stage, other)
         tags = {"acebert.data": data}
         with start_run(settings, stage, digest, name=name, tags=tags, first_step=step) as mlrun:
-            _train(settings, checkpoints, identity, worker, config, mlrun)
+            _train(settings, checkpoints, newest, identity, worker, config, mlrun)
             export(checkpoints, mlrun, out)
 
     built = run_stage(settings.workdir, stage, key, build)
@@ -126,6 +126,7 @@ def trained_stage(
 def _train(
     settings: Settings,
     checkpoints: Checkpoints,
+    newest: Path | None,
     identity: dict[str, Any],
     worker: Worker,
     config: dict[str, Any],
@@ -170,7 +171,7 @@ def _train(
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    message = _fit(trainer, checkpoints, train.max_failures)
+    message = _fit(trainer, checkpoints, newest, train.max_failures)
     if message is not None:
         raise UserError(message)
     last = checkpoints.newest()
@@ -178,8 +179,10 @@ def _train(
         _mlflow_sender(actor, mlrun.run_id)(load_progress(last))  # what MLflow did not take before
 
 
-def _fit(trainer: TorchTrainer, checkpoints: Checkpoints, max_failures: int) -> str | None:
-    """Train to the end, again and again while deaths leave a newer checkpoint than before; the
+def _fit(
+    trainer: TorchTrainer, checkpoints: Checkpoints, before: Path | None, max_failures: int
+) -> str | None:
+    """Train to the end, again and again while deaths leave a newer checkpoint than `before`; the
     message of a UserError inside, if there was one.
 
     Raises:
@@ -188,7 +191,6 @@ def _fit(trainer: TorchTrainer, checkpoints: Checkpoints, max_failures: int) -> 
     told = _told_by_a_rank(checkpoints.directory)
     while True:
         told.unlink(missing_ok=True)
-        before = checkpoints.newest()
         try:
             with _ray_by_address():
                 result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
@@ -209,6 +211,7 @@ def _fit(trainer: TorchTrainer, checkpoints: Checkpoints, max_failures: int) -> 
                     "memory need a smaller --train.micro_batch"
                 ) from error
             log.warning("workers died, goes on from %s: %s", newest, _first_line(failures))
+            before = newest
 
 
 def _told_by_a_rank(directory: Path) -> Path:
