@@ -393,8 +393,8 @@ def _attend(
     Args:
         mask: [B, 1, 1, L], False where a key counts for nothing, or a float that is added to the
             scores; each row has a key that counts
-        plain: by matrix products and a softmax. On a CPU that trains, PyTorch's kernels take up to
-            three times as long, and more (benchmarks/attention.py)
+        plain: by matrix products and a softmax. On a CPU that trains, PyTorch's kernels take
+            longer (benchmarks/attention.py)
     """
     if not plain:
         mask = mask.expand(-1, -1, query.shape[2], -1)
