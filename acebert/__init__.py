@@ -14,5 +14,5 @@ __version__ = "0.1.0"
 # from here listens on 127.0.0.1 only and sends no usage reports; a process that joins a cluster
 # (RAY_ADDRESS) is reached at its node's own address.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-if "RAY_ADDRESS" not in os.environ:
+if os.environ.get("RAY_ADDRESS", "local") == "local":
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

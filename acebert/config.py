@@ -512,6 +512,10 @@ class ServeSettings(Section):
     bundle: Path | None = None
     """bundle directory to serve (none: the one that ray_jobs/publish.py published last in the work
     directory; a newer one is taken over while serving)"""
+    model: str | None = None
+    """model whose newest bundle in the work directory is served: its directory, or its address in
+    MLflow's registry, e.g. models:/acebert@champion, where the alias is followed (none: the bundle
+    that was published last)"""
     hot_queries: int = Field(100_000, ge=0)
     """most clicked queries whose vectors are computed beforehand"""
     index: Literal["auto", "flat", "hnsw", "ivf"] = "auto"

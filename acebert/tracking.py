@@ -39,6 +39,7 @@ STAGE_TAG = "acebert.stage"
 DIGEST_TAG = "acebert.digest"
 WORKDIR_TAG = "acebert.workdir"
 TABLE_TAG = "table"
+PRODUCT_SIDE_TAG = "acebert.product_side"
 SHARED_STAGES = ("demo", "ingest", "vocabulary", "tokens", "features", "plan", "cnn_labels")
 """of several recipes and seeds, so that no one's name is right for them"""
 Row = tuple[str, float, int]
@@ -251,6 +252,8 @@ def log_model(settings: Settings, run: Run, directory: Path) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
 
+    from acebert.serving.query_encoder import product_side_version
+
     dim = settings.model.embedding_dim
     signature = ModelSignature(
         inputs=Schema([ColSpec("string", "query")]),
@@ -274,8 +277,30 @@ def log_model(settings: Settings, run: Run, directory: Path) -> None:
         if name is None:
             return
         version = mlflow.register_model(logged.model_uri, name).version
+    run.client.set_model_version_tag(
+        name, version, PRODUCT_SIDE_TAG, product_side_version(directory)
+    )
     run.client.set_registered_model_alias(name, settings.tracking.alias, version)
     log.info("mlflow: model %s version %s, alias %s", name, version, settings.tracking.alias)
+
+
+def registered_product_side(settings: Settings, address: str) -> str:
+    """`product_side_version` of the model behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        UserError: the registry does not answer, or has no such model of ours.
+    """
+    name, at, alias = address.removeprefix("models:/").partition("@")
+    try:
+        if at:
+            found = client(settings).get_model_version_by_alias(name, alias)
+        else:
+            found = client(settings).get_model_version(*name.split("/", 1))
+        return found.tags[PRODUCT_SIDE_TAG]
+    except (MlflowException, TypeError, KeyError) as error:
+        raise UserError(
+            f"{address}: no model that a training registered in {tracking_uri(settings)}: {error!r}"
+        ) from error
 
 
 def model_directory(settings: Settings, address: str) -> Path:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the products of tests are too small to be shared
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_ADDRESS"] = "local"  # what a test starts joins no other Ray of the machine
 
 
 @pytest.fixture(scope="session")

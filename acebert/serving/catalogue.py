@@ -79,7 +79,7 @@ class Catalogue:
         Raises:
             BrokenImage: a photo is none, or too large; none of the products is taken then.
         """
-        bundle, version = self._bundle()
+        bundle, version = await asyncio.to_thread(self._bundle)
         table = self._table(bundle)
         sources = await asyncio.to_thread(lambda: [self._with_photo(table, s) for s in sources])
         vectors = await self.encode(bundle, sources)
@@ -108,7 +108,7 @@ class Catalogue:
     async def patch(self, product_id: str, patch: Patch) -> int | None:
         """Change price or stock of a product, which keeps its vector; durable when it returns.
         `seq`; None: there is no such product."""
-        table = self._table(self._bundle()[0])
+        table = self._table((await asyncio.to_thread(self._bundle))[0])
 
         def write() -> int | None:
             logged = self._logged(table, product_id)

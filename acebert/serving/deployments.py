@@ -39,6 +39,7 @@ from acebert.serving.product_encoder import ProductEncoder
 from acebert.serving.products import Change, Patch
 from acebert.serving.query_encoder import QueryEncoder, product_side_version
 from acebert.serving.service import SearchService
+from acebert.serving.wanted import WantedBundle
 
 KEY_VARIABLE = "ACEBERT_API_KEY"
 BUNDLES = 2  # whose encoders are kept: the old and the new one of a swap
@@ -102,8 +103,10 @@ class Changes:
     def __init__(self, settings: Settings, encoding: DeploymentHandle) -> None:
         set_up_logging()
 
+        wanted = WantedBundle(settings)
+
         def bundle() -> tuple[Path, str]:
-            path = settings.serve.bundle or published(settings.workdir)
+            path = wanted()
             return path, self._version(path)
 
         async def encode(*arguments: Any) -> NDArray[np.float32]:
@@ -220,7 +223,7 @@ def build(settings: Settings, replicas: int = 1) -> serve.Application:
     Raises:
         UserError: there is no bundle to serve, or it is broken.
     """
-    Bundle(settings.serve.bundle or published(settings.workdir))  # an error here, not in a replica
+    Bundle(WantedBundle(settings)())  # an error here, not in a replica
     if settings.experiment.name is not None:
         for arm in settings.experiment.arms:
             Bundle(published(settings.workdir, arm))

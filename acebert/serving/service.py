@@ -40,6 +40,7 @@ from acebert.serving.live_index import LiveIndex, LiveProducts, fuse
 from acebert.serving.metrics import Metrics
 from acebert.serving.products import Change, Filter, Hit, Patch, Product
 from acebert.serving.query_encoder import QueryEncoder
+from acebert.serving.wanted import WantedBundle
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ class SearchService:
         self._pool = ThreadPoolExecutor(  # FAISS counts its threads for each thread that calls it
             threads + 1, "search", faiss.omp_set_num_threads, (threads,)
         )
+        self._wanted = WantedBundle(settings)
         self.loaded: Loaded | None = None
         experiment = Experiment.of(settings.experiment)
         self.trial = Trial(experiment, self) if experiment else None
@@ -146,7 +148,7 @@ class SearchService:
         Raises:
             UserError: there is no bundle, or it is broken.
         """
-        self.loaded = await self.load(self._wanted(), starts=True)
+        self.loaded = await self.load(await asyncio.to_thread(self._wanted), starts=True)
         often = self.settings.follow_seconds
         steps: list[tuple[Step, float, float]]
         steps = [(self._follow, often, often), (self._swap, often, BACK_OFF)]
@@ -172,9 +174,6 @@ class SearchService:
     def current(self) -> Loaded:
         assert self.loaded is not None, "start() was not awaited"
         return self.loaded
-
-    def _wanted(self) -> Path:
-        return self.settings.bundle or published(self.all_settings.workdir)
 
     async def load(self, directory: Path, *, starts: bool = False) -> Loaded:
         """A bundle with all changes; where the service `starts` and the writer does not answer,
@@ -233,7 +232,7 @@ class SearchService:
             self._tell()
 
     async def _swap(self) -> None:
-        wanted = self._wanted()
+        wanted = await asyncio.to_thread(self._wanted)
         if wanted != self.current().bundle.directory:
             async with self.loading:
                 self.loaded = await self.load(wanted)

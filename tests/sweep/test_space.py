@@ -35,6 +35,13 @@ def test_the_spaces_that_we_ship_fit_the_settings(path: Path, base: Settings):
     assert len(trials_of(space, base)) == points * len(space.seeds)
 
 
+def test_the_guides_space_is_one(base: Settings, tmp_path: Path):
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+    _, example = guide.split("```yaml\nvary:")
+    (tmp_path / "space.yaml").write_text("vary:" + example.split("```")[0])
+    check_space(read_space(tmp_path / "space.yaml"), base)
+
+
 def test_a_grid_is_every_combination_with_every_seed(base: Settings):
     space = Space(vary={"loss.gamma": [5, 10], "adversary.k": [1, 2, 3]}, seeds=[7, 8])
     expected = [

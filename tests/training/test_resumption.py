@@ -184,9 +184,7 @@ def job(settings: Settings, *extra: str, address: str | None = None) -> Iterator
     """`ray_jobs/finetune.py` in a process of its own, with a Ray of its own or in a cluster."""
     recipe = settings.workdir / f"patience-{settings.train.patience}.yaml"
     recipe.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude={"recipe"})))
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    if address is not None:
-        env["RAY_ADDRESS"] = address
+    env = os.environ | ({"RAY_ADDRESS": address} if address else {})
     process = subprocess.Popen(
         [sys.executable, "ray_jobs/finetune.py", "--recipe", str(recipe), *extra],
         cwd=ROOT,
