@@ -58,6 +58,20 @@ class IndexInfo:
     """what it reached on the queries that it was set on"""
     codec: Codec = "fp32"
 
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Of a saved index.
+
+        Raises:
+            UserError: it has no index.json that can be read.
+        """
+        try:
+            return cls(**json.loads((directory / "index.json").read_text()))
+        except FileNotFoundError as error:
+            raise UserError(f"{directory}: not an index, it has no index.json") from error
+        except (TypeError, ValueError, OSError) as error:
+            raise UserError(f"{directory}: the index cannot be read: {error}") from error
+
 
 class ProductIndex:
     """n products; build or load one, then search it."""
@@ -229,11 +243,11 @@ class ProductIndex:
         Raises:
             UserError: a file is missing, or the files do not belong together.
         """
-        for name in ("index.faiss", "products.parquet", "index.json"):
+        info = IndexInfo.read(directory)
+        for name in ("index.faiss", "products.parquet"):
             if not (directory / name).is_file():
                 raise UserError(f"{directory}: not an index, it has no {name}")
         try:
-            info = IndexInfo(**json.loads((directory / "index.json").read_text()))
             ids = pq.read_table(directory / "products.parquet")["product_id"].to_pylist()
             index = faiss.read_index(str(directory / "index.faiss"))
         except (TypeError, ValueError, KeyError, RuntimeError, pa.ArrowException) as error:

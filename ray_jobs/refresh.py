@@ -6,6 +6,8 @@ As publish.py, with two differences. No day of the log is held out. And what the
 published has already, of the same model, is taken over: photos that are the same are not put
 through the CNN again, and products are embedded again only where their title, photo or hot queries
 changed. A run that is stopped leaves the old bundle published; the same command goes on.
+
+What earlier refreshes made is deleted, but for the `--keep` newest and what is published.
 """
 
 import argparse
@@ -25,8 +27,11 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     from acebert.errors import UserError
     from acebert.pipeline import Refresh, bundle_stage, settings_for
     from acebert.serving.bundle import publish, published
+    from acebert.serving.old_days import remove_old_days
     from acebert.tracking import model_directory
 
+    if arguments.keep < 1:
+        raise UserError(f"--keep {arguments.keep}: one at least, the one that is published")
     start = time.perf_counter()
     directory = model_directory(settings, arguments.model)
     settings = settings_for(directory, arguments.settings)
@@ -37,6 +42,11 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     query_encoder = arguments.query_encoder or directory
     stage = bundle_stage(settings, directory, query_encoder, Refresh(earlier))
     publish(settings.workdir, stage.path, arguments.arm)
+    removed = remove_old_days(settings.workdir, arguments.keep)
+    if settings.serve.milvus_uri is not None:
+        from acebert.serving.milvus import drop_collections
+
+        drop_collections(settings.serve.milvus_uri, removed)
     leave()
     embedded = settings.workdir / "embed" / stage_key(stage.path)["embed"]
     products = json.loads((embedded / "report.json").read_text())["products"]
@@ -49,4 +59,8 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_job(work, __doc__, bundle_arguments())
+    parser = bundle_arguments()
+    parser.add_argument(
+        "--keep", type=int, default=3, help="refreshes whose stages stay (default: 3)"
+    )
+    run_job(work, __doc__, parser)

@@ -25,6 +25,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from acebert.data.image import BrokenImage, decode
 from acebert.data.lookups import Lookups
 from acebert.data.photos import Photo, PhotoStorage, Rows
 from acebert.errors import UserError
-from acebert.index import TUNE_QUERIES, Kind, ProductIndex
+from acebert.index import TUNE_QUERIES, IndexInfo, Kind, ProductIndex
 from acebert.serving.products import Product
 from acebert.serving.query_encoder import product_side_version
 from acebert.workdir import Stage, run_stage
@@ -292,7 +293,7 @@ class Bundle(ProductTable):
         version: of the model, see the module's docstring.
         query_mean: of the log's queries, float32 [d].
         vectors: float32 [n, d], mapped.
-        index: the FAISS index of these.
+        index_info: of the index.
         hot: text of a hot query → its row of `hot_vectors`.
         hot_vectors: float32 [h, d], mapped.
     """
@@ -315,13 +316,22 @@ class Bundle(ProductTable):
         if of_model != self.version:
             raise UserError(f"{directory}: model {of_model} in a bundle of model {self.version}")
         self.hot = {text: row for row, text in enumerate(texts)}
-        self.index = ProductIndex.load(directory / "index", self.vectors)
+        self.index_info = IndexInfo.read(directory / "index")
         n = len(self.vectors)
-        if not n == self.index.info.products == self.info["products"]:
+        if not n == self.index_info.products == self.info["products"]:
             raise UserError(
-                f"{directory}: {n} vectors, an index of {self.index.info.products} and "
+                f"{directory}: {n} vectors, an index of {self.index_info.products} and "
                 f"{self.info['products']} products do not belong together"
             )
+
+    @cached_property
+    def index(self) -> ProductIndex:
+        """The FAISS index of `vectors`; read when it is first asked for, for Milvus needs none.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return ProductIndex.load(self.directory / "index", self.vectors)
 
 
 def _unreadable(directory: Path, error: Exception) -> UserError:

@@ -119,7 +119,7 @@ class LiveIndex:
     """FAISS over a bundle, and what changed. Safe for many threads."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
+        self._bundle, self._index = bundle, bundle.index
         categories, prices = bundle.columns()
         self._code = {name: code for code, name in enumerate(dict.fromkeys(categories))}
         self._base_categories = set(self._code)
@@ -158,7 +158,7 @@ class LiveIndex:
     def search(self, queries: NDArray[np.float32], k: int, where: Filter) -> list[list[Hit]]:
         state = self._state
         among = self._allowed(state, where)
-        scores, rows = self._bundle.index.search(queries, k, among=among)
+        scores, rows = self._index.search(queries, k, among=among)
         kept = rows >= 0
         distinct = np.unique(rows[kept]).tolist()
         found = dict(zip(distinct, self._base_products(state, distinct), strict=True))

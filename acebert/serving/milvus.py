@@ -9,6 +9,7 @@ which index types are real in it is in docs/serving.md.
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,21 @@ FIELDS = ["product_id", "title", "category", "price", "in_stock"]
 NO_PRICE = -1.0  # Milvus Lite has no nulls to compare with
 
 
+def drop_collections(uri: str, bundles: Sequence[Path]) -> None:
+    """Those of bundles that are gone. A file of Milvus Lite is its service's alone, and is left."""
+    if "://" not in uri:
+        return
+    client = MilvusClient(uri)
+    for bundle in bundles:
+        for name in (_collection(bundle), f"{_collection(bundle)}_filled"):
+            if client.has_collection(name):
+                client.drop_collection(name)
+
+
+def _collection(bundle: Path) -> str:
+    return f"acebert_{bundle.name}"
+
+
 class MilvusIndex:
     """`live_index.LiveProducts` on Milvus."""
 
@@ -35,7 +51,7 @@ class MilvusIndex:
         Raises:
             UserError: Milvus cannot be reached.
         """
-        self._name = f"acebert_{bundle.directory.name}"
+        self._name = _collection(bundle.directory)
         self._changed: set[str] = set()
         self._categories = {name for name in bundle.columns()[0] if name is not None}
         try:
@@ -58,13 +74,13 @@ class MilvusIndex:
         schema.add_field("in_stock", DataType.BOOL)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=d)
         index = self._client.prepare_index_params()
-        kind = {"flat": "FLAT", "hnsw": "HNSW", "ivf": "IVF_FLAT"}[bundle.index.info.kind]
+        kind = bundle.index_info.kind
         params = {"hnsw": {"M": 32, "efConstruction": 200}, "ivf": {"nlist": round(4 * n**0.5)}}
         index.add_index(
             "vector",
-            index_type=kind,
+            index_type={"flat": "FLAT", "hnsw": "HNSW", "ivf": "IVF_FLAT"}[kind],
             metric_type="IP",
-            params=params.get(bundle.index.info.kind, {}),
+            params=params.get(kind, {}),
         )
         self._client.create_collection(
             self._name, schema=schema, index_params=index, consistency_level="Strong"

@@ -1,0 +1,67 @@
+"""Which stages a refresh deletes."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from acebert.serving.bundle import publish
+from acebert.serving.old_days import remove_old_days
+from acebert.workdir import run_stage
+
+STAGES = ("ingest", "tokens", "features", "embed", "bundle")
+
+
+@pytest.fixture
+def days(tmp_path: Path) -> list[list[Path]]:
+    """Stages of five catalogues [day][stage], the first one's by a training."""
+    made = []
+    for day in range(5):
+        key = {"day": day} | ({"held_out": "nothing"} if day else {})
+        stages = [run_stage(tmp_path, "ingest", key, lambda out: None)]
+        for name in STAGES[1:]:
+            key = {"day": day, "ingest": stages[0].digest}
+            stages.append(run_stage(tmp_path, name, key, lambda out: (out / "x").write_text("x")))
+        made.append([stage.path for stage in stages])
+        os.utime(stages[0].path / "stage.json", (day, day))
+    return made
+
+
+def there(days: list[list[Path]]) -> list[bool]:
+    """Of which days all stages are there; of the others none is."""
+    found = [{path.is_dir() for path in day} for day in days]
+    assert all(len(some) == 1 for some in found)
+    return [some.pop() for some in found]
+
+
+def test_the_newest_days_what_is_published_and_what_trainings_made_stay(
+    tmp_path: Path, days: list[list[Path]]
+) -> None:
+    publish(tmp_path, days[4][-1])
+    publish(tmp_path, days[1][-1], arm="control")
+    gone = remove_old_days(tmp_path, keep=2)
+    assert there(days) == [True, True, False, True, True]
+    assert set(gone) == set(days[2])
+    publish(tmp_path, days[4][-1], arm="control")
+    remove_old_days(tmp_path, keep=1)
+    assert there(days) == [True, False, False, False, True]
+    assert not [path for path in tmp_path.glob("*/.*") if path.suffix != ".lock"]
+
+
+def test_a_removal_that_was_killed_is_finished_by_the_next(
+    tmp_path: Path, days: list[list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path, days[4][-1])
+
+    def killed(path: Path, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_old_days(tmp_path, keep=1)
+    remove_old_days(tmp_path, keep=1)
+    assert there(days) == [True, False, False, False, True]
+    assert not [path for path in tmp_path.glob("*/.*") if path.suffix != ".lock"]
+    assert json.loads((days[0][1] / "stage.json").read_text())["name"] == "tokens"
