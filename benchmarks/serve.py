@@ -15,6 +15,7 @@ import json
 import logging
 import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,6 @@ def generate(bundle: Path, seconds: float, results: "multiprocessing.Queue[Any]"
     for name, paths in kinds.items():
         for clients in CLIENTS:
             results.put((name, clients, *measure(paths, clients, seconds)))
-    results.put(None)
 
 
 def serve_plain(bundle: Path) -> None:
@@ -140,12 +141,13 @@ def main(arguments: argparse.Namespace) -> None:
                 target=generate, args=(arguments.bundle, arguments.seconds, results)
             )
             generator.start()
-            while (row := results.get()) is not None:
-                name, clients, rate, p50, p99 = row
-                print(
-                    f"{server:8} {name:5} {clients:3} {rate:8.1f} {p50:8.2f} {p99:8.2f}", flush=True
-                )
-            generator.join()
+            while generator.is_alive() or not results.empty():
+                with suppress(queue.Empty):
+                    name, clients, *numbers = results.get(timeout=1)
+                    columns = "".join(f"{number:9.2f}" for number in numbers)
+                    print(f"{server:8} {name:5} {clients:3} {columns}", flush=True)
+            if generator.exitcode:
+                sys.exit(f"{server}: the clients failed, see above; did the server die?")
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()

@@ -17,7 +17,7 @@ from acebert.workdir import digest_of, run_stage
 
 def work(settings: Settings, arguments: argparse.Namespace) -> None:
     from acebert.experiment.assignment import Experiment
-    from acebert.experiment.event_log import collect
+    from acebert.experiment.event_log import collect, compact
     from acebert.experiment.readout import read_out, write_report
     from acebert.pipeline import tracked
 
@@ -28,6 +28,8 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
         )
     events = arguments.logs or settings.workdir / "serving" / "events"
     collect(events)
+    if arguments.logs is None:
+        compact(events)
     files = {
         str(path.relative_to(events)): (path.stat().st_size, path.stat().st_mtime_ns)
         for path in sorted(events.glob("*/*/*.parquet"))

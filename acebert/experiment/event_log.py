@@ -20,7 +20,7 @@ import shutil
 import sqlite3
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -28,10 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
+ROWS = 100_000  # of a row group
 TIME = pa.timestamp("ms", tz="UTC")
 SCHEMAS = {
     "exposure": pa.schema(
@@ -167,6 +170,30 @@ def forget(directory: Path, days: int) -> None:
                 shutil.rmtree(folder)
 
 
+def compact(directory: Path) -> int:
+    """Make one file of each day that is over; how many files were replaced. Replicas only add
+    files, so it may run beside them; a kill leaves events twice, of which readers drop the second.
+
+    Memory: ROWS rows, whatever the length of a day.
+    """
+    replaced = 0
+    if not directory.is_dir():
+        return replaced
+    today = f"{datetime.now(UTC):%Y-%m-%d}"
+    with FileLock(directory / ".compact.lock"):
+        for kind, schema in SCHEMAS.items():
+            for folder in sorted((directory / kind).glob("????-??-??")):
+                files = sorted(folder.glob("*.parquet"))
+                if folder.name >= today or len(files) < 2:
+                    continue
+                rows = ds.dataset(files, schema).to_batches(batch_size=ROWS)
+                _write_file(folder, schema, rows)
+                for file in files:
+                    file.unlink()
+                replaced += len(files)
+    return replaced
+
+
 def user_key(directory: Path, user: str) -> str:
     """`user` as it is logged: an HMAC with the log's own salt, 32 hex digits."""
     return hmac.new(_salt(directory), user.encode(errors="surrogatepass"), "sha256").hexdigest()[
@@ -238,13 +265,25 @@ def _write(rows: list[Row], directory: Path) -> None:
     for (kind, day), events in of_file.items():
         folder = directory / kind / day
         folder.mkdir(parents=True, exist_ok=True)
-        final = folder / f"{uuid.uuid4().hex}.parquet"
-        aside = folder / f".{final.name}.partial"
-        with aside.open("wb") as file:
-            pq.write_table(pa.Table.from_pylist(events, SCHEMAS[kind]), file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(final)
+        _write_file(folder, SCHEMAS[kind], [pa.RecordBatch.from_pylist(events, SCHEMAS[kind])])
+
+
+def _write_file(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """One file more, in row groups of at least ROWS; durable when it returns."""
+    final = folder / f"{uuid.uuid4().hex}.parquet"
+    aside = folder / f".{final.name}.partial"
+    with aside.open("wb") as file:
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            group: list[pa.RecordBatch] = []
+            for batch in batches:
+                group.append(batch)
+                if sum(len(part) for part in group) >= ROWS:
+                    writer.write_table(pa.Table.from_batches(group, schema))
+                    group = []
+            writer.write_table(pa.Table.from_batches(group, schema))
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(final)
 
 
 def _unlink(path: Path) -> None:

@@ -80,8 +80,8 @@ class Finetuner:
         """One update of the encoders; the classifier's parameters stay as they are.
 
         Returns the step's metrics and the embeddings of query and product [b, d], detached. The
-        metrics hold the loss's own (`semantic_matching_loss`), those of the optimiser, and
-        `_speed`'s.
+        metrics hold the loss's own (`semantic_matching_loss`), those of the optimiser, and SPEED's
+        (`StepTimer.record`).
         """
         flops = step_flops(self.model, batch, self.world)
         if self.peak is None:
@@ -97,7 +97,9 @@ class Finetuner:
         self.timer.mark("optimizer")
         values = {
             "lr": self.settings.train.lr * factor,
-            **self._speed(flops, batch.waited),
+            **self.timer.record(
+                "pairs", self.settings.train.batch_size, batch.waited, flops, self.peak
+            ),
         }
         on_device = torch.tensor(list(values.values()), device=self.device).unbind()
         metrics |= dict(zip(values, on_device, strict=True))
@@ -173,23 +175,6 @@ class Finetuner:
             product_mask=batch.product_mask,
             product_log_share=batch.product_log_share,
         )
-
-    def _speed(self, flops: float, waited: float) -> dict[str, float]:
-        """How fast the step was, by the names of SPEED; on a GPU, the step before (see StepTimer).
-
-        `seconds_data` is the wait for the batch; `seconds_forward` (up to the loss),
-        `seconds_backward` (with the all-reduce, which runs inside it, and with gradient caching's
-        second forward) and `seconds_optimizer` are the parts of the step [s]. `pairs_per_second`
-        is W over their sum, `flops` the FLOP/s that this rank achieved (`step_flops` over the
-        sum), and `peak_share` what share this is of what its matrix products reach alone.
-        """
-        assert self.peak is not None
-        timed = self.timer.seconds()
-        parts = [timed.get(name, float("nan")) for name in ("forward", "backward", "optimizer")]
-        total = waited + sum(parts)
-        pairs = self.settings.train.batch_size / total
-        values = waited, *parts, pairs, flops / total, flops / total / self.peak
-        return dict(zip(SPEED, values, strict=True))
 
     def _matrix_peak(self, batch: TrainBatch) -> float:
         """Of products as large as this batch's are, on average [FLOP/s]."""

@@ -36,34 +36,68 @@ def step_flops(model: DualEncoder, batch: TrainBatch, world: int) -> float:
 def tower_flops(
     config: CEBertConfig, d: int, tokens: NDArray[np.integer], has_image: NDArray[np.bool_]
 ) -> float:
-    """Forward and backward of one side's rows.
-
-    A row of T tokens, n of them pooled, takes in the forward, two for each multiply-add:
-
-        a layer          8·T·D² + 4·T²·D + 4·T·D·I     projections, attention, feed-forward
-        the last layer   4·T·D² + 4·n·D² + 4·n·T·D + 4·n·D·I
-        the head         2·D·d
-        the image        2·16·D1·D + 2·49·pixel_dim·D
-        the mean         2·n·D, where tokens are averaged
-
-    The backward takes twice as much, of the last two once: features and the weights of the mean
-    need no gradient.
+    """Forward and backward of one side's rows, `_encoder_flops` of the n tokens that are pooled,
+    and the head to d dimensions.
 
     Args:
         tokens: of each row's text [B]
         has_image: [B], whether its image tokens count
     """
+    n = tokens if config.pooling == "mean" else np.ones_like(tokens)
+    head = 3 * 2 * config.hidden_size * d
+    return float((_encoder_flops(config, tokens, has_image, n) + head).sum())
+
+
+def pretraining_flops(
+    config: CEBertConfig,
+    tokens: NDArray[np.integer],
+    has_image: NDArray[np.bool_],
+    words: int,
+    patches: int,
+) -> float:
+    """Forward and backward of pre-training's rows and heads.
+
+    A masked word takes 2·D² + 2·D·vocabulary in the forward, a masked patch 2·D² + 2·D·D1, a row of
+    a model that reads images 2·D² + 2·D; the backward twice as much.
+
+    Args:
+        tokens, has_image: as of `tower_flops`
+        words, patches: how many are predicted
+    """
+    D = config.hidden_size
+    n = tokens + NUM_PATCHES * bool(config.patch_dim) * has_image
+    heads = words * (D**2 + D * config.vocab_size) + patches * (D**2 + D * config.patch_dim)
+    heads += len(tokens) * (D**2 + D) * config.reads_images
+    return float(_encoder_flops(config, tokens, has_image, n).sum()) + 3 * 2.0 * heads
+
+
+def _encoder_flops(
+    config: CEBertConfig,
+    tokens: NDArray[np.integer],
+    has_image: NDArray[np.bool_],
+    needed: NDArray[np.integer],
+) -> NDArray[np.float64]:
+    """Forward and backward of each row [B].
+
+    A row of T tokens, n of them needed, takes in the forward, two for each multiply-add:
+
+        a layer          8·T·D² + 4·T²·D + 4·T·D·I     projections, attention, feed-forward
+        the last layer   4·T·D² + 4·n·D² + 4·n·T·D + 4·n·D·I
+        the image        2·16·D1·D + 2·49·pixel_dim·D
+        the mean         2·D for each token of the text, where these are averaged
+
+    The backward takes twice as much, of the last two once: features and the weights of the mean
+    need no gradient.
+    """
     D, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    patches = NUM_PATCHES * config.patch_dim
-    pixels = NUM_PIXEL_PATCHES * config.pixel_dim
-    text = tokens.astype(np.float64)
+    photo = NUM_PATCHES * config.patch_dim + NUM_PIXEL_PATCHES * config.pixel_dim
+    text, n = tokens.astype(np.float64), needed.astype(np.float64)
     T = text + config.image_tokens * has_image
-    n = text if config.pooling == "mean" else np.ones_like(text)
     layer = 8 * T * D**2 + 4 * T**2 * D + 4 * T * D * inner
     last = 4 * T * D**2 + 4 * n * D**2 + 4 * n * T * D + 4 * n * D * inner
-    image = 2 * (patches + pixels) * D * has_image
-    mean = 2 * n * D * (config.pooling == "mean")
-    return float((3 * ((layers - 1) * layer + last + 2 * D * d) + 2 * (image + mean)).sum())
+    image = 2 * photo * D * has_image
+    mean = 2 * text * D * (config.pooling == "mean")
+    return 3 * ((layers - 1) * layer + last) + 2 * (image + mean)
 
 
 @torch.no_grad()

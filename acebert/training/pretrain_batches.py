@@ -47,6 +47,7 @@ class PretrainBatch:
             whose neighbours in the batch all show the same picture, asks nothing
         all_words, all_patches: how many of each the ranks have together
         all_pairs: how many pairs they have where every picture has another in reach
+        tokens, has_photo: of the rows, on the host: word pieces [B], whether it takes a photo [B]
         waited: how long training waited for this batch [s]
     """
 
@@ -57,6 +58,8 @@ class PretrainBatch:
     all_words: int
     all_patches: int
     all_pairs: int
+    tokens: NDArray[np.int64]
+    has_photo: NDArray[np.bool_]
     waited: float = 0.0
 
     def to(self, device: torch.device) -> "PretrainBatch":
@@ -68,6 +71,8 @@ class PretrainBatch:
             self.all_words,
             self.all_patches,
             self.all_pairs,
+            self.tokens,
+            self.has_photo,
             self.waited,
         )
 
@@ -230,6 +235,8 @@ class PretrainBatches:
             int(all_words.sum()),
             int(all_patches.sum()),
             int(self.pictured(texts).sum()) * (1 + r),
+            lengths[rows.text],
+            rows.product != NO_PHOTO,
         )
 
     def _rows(

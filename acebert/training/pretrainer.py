@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from acebert.config import Settings
+from acebert.models.encoder import ROWS_OF_ONE_LENGTH
 from acebert.models.parameters import adamw_groups
 from acebert.models.pretraining import (
     CEBertForPreTraining,
@@ -18,6 +19,7 @@ from acebert.models.pretraining import (
     mpm_loss,
     tip_loss,
 )
+from acebert.training.flops import matrix_peak, pretraining_flops
 from acebert.training.pretrain_batches import PretrainBatch
 from acebert.training.schedule import lr_factor
 from acebert.training.step_timer import StepTimer
@@ -50,13 +52,27 @@ class Pretrainer:
         )
         self._peak_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.timer = StepTimer(device)
+        self.peak: float | None = None  # FLOP/s, measured at the first batch
 
     def step(self, batch: PretrainBatch, step: int, share: float) -> dict[str, torch.Tensor]:
         """One update on this rank's rows; the step's metrics, whose mean over the ranks is the
-        whole batch's. `seconds_…` say what its parts took; on a GPU, those of the step before."""
+        whole batch's, and `StepTimer.record`'s."""
+        config, bf16 = self.model.config, self.settings.train.precision == "bf16"
+        if self.peak is None:
+            rows, padded = batch.inputs.text.input_ids.shape
+            together = min(rows, ROWS_OF_ONE_LENGTH) if self.device.type == "cpu" else rows
+            dtype = torch.bfloat16 if bf16 else torch.float32
+            tokens = together * (padded + config.image_tokens)
+            self.peak = matrix_peak(config, tokens, self.device, dtype)
+        flops = pretraining_flops(
+            config,
+            batch.tokens,
+            batch.has_photo,
+            len(batch.inputs.word_rows),
+            len(batch.inputs.patch_rows),
+        )
         self.timer.start()
         torch.manual_seed(hash((self.settings.pretrain.seed, step, self.rank)))
-        bf16 = self.settings.train.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             outputs: PretrainOutputs = self.forward(batch.inputs)
         losses, metrics = self._losses(outputs, batch)
@@ -77,8 +93,9 @@ class Pretrainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.max_grad_norm)
         self.optimizer.step()
         self.timer.mark("optimizer")
-        host = {"lr": self.settings.pretrain.lr * factor, "seconds_data": batch.waited}
-        host |= {f"seconds_{part}": seconds for part, seconds in self.timer.seconds().items()}
+        texts = self.settings.pretrain.batch_size
+        speed = self.timer.record("texts", texts, batch.waited, flops, self.peak)
+        host = {"lr": self.settings.pretrain.lr * factor, **speed}
         on_device = torch.tensor(list(host.values()), device=self.device).unbind()
         metrics |= {"loss": loss.detach(), "grad_norm": norm.detach()}
         return metrics | dict(zip(host, on_device, strict=True))

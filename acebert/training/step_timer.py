@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import torch
 
+PARTS = ("forward", "backward", "optimizer")
+
 
 class StepTimer:
     """Marks between the parts of a step.
@@ -36,6 +38,34 @@ class StepTimer:
         """Of each part [s]; empty where no step has been timed yet."""
         marks = self._before if self._cuda else self._marks
         return {name: _between(earlier, later) for (_, earlier), (name, later) in pairwise(marks)}
+
+    def record(
+        self, unit: str, count: int, waited: float, flops: float, peak: float
+    ) -> dict[str, float]:
+        """How fast the step was; on a GPU, the step before.
+
+        `seconds_data` is the wait for the batch; `seconds_forward` (up to the loss),
+        `seconds_backward` (with the all-reduce, which runs inside it, and with gradient caching's
+        second forward) and `seconds_optimizer` are the parts of the step [s]. `<unit>_per_second`
+        is `count` over their sum, `flops` the FLOP/s that this rank achieved, and `peak_share`
+        what share this is of what its matrix products reach alone.
+
+        Args:
+            count: of the whole batch
+            waited: for it [s]
+            flops: of the step on this rank
+            peak: `acebert.training.flops.matrix_peak`
+        """
+        timed = self.seconds()
+        parts = {f"seconds_{name}": timed.get(name, float("nan")) for name in PARTS}
+        total = waited + sum(parts.values())
+        return {
+            "seconds_data": waited,
+            **parts,
+            f"{unit}_per_second": count / total,
+            "flops": flops / total,
+            "peak_share": flops / total / peak,
+        }
 
 
 def _between(earlier: float | torch.cuda.Event, later: float | torch.cuda.Event) -> float:

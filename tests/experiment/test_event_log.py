@@ -12,7 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from acebert.experiment import event_log
-from acebert.experiment.event_log import Action, EventLog, Exposure, collect, forget, user_key
+from acebert.experiment.event_log import (
+    Action,
+    EventLog,
+    Exposure,
+    collect,
+    compact,
+    forget,
+    user_key,
+)
 
 NOW = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
 
@@ -66,17 +74,17 @@ def _collect_elsewhere(directory: Path) -> int:
 def test_events_are_appended_while_others_are_written_to_parquet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, write = EventLog(tmp_path), pq.write_table
+    log, writer = EventLog(tmp_path), pq.ParquetWriter
     log.append([exposure("s1")])
 
-    def slow(*arguments: object, **options: object) -> None:
+    def slow(*arguments: object, **options: object) -> object:
         appended = threading.Thread(target=log.append, args=([exposure("s2")],))
         appended.start()
         appended.join(10)
         assert not appended.is_alive()
-        write(*arguments, **options)
+        return writer(*arguments, **options)
 
-    monkeypatch.setattr(event_log.pq, "write_table", slow)
+    monkeypatch.setattr(event_log.pq, "ParquetWriter", slow)
     assert log.flush() == 1
     monkeypatch.undo()
     log.close()
@@ -160,16 +168,15 @@ def test_a_half_written_file_has_no_name_that_readers_take(
 ) -> None:
     log = EventLog(tmp_path)
     log.append([exposure("s1")])
-    write = pq.write_table
 
-    def half(table: object, file: object, **options: object) -> None:
+    def half(file: object, *_: object, **options: object) -> None:
         file.write(b"PAR1 and then")  # type: ignore[attr-defined]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(event_log.pq, "write_table", half)
-    with pytest.raises(KeyboardInterrupt):
-        log.flush()
-    monkeypatch.setattr(event_log.pq, "write_table", write)
+    with monkeypatch.context() as patch:
+        patch.setattr(event_log.pq, "ParquetWriter", half)
+        with pytest.raises(KeyboardInterrupt):
+            log.flush()
     assert read(tmp_path, "exposure") == []
     log.close()
     assert read(tmp_path, "exposure") == ["s1"]
@@ -182,6 +189,28 @@ def test_days_are_deleted_when_they_are_too_old(tmp_path: Path) -> None:
     log.close()
     forget(tmp_path, 10)
     assert sorted(map(str, read(tmp_path, "exposure"))) == ["s0", "s5"]
+
+
+def test_days_that_are_over_become_one_file_with_the_same_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_log, "ROWS", 3)
+    now, log = datetime.now(UTC), EventLog(tmp_path)
+    for i in range(10):
+        log.append([exposure(f"s{i}", now - timedelta(days=i % 2))])
+        log.append([Action(f"s{i}", now - timedelta(days=i % 2), "click", "p", None)])
+        log.flush()
+    before = {kind: read(tmp_path, kind) for kind in ("exposure", "action")}
+    assert compact(tmp_path) == 2 * 5
+    yesterday = f"{now - timedelta(days=1):%Y-%m-%d}"
+    for kind, ids in before.items():
+        assert sorted(map(str, read(tmp_path, kind))) == sorted(map(str, ids))
+        assert len(list((tmp_path / kind / yesterday).iterdir())) == 1
+    log.append([exposure("late", now - timedelta(days=1))])
+    log.close()
+    assert compact(tmp_path) == 2
+    assert sorted(map(str, read(tmp_path, "exposure"))) == sorted([*before["exposure"], "late"])
+    assert compact(tmp_path) == 0
 
 
 def test_users_are_hashed_by_a_salt_of_the_logs_own_that_outlives_the_process(

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from acebert.config import ModelSettings
 from acebert.models.dual import DualEncoder
-from acebert.models.encoder import CEBertConfig, ImageInputs, TextInputs
-from acebert.training.flops import matrix_peak, tower_flops
+from acebert.models.encoder import CEBertConfig, ImageInputs, TextInputs, load_backbone
+from acebert.models.pretraining import PretrainInputs, start_pretraining
+from acebert.training.flops import matrix_peak, pretraining_flops, tower_flops
 
 B, L, d = 3, 7, 12
 
@@ -39,6 +40,46 @@ def test_flops_are_those_that_pytorch_counts(pooling: Any, sizes: dict[str, int]
     with FlopCounterMode(display=False) as counter:
         tower(text, image).sum().backward()
     counted = tower_flops(tower.encoder.config, d, np.full(B, L), np.full(B, image is not None))
+    assert counted == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"patch_dim": 24}, {"patch_dim": 24, "pixel_side": 14}])
+def test_flops_of_pre_training_are_those_that_pytorch_counts(sizes: dict[str, int]) -> None:
+    """Rows of one length with a photo each: nothing is padding."""
+    shape = {"layers": 3, "width": 32, "heads": 4, "vocab_size": 50, **sizes}
+    encoder = load_backbone(None, dropout=0.0, sep_token_id=3, **shape)
+    model = start_pretraining(encoder, None)
+    words, patches = (
+        torch.tensor([0, 0, 2]),
+        torch.tensor([0, 1] if sizes else [], dtype=torch.long),
+    )
+    image = ImageInputs(
+        torch.ones(B, dtype=torch.bool),
+        torch.rand(B, 16, 24),
+        torch.zeros(B, 14, 14, 3, dtype=torch.uint8),
+    )
+    inputs = PretrainInputs(
+        TextInputs(
+            torch.randint(4, 50, (B, L)),
+            torch.ones(B, L, dtype=torch.bool),
+            torch.zeros(B, L, dtype=torch.long),
+        ),
+        image if sizes else None,
+        torch.arange(B),
+        torch.full((B,), bool(sizes)),
+        torch.zeros(B, 16, dtype=torch.bool),
+        words,
+        torch.arange(len(words)),
+        patches,
+        torch.arange(len(patches)),
+    )
+    with FlopCounterMode(display=False) as counter:
+        outputs = model(inputs)
+        of = (outputs.words, outputs.patches, outputs.match)
+        sum(x.sum() for x in of if x is not None).backward()
+    counted = pretraining_flops(
+        model.config, np.full(B, L), np.full(B, bool(sizes)), len(words), len(patches)
+    )
     assert counted == counter.get_total_flops()
 
 
