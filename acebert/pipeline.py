@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +35,8 @@ from acebert.workdir import Stage
 
 NOT_THE_MODELS = ("workdir", "data", "eval", "serve", "experiment", "tracking")
 """settings that do not come with a trained model"""
+OF_DISTILLATION = ("distill", *(f"train.{leaf}" for leaf in sorted(HOW_IT_RUNS)))
+"""sections and leaves that a distillation has beside these; the others are the teacher's"""
 
 
 @dataclass(frozen=True)
@@ -203,23 +205,20 @@ def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
 
 def distill_stages(settings: Settings, teacher: Path) -> tuple[list[Stage], Stage]:
     """A student for each of `distill.layers`, after the teacher itself, all with their ONNX files;
-    and the table that compares them."""
-    how = {leaf: getattr(settings.train, leaf) for leaf in HOW_IT_RUNS}
-    own = model_settings(settings, teacher)
-    train = own.train.model_copy(update=how)
-    own = own.model_copy(update={"distill": settings.distill, "train": train})
-    _refuse_uneven(own, "distill")
-    students = student_layers(own, teacher)  # refuses before the first is trained
-    ingested = ingest_stage(shared(own))
-    embedded = embed_stage(shared(own), teacher, evaluation_queries(own, ingested))
+    and the table that compares them. `settings` are the teacher's, but for NOT_THE_MODELS and
+    OF_DISTILLATION."""
+    _refuse_uneven(settings, "distill")
+    students = student_layers(settings, teacher)  # refuses before the first is trained
+    ingested = ingest_stage(shared(settings))
+    embedded = embed_stage(shared(settings), teacher, evaluation_queries(settings, ingested))
     connect()
-    targets = tracked(shared(own), teach(own, teacher, ingested, embedded))
-    exports = {TEACHER: export(own, teacher)}
+    targets = tracked(shared(settings), teach(settings, teacher, ingested, embedded))
+    exports = {TEACHER: export(settings, teacher)}
     for layers in students:
-        student = distill(own, teacher, layers, targets)
-        alias = f"{own.tracking.alias}-{layers}-layers"
-        exports[f"{layers} layers"] = export(own, student.path, alias)
-    table = tracked(own, students_table(own, ingested, targets, exports))
+        student = distill(settings, teacher, layers, targets)
+        alias = f"{settings.tracking.alias}-{layers}-layers"
+        exports[f"{layers} layers"] = export(settings, student.path, alias)
+    table = tracked(settings, students_table(settings, ingested, targets, exports))
     return list(exports.values()), table
 
 
@@ -253,9 +252,9 @@ def model_settings(settings: Settings, model: Path) -> Settings:
     return own.model_copy(update=ours)
 
 
-def settings_for(model: Path, argv: Sequence[str]) -> Settings:
-    """For the jobs that use a trained model: its own settings, with those of NOT_THE_MODELS that
-    `argv` gives.
+def settings_for(model: Path, argv: Sequence[str], also: Collection[str] = ()) -> Settings:
+    """For the jobs that use a trained model: its own settings, with those of NOT_THE_MODELS and of
+    `also` (sections and leaves) that `argv` gives.
 
     Raises:
         UserError: `argv` gives one that belongs to the model.
@@ -264,11 +263,12 @@ def settings_for(model: Path, argv: Sequence[str]) -> Settings:
     own = settings_from(read_recipe(str(path)))
     given = load_settings(argv, recipe=str(path))
     was, now = flatten(own.model_dump()), flatten(given.model_dump())
+    free = {*NOT_THE_MODELS, *also}
     for leaf in now:
-        if now[leaf] != was.get(leaf) and leaf.split(".")[0] not in NOT_THE_MODELS:
+        if now[leaf] != was.get(leaf) and free.isdisjoint((leaf, leaf.split(".")[0])):
             raise UserError(
                 f"--{leaf}: {model} was trained with {was.get(leaf)}, and is used as it was "
-                f"trained. What can be set: {', '.join(NOT_THE_MODELS)}"
+                f"trained. What can be set: {', '.join((*NOT_THE_MODELS, *also))}"
             )
     return given
 

@@ -1,11 +1,13 @@
 """Settings of jobs that use a trained model."""
 
+import argparse
+import runpy
 from pathlib import Path
 
 import pytest
 import yaml
 
-from acebert.config import load_settings
+from acebert.config import Settings, load_settings
 from acebert.errors import UserError
 from acebert.pipeline import settings_for, tracked
 from acebert.tracking import client, finished_run
@@ -55,6 +57,30 @@ def test_a_setting_that_belongs_to_the_model_is_refused_by_name(
 def test_settings_that_repeat_the_models_own_are_taken(model: Path) -> None:
     argv = ["--recipe", "cebert_tiny", "--model.layers", "1"]
     assert settings_for(model, argv) == settings_for(model, [])
+
+
+def test_distill_reads_the_models_own_data_and_takes_what_a_distillation_may_have(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Settings] = []
+
+    def take(settings: Settings, teacher: Path) -> None:
+        assert teacher == model
+        given.append(settings)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("acebert.pipeline.distill_stages", take)
+    work = runpy.run_path(str(Path(__file__).parents[1] / "ray_jobs" / "distill.py"))["work"]
+    argv = ["--distill.layers", "1", "--train.num_workers", "2"]
+    with pytest.raises(RuntimeError, match="enough"):
+        work(load_settings(argv), argparse.Namespace(model=model, settings=argv))
+    assert given[0].data.products == str(Path.cwd() / "p.csv")
+    assert given[0].workdir == tmp_path / "w"
+    assert given[0].model.layers == 1
+    assert (given[0].distill.layers, given[0].train.num_workers) == ((1,), 2)
+    argv = ["--train.precision", "bf16" if given[0].train.precision == "fp32" else "fp32"]
+    with pytest.raises(UserError, match=r"--train\.precision: .* was trained with"):
+        work(load_settings(argv), argparse.Namespace(model=model, settings=argv))
 
 
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
