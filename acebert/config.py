@@ -13,11 +13,11 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -34,7 +34,11 @@ from acebert.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "acebert_tiny"
-
+DEFAULT_WORKDIR = "$ACEBERT_HOME, else ~/.acebert"
+HOW_TO_GIVE = (
+    "On the command line a list is `--eval.ks 10 50` or `--eval.ks 10,50`, a mapping "
+    "`--data.columns product_id=sku title=name`; none is the word `none`."
+)
 
 COPIED_SOURCE = "runtime_resources/working_dir_files"
 """part of the path of the directory that `ray job submit` copies the source to"""
@@ -710,7 +714,7 @@ def load_settings(argv: Sequence[str] | None = None, *, recipe: str | None = Non
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe")
     try:
-        known, rest = first.parse_known_args(argv)
+        known, rest = first.parse_known_args(_lists_joined(argv))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
     if recipe is None:
@@ -732,6 +736,34 @@ def load_settings(argv: Sequence[str] | None = None, *, recipe: str | None = Non
         raise UserError(said + _did_you_mean(rest)) from error
 
 
+def _leaves() -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting by its path."""
+    for name, field in Settings.model_fields.items():
+        if _is_section(field.annotation):
+            for leaf, below in field.annotation.model_fields.items():  # type: ignore[union-attr]
+                yield f"{name}.{leaf}", below
+        else:
+            yield name, field
+
+
+def _lists_joined(argv: Sequence[str]) -> list[str]:
+    """`--eval.ks 10 50` as `--eval.ks 10,50`, for pydantic takes one word for a list."""
+    lists = {f"--{n}" for n, field in _leaves() if get_origin(field.annotation) in (tuple, dict)}
+    joined: list[str] = []
+    more = False  # whether what comes is a further value of a list
+    for word in argv:
+        if word.startswith("--"):
+            flag, given, _ = word.partition("=")
+            more = bool(given) and flag in lists
+            joined.append(word)
+        elif more:
+            joined[-1] += f",{word}"
+        else:
+            more = bool(joined) and joined[-1] in lists
+            joined.append(word)
+    return joined
+
+
 def _did_you_mean(argv: Sequence[str]) -> str:
     """The settings whose flags are nearest to those that are none."""
     flags = [f"--{name}" for name in flatten(Settings.model_construct().model_dump())]
@@ -748,9 +780,19 @@ def print_help(description: str | None, extra: argparse.ArgumentParser | None = 
     own.formatter_class = argparse.RawDescriptionHelpFormatter
     own.usage = f"{own.format_usage().removeprefix('usage: ').strip()} [settings]"
     own.print_help()
-    every = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+    every = argparse.ArgumentParser(
+        add_help=False, usage=argparse.SUPPRESS, epilog=HOW_TO_GIVE, formatter_class=_Help
+    )
     CliSettingsSource[Any](Settings, root_parser=every)
     every.print_help()
+
+
+class _Help(argparse.HelpFormatter):
+    """Says where the work directory is, where pydantic names the function that tells."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        wanted = f"default factory: {_default_workdir.__name__}"
+        return action.help and action.help.replace(wanted, f"default: {DEFAULT_WORKDIR}")
 
 
 def settings_from(values: dict[str, Any]) -> Settings:
@@ -832,6 +874,8 @@ def settings_reference() -> str:
         "Made by `python -m acebert.config`. A leaf is `--section.leaf` on the command line and",
         "`section: {leaf: …}` in a recipe. Defaults are the code's; recipes under",
         "`acebert/recipes/` set others.",
+        "",
+        HOW_TO_GIVE,
     ]
     top = {n: f for n, f in Settings.model_fields.items() if not _is_section(f.annotation)}
     lines += ["", *_table("", top)]
@@ -854,7 +898,7 @@ def _table(prefix: str, fields: dict[str, FieldInfo]) -> list[str]:
         if "[" in str(field.annotation) or "|" in str(field.annotation):
             kind = str(field.annotation)
         kind = kind.replace("typing.", "").replace("datetime.", "").replace("pathlib.", "")
-        default = "$ACEBERT_HOME, else ~/.acebert" if name == "workdir" else field.default
+        default = DEFAULT_WORKDIR if name == "workdir" else field.default
         meaning = " ".join((field.description or "").split())
         cells = [f"`{prefix}{name}`", f"`{kind}`", f"`{default}`", meaning]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

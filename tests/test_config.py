@@ -1,18 +1,24 @@
+import argparse
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from acebert.config import (
     RECIPES,
+    Settings,
     computes_in_bf16,
     flatten,
     load_settings,
+    print_help,
     read_recipe,
     settings_from,
     settings_reference,
 )
 from acebert.errors import UserError
+from acebert.job import run_job
 
 
 def test_command_line_wins_over_recipe_and_recipe_over_default():
@@ -101,13 +107,59 @@ def test_unknown_key_in_a_recipe_is_refused_by_name(tmp_path: Path):
 
 
 def test_help_names_every_leaf_with_its_default(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stop:
-        load_settings(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for leaf in flatten(load_settings([]).model_dump()):
-        assert f"--{leaf}" in text
-    assert text.count("(default") >= 80
+    print_help("What the job does.")
+    first, *options = re.split(r"\n  --", capsys.readouterr().out)
+    assert "What the job does." in first
+    said = {option.split()[0]: re.sub(r"\s", "", option) for option in options}
+    defaults = flatten(Settings.model_construct().model_dump())
+    assert said.keys() == defaults.keys()
+    defaults["workdir"] = "$ACEBERT_HOME, else ~/.acebert"
+    for leaf, default in defaults.items():
+        assert re.sub(r"\s", "", f"(default: {default})") in said[leaf]
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("loss.matryoshka_dims", ["64", "32"]),
+        ("loss.hard_negative_ranks", ["500", "900"]),
+        ("distill.layers", ["1", "2"]),
+        ("eval.ks", ["7", "9", "11"]),
+        ("experiment.arms", ["old", "new"]),
+        ("experiment.shares", ["0.5", "0.5"]),
+        ("data.columns", ["product_id=sku", "query=term"]),
+    ],
+)
+def test_a_list_is_given_with_spaces_commas_or_the_flag_again(flag: str, values: list[str]):
+    section, leaf = flag.split(".")
+    expected: Any = dict(value.split("=") for value in values) if "=" in values[0] else values
+    in_a_recipe = getattr(getattr(settings_from({section: {leaf: expected}}), section), leaf)
+    assert len(in_a_recipe) == len(values)
+    ways = (
+        [f"--{flag}", *values],
+        [f"--{flag}={values[0]}", *values[1:]],
+        [f"--{flag}", ",".join(values)],
+        [word for value in values for word in (f"--{flag}", value)],
+    )
+    for argv in ways:
+        got = load_settings([*argv, "--seed", "3"])
+        assert getattr(getattr(got, section), leaf) == in_a_recipe
+        assert got.seed == 3
+
+
+def test_a_list_with_spaces_survives_a_jobs_own_arguments():
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--model")
+    seen: list[Settings] = []
+    argv = ["--eval.ks", "7", "9", "--model", "m", "--distill.layers", "1", "2", "--seed", "3"]
+    with pytest.raises(SystemExit):
+        run_job(lambda settings, _: seen.append(settings), "A job.", own, argv)
+    assert (seen[0].eval.ks, seen[0].distill.layers, seen[0].seed) == ((7, 9), (1, 2), 3)
+
+
+def test_a_second_value_of_what_is_no_list_is_refused():
+    with pytest.raises(UserError, match="unrecognized arguments: 2"):
+        load_settings(["--train.lr", "1", "2"])
 
 
 def test_workdir_is_absolute_and_defaults_to_acebert_home(
