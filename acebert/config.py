@@ -86,6 +86,8 @@ def _resolved(precision: str) -> str:
 
 Address = Annotated[str | None, AfterValidator(_address)]
 NameOrPath = AfterValidator(_name_or_path)
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""what numpy and torch both take"""
 
 
 class Section(BaseModel):
@@ -103,7 +105,7 @@ class DemoSettings(Section):
     """days of search log: the last is the test day, the one before it the validation day"""
     image_side: int = Field(160, ge=32, le=2048)
     """side of a product photo [px]"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the catalogue and its log (apart from the training seed)"""
 
 
@@ -228,7 +230,7 @@ class CNNSettings(ScheduleSettings):
     """AdamW's decay, of matrices only"""
     decay: Literal["linear", "cosine", "constant"] = "cosine"
     """schedule after the warm-up"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of this training, apart from the fine-tuning's: its seeds share one CNN"""
 
 
@@ -374,7 +376,7 @@ class PretrainSettings(ScheduleSettings):
     """peak learning rate of AdamW (paper: 2e-5)"""
     warmup_steps: int = Field(10_000, ge=0)
     """steps of linear warm-up (paper: 10,000)"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of pre-training, apart from the fine-tuning's: its seeds share one start"""
 
 
@@ -475,7 +477,7 @@ class DistillSettings(ScheduleSettings):
     """steps between validations on queries of the validation day"""
     valid_queries: int = Field(2000, ge=1)
     """queries of the validation day in one of them; the table at the end takes all"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the batches and of what starts at random"""
 
 
@@ -629,7 +631,7 @@ class Settings(BaseSettings):
     """name under acebert/recipes, or the path of a YAML file"""
     workdir: Annotated[Path, AfterValidator(absolute)] = Field(default_factory=_default_workdir)
     """where every stage puts its results; all nodes of the cluster must see it"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of weights, plan and dropout"""
     data: DataSettings = DataSettings()
     demo: DemoSettings = DemoSettings()

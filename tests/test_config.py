@@ -3,7 +3,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from acebert.config import (
@@ -89,6 +91,8 @@ def test_paper_recipes_are_the_rows_of_table_1(recipe, patches, pixels, roi, hot
         (["--image.pixel_side", "100"], ["pixel_side", "100"]),
         (["--image.cnn_side", "100"], ["cnn_side", "128"]),
         (["--adversary.form", "maximin"], ["adversary.form", "minimax"]),
+        (["--seed", "-1"], ["--seed", "greater than or equal to 0", "-1"]),
+        (["--seed", str(2**32)], ["--seed", "4294967296"]),
         (["stray"], ["stray"]),
     ],
 )
@@ -97,6 +101,18 @@ def test_wrong_settings_are_refused_by_name(argv: list[str], words: list[str]):
         load_settings(argv)
     for word in words:
         assert word in str(error.value)
+
+
+def test_every_seed_is_one_that_numpy_and_torch_take():
+    seeds = [leaf for leaf in flatten(Settings.model_construct().model_dump()) if "seed" in leaf]
+    assert len(seeds) == 5
+    for leaf in seeds:
+        with pytest.raises(UserError, match=leaf):
+            load_settings([f"--{leaf}", "-1"])
+    largest = load_settings(["--seed", str(2**32 - 1)]).seed
+    np.random.RandomState(largest)
+    np.random.default_rng((largest, 0))
+    torch.Generator().manual_seed(largest)
 
 
 def test_unknown_key_in_a_recipe_is_refused_by_name(tmp_path: Path):
