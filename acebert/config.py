@@ -40,6 +40,8 @@ HOW_TO_GIVE = (
     "`--data.columns product_id=sku title=name`; none is the word `none`."
 )
 
+NO_FILES = ("hub", "random", "trained")
+"""words for a CNN's weights that name no file, whatever lies in the current directory"""
 COPIED_SOURCE = "runtime_resources/working_dir_files"
 """part of the path of the directory that `ray job submit` copies the source to"""
 
@@ -66,7 +68,11 @@ def _name_or_path(value: str | None) -> str | None:
     """A path is made absolute, so that a model can be used from any directory later."""
     if value is None or not Path(value).expanduser().exists():
         return value
-    return str(Path(value).expanduser().absolute())
+    return str(absolute(Path(value)))
+
+
+def _weights(value: str) -> str:
+    return value if value in NO_FILES else str(absolute(Path(value)))
 
 
 def computes_in_bf16(cpuinfo: str) -> bool:
@@ -85,7 +91,7 @@ def _resolved(precision: str) -> str:
 
 
 Address = Annotated[str | None, AfterValidator(_address)]
-NameOrPath = AfterValidator(_name_or_path)
+CNNWeights = Annotated[str, AfterValidator(_weights)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """what numpy and torch both take"""
 
@@ -145,7 +151,7 @@ class ImageSettings(Section):
     """cut patches from the region of interest found by edge detection, else the whole photo"""
     cnn: str = "resnext101_32x8d"
     """timm name of the CNN behind the patch features"""
-    cnn_weights: Annotated[str, NameOrPath] = "hub"
+    cnn_weights: CNNWeights = "hub"
     """`hub` (timm's pretrained weights), `random`, a .safetensors file of the CNN's weights, or
     `trained`: those that these settings train on the catalogue (section `cnn`), first where they
     are missing"""
@@ -203,7 +209,7 @@ class CNNSettings(ScheduleSettings):
     """Training of the patch CNN on the catalogue itself, for `image.cnn_weights trained`. Workers,
     precision and clipping are those of `train`."""
 
-    start: Annotated[str, NameOrPath] = "hub"
+    start: CNNWeights = "hub"
     """what it starts from: `hub` (timm's pretrained weights), `random`, or a .safetensors file"""
     side: int = Field(168, ge=56, multiple_of=28)
     """side that it trains at; about two thirds of image.cnn_side, for random crops show the
@@ -248,7 +254,7 @@ class TextSettings(Section):
 class ModelSettings(Section):
     """The encoder (paper section 2) and its two uses as query and product side (section 3)."""
 
-    backbone: Annotated[str | None, NameOrPath] = "bert-base-uncased"
+    backbone: Annotated[str | None, AfterValidator(_name_or_path)] = "bert-base-uncased"
     """start weights and vocabulary: a Hugging Face BERT by hub name or local directory, also one
     that pre-training wrote (none: random weights)"""
     start: Literal["backbone", "pretrain"] = "backbone"
@@ -320,7 +326,9 @@ class LossSettings(Section):
     hard_negative_ranks: tuple[int, int] = (11, 50)
     """ranks from which they are drawn, among the products never clicked for the query; the very
     first may be relevant, and not clicked because nobody saw them"""
-    hard_negatives_from: Path | None = None
+    hard_negatives_from: Annotated[
+        Path | None, AfterValidator(lambda path: path and absolute(path))
+    ] = None
     """directory of the model whose ranks these are (none: the model of these settings without hard
     negatives, trained first where it is missing)"""
 

@@ -205,14 +205,34 @@ def test_paths_are_absolute_and_uris_as_they_are(tmp_path: Path, monkeypatch: py
     assert hub.model.backbone == "bert-base-uncased"
 
 
+def test_the_words_for_a_cnns_weights_name_no_file_of_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for word in ("hub", "random", "trained"):
+        (tmp_path / word).mkdir()
+        assert load_settings(["--image.cnn_weights", word]).image.cnn_weights == word
+    settings = load_settings(["--image.cnn_weights", "c.safetensors", "--cnn.start", "hub"])
+    assert settings.image.cnn_weights == str(tmp_path / "c.safetensors")
+    assert settings.cnn.start == "hub"
+
+
 @pytest.mark.parametrize(
-    "argv", [["--workdir", "w"], ["--data.products", "p.csv", "--data.impressions", "/i.csv"]]
+    "argv",
+    [
+        ["--workdir", "w"],
+        ["--data.products", "p.csv", "--data.impressions", "/i.csv"],
+        ["--model.backbone", "bert"],
+        ["--image.cnn_weights", "c.safetensors"],
+        ["--cnn.start", "c.safetensors"],
+        ["--loss.hard_negatives_from", "finetune/1"],
+    ],
 )
 def test_a_relative_path_in_the_copied_source_of_a_submitted_job_is_refused(
     argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     copied = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
-    copied.mkdir(parents=True)
+    (copied / "bert").mkdir(parents=True)  # it came along with the source
     monkeypatch.chdir(copied)
     with pytest.raises(UserError, match=rf"{argv[0][2:]}: .*{argv[1]} is relative"):
         load_settings(argv)
