@@ -1,19 +1,20 @@
 """The stages in their order. Each function makes what is missing before its own stage."""
 
 import json
+import shutil
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acebert.cluster import connect
-from acebert.config import Settings, flatten, load_settings, read_recipe, settings_from
+from acebert.config import NO_FILES, Settings, flatten, load_settings, read_recipe, settings_from
 from acebert.data.cnn_labels import label_photos
 from acebert.data.demo import build_demo
 from acebert.data.earlier import Earlier
 from acebert.data.ingest import ingest
 from acebert.data.partitions import plan
-from acebert.data.preprocess import preprocess
+from acebert.data.preprocess import preprocess, weights_digest
 from acebert.data.tokens import tokenize
 from acebert.errors import UserError
 from acebert.evaluation.embed import embed
@@ -31,12 +32,14 @@ from acebert.training.finetune import finetune
 from acebert.training.harness import HOW_IT_RUNS
 from acebert.training.pretrain import pretrain
 from acebert.training.train_cnn import WEIGHTS, crop_settings, train_cnn
-from acebert.workdir import Stage
+from acebert.workdir import Stage, run_stage
 
 NOT_THE_MODELS = ("workdir", "data", "eval", "serve", "experiment", "tracking")
 """settings that do not come with a trained model"""
 OF_DISTILLATION = ("distill", *(f"train.{leaf}" for leaf in sorted(HOW_IT_RUNS)))
 """sections and leaves that a distillation has beside these; the others are the teacher's"""
+KEPT_WEIGHTS = "weights"
+"""the one stage that is not made again when it is removed: models name its files"""
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,30 @@ def _refuse_uneven(settings: Settings, section: str) -> None:
 
 
 def with_own_cnn(settings: Settings) -> Settings:
-    """`image.cnn_weights trained` as the file that it stands for, trained first where it is not
-    there. A model that is trained with it names the file, not the wish."""
-    if not settings.trains_cnn:
+    """A file of the CNN's weights, or those that `image.cnn_weights trained` stands for (trained
+    first where they are not there), as a file that the work directory keeps. A model that is
+    trained with it names that file, so it finds its features whatever becomes of the first one."""
+    weights = settings.image.cnn_weights
+    if settings.trains_cnn:
+        weights = str(cnn_stage(shared(settings)).path / WEIGHTS)
+    elif not settings.model.patches or weights in NO_FILES or not Path(weights).is_file():
         return settings
-    weights = str(cnn_stage(shared(settings)).path / WEIGHTS)
-    image = settings.image.model_copy(update={"cnn_weights": weights})
+    kept = _kept(settings.workdir, Path(weights))
+    image = settings.image.model_copy(update={"cnn_weights": str(kept)})
     return settings.model_copy(update={"image": image})
+
+
+def _kept(workdir: Path, weights: Path) -> Path:
+    """The work directory's own copy of a file, named by its SHA-256."""
+    if weights.is_relative_to(workdir / KEPT_WEIGHTS):
+        return weights
+    digest = weights_digest(str(weights))
+    name = f"{digest}{weights.suffix}"
+
+    def build(out: Path) -> None:
+        shutil.copyfile(weights, out / name)
+
+    return run_stage(workdir, KEPT_WEIGHTS, {"sha256": digest}, build).path / name
 
 
 def plan_stage(settings: Settings) -> Stage:
@@ -262,6 +282,10 @@ def settings_for(model: Path, argv: Sequence[str], also: Collection[str] = ()) -
     path = _settings_file(model)
     own = settings_from(read_recipe(str(path)))
     given = load_settings(argv, recipe=str(path))
+    kept = own.image.cnn_weights
+    if weights_digest(given.image.cnn_weights) == Path(kept).stem:  # what it is a copy of
+        image = given.image.model_copy(update={"cnn_weights": kept})
+        given = given.model_copy(update={"image": image})
     was, now = flatten(own.model_dump()), flatten(given.model_dump())
     free = {*NOT_THE_MODELS, *also}
     for leaf in now:

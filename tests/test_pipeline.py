@@ -1,17 +1,22 @@
 """Settings of jobs that use a trained model."""
 
 import argparse
+import hashlib
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from acebert import pipeline
 from acebert.config import Settings, load_settings
+from acebert.data.preprocess import weights_digest
 from acebert.errors import UserError
-from acebert.pipeline import settings_for, tracked
+from acebert.pipeline import model_settings, settings_for, tracked, with_own_cnn
 from acebert.tracking import client, finished_run
-from acebert.workdir import run_stage
+from acebert.training.train_cnn import WEIGHTS
+from acebert.workdir import Stage, run_stage
 
 
 @pytest.fixture
@@ -57,6 +62,29 @@ def test_a_setting_that_belongs_to_the_model_is_refused_by_name(
 def test_settings_that_repeat_the_models_own_are_taken(model: Path) -> None:
     argv = ["--recipe", "cebert_tiny", "--model.layers", "1"]
     assert settings_for(model, argv) == settings_for(model, [])
+
+
+@pytest.mark.parametrize("asked", ["trained", "a file"])
+def test_features_are_those_of_the_cnns_weights_after_these_are_gone(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cnn" / "0123" / WEIGHTS
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"weights")
+    made = Stage("cnn", file.parent, "0123", 0.0, reused=False)
+    monkeypatch.setattr(pipeline, "cnn_stage", lambda _: made)
+    weights = asked if asked == "trained" else str(file)
+    wanted = load_settings(["--workdir", str(tmp_path), "--image.cnn_weights", weights])
+    model = tmp_path / "model"
+    model.mkdir()
+    trained = with_own_cnn(wanted)
+    (model / "settings.yaml").write_text(yaml.safe_dump(trained.model_dump(mode="json")))
+    assert settings_for(model, ["--image.cnn_weights", str(file)]).image == trained.image
+    shutil.rmtree(file.parent)
+    settings = with_own_cnn(model_settings(wanted, model))
+    digest = weights_digest(settings.image.cnn_weights)
+    assert digest == hashlib.sha256(b"weights").hexdigest()
+    assert Path(settings.image.cnn_weights).read_bytes() == b"weights"
 
 
 def test_distill_reads_the_models_own_data_and_takes_what_a_distillation_may_have(
