@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -615,6 +623,15 @@ class TrackingSettings(Section):
     """registered model that a finished fine-tuning adds a version to (none: not registered)"""
     alias: str = "candidate"
     """alias set on that version"""
+
+    @field_validator("tag")
+    @classmethod
+    def _check(cls, tag: str | None) -> str | None:
+        if tag and "'" in tag:
+            raise ValueError(
+                f"{tag} has an apostrophe, which MLflow's filters have no way to write"
+            )
+        return tag
 
 
 def _default_workdir() -> Path:

@@ -93,6 +93,7 @@ def test_paper_recipes_are_the_rows_of_table_1(recipe, patches, pixels, roi, hot
         (["--adversary.form", "maximin"], ["adversary.form", "minimax"]),
         (["--seed", "-1"], ["--seed", "greater than or equal to 0", "-1"]),
         (["--seed", str(2**32)], ["--seed", "4294967296"]),
+        (["--tracking.tag", "men's"], ["--tracking.tag", "men's has an apostrophe"]),
         (["stray"], ["stray"]),
     ],
 )
