@@ -68,6 +68,8 @@ def test_paper_recipes_are_the_rows_of_table_1(recipe, patches, pixels, roi, hot
         5e-5,
     )  # section 4.4
     assert s.loss.false_negatives == "keep"
+    assert s.train.weight_decay == 0  # section 4.4: Adam
+    assert s.pretrain.weight_decay == 0.01  # section 4.4: as BERT's pre-training
     tiny = load_settings(["--recipe", f"{recipe}_tiny"])
     assert tiny.model.backbone is None
     assert tiny.model.hot_queries == hot
