@@ -13,14 +13,22 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -34,8 +42,14 @@ from acebert.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "acebert_tiny"
+DEFAULT_WORKDIR = "$ACEBERT_HOME, else ~/.acebert"
+HOW_TO_GIVE = (
+    "On the command line a list is `--eval.ks 10 50` or `--eval.ks 10,50`, a mapping "
+    "`--data.columns product_id=sku title=name`; none is the word `none`."
+)
 
-
+NO_FILES = ("hub", "random", "trained")
+"""words for a CNN's weights that name no file, whatever lies in the current directory"""
 COPIED_SOURCE = "runtime_resources/working_dir_files"
 """part of the path of the directory that `ray job submit` copies the source to"""
 
@@ -62,7 +76,11 @@ def _name_or_path(value: str | None) -> str | None:
     """A path is made absolute, so that a model can be used from any directory later."""
     if value is None or not Path(value).expanduser().exists():
         return value
-    return str(Path(value).expanduser().absolute())
+    return str(absolute(Path(value)))
+
+
+def _weights(value: str) -> str:
+    return value if value in NO_FILES else str(absolute(Path(value)))
 
 
 def computes_in_bf16(cpuinfo: str) -> bool:
@@ -81,7 +99,9 @@ def _resolved(precision: str) -> str:
 
 
 Address = Annotated[str | None, AfterValidator(_address)]
-NameOrPath = AfterValidator(_name_or_path)
+CNNWeights = Annotated[str, AfterValidator(_weights)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""what numpy and torch both take"""
 
 
 class Section(BaseModel):
@@ -99,7 +119,7 @@ class DemoSettings(Section):
     """days of search log: the last is the test day, the one before it the validation day"""
     image_side: int = Field(160, ge=32, le=2048)
     """side of a product photo [px]"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the catalogue and its log (apart from the training seed)"""
 
 
@@ -139,7 +159,7 @@ class ImageSettings(Section):
     """cut patches from the region of interest found by edge detection, else the whole photo"""
     cnn: str = "resnext101_32x8d"
     """timm name of the CNN behind the patch features"""
-    cnn_weights: Annotated[str, NameOrPath] = "hub"
+    cnn_weights: CNNWeights = "hub"
     """`hub` (timm's pretrained weights), `random`, a .safetensors file of the CNN's weights, or
     `trained`: those that these settings train on the catalogue (section `cnn`), first where they
     are missing"""
@@ -197,7 +217,7 @@ class CNNSettings(ScheduleSettings):
     """Training of the patch CNN on the catalogue itself, for `image.cnn_weights trained`. Workers,
     precision and clipping are those of `train`."""
 
-    start: Annotated[str, NameOrPath] = "hub"
+    start: CNNWeights = "hub"
     """what it starts from: `hub` (timm's pretrained weights), `random`, or a .safetensors file"""
     side: int = Field(168, ge=56, multiple_of=28)
     """side that it trains at; about two thirds of image.cnn_side, for random crops show the
@@ -224,7 +244,7 @@ class CNNSettings(ScheduleSettings):
     """AdamW's decay, of matrices only"""
     decay: Literal["linear", "cosine", "constant"] = "cosine"
     """schedule after the warm-up"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of this training, apart from the fine-tuning's: its seeds share one CNN"""
 
 
@@ -242,7 +262,7 @@ class TextSettings(Section):
 class ModelSettings(Section):
     """The encoder (paper section 2) and its two uses as query and product side (section 3)."""
 
-    backbone: Annotated[str | None, NameOrPath] = "bert-base-uncased"
+    backbone: Annotated[str | None, AfterValidator(_name_or_path)] = "bert-base-uncased"
     """start weights and vocabulary: a Hugging Face BERT by hub name or local directory, also one
     that pre-training wrote (none: random weights)"""
     start: Literal["backbone", "pretrain"] = "backbone"
@@ -314,7 +334,9 @@ class LossSettings(Section):
     hard_negative_ranks: tuple[int, int] = (11, 50)
     """ranks from which they are drawn, among the products never clicked for the query; the very
     first may be relevant, and not clicked because nobody saw them"""
-    hard_negatives_from: Path | None = None
+    hard_negatives_from: Annotated[
+        Path | None, AfterValidator(lambda path: path and absolute(path))
+    ] = None
     """directory of the model whose ranks these are (none: the model of these settings without hard
     negatives, trained first where it is missing)"""
 
@@ -370,7 +392,7 @@ class PretrainSettings(ScheduleSettings):
     """peak learning rate of AdamW (paper: 2e-5)"""
     warmup_steps: int = Field(10_000, ge=0)
     """steps of linear warm-up (paper: 10,000)"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of pre-training, apart from the fine-tuning's: its seeds share one start"""
 
 
@@ -471,7 +493,7 @@ class DistillSettings(ScheduleSettings):
     """steps between validations on queries of the validation day"""
     valid_queries: int = Field(2000, ge=1)
     """queries of the validation day in one of them; the table at the end takes all"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the batches and of what starts at random"""
 
 
@@ -606,6 +628,15 @@ class TrackingSettings(Section):
     alias: str = "candidate"
     """alias set on that version"""
 
+    @field_validator("tag")
+    @classmethod
+    def _check(cls, tag: str | None) -> str | None:
+        if tag and "'" in tag:
+            raise ValueError(
+                f"{tag} has an apostrophe, which MLflow's filters have no way to write"
+            )
+        return tag
+
 
 def _default_workdir() -> Path:
     return absolute(Path(os.environ.get("ACEBERT_HOME", "~/.acebert")))
@@ -629,7 +660,7 @@ class Settings(BaseSettings):
     """name under acebert/recipes, or the path of a YAML file"""
     workdir: Annotated[Path, AfterValidator(absolute)] = Field(default_factory=_default_workdir)
     """where every stage puts its results; all nodes of the cluster must see it"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of weights, plan and dropout"""
     data: DataSettings = DataSettings()
     demo: DemoSettings = DemoSettings()
@@ -714,7 +745,7 @@ def load_settings(argv: Sequence[str] | None = None, *, recipe: str | None = Non
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe")
     try:
-        known, rest = first.parse_known_args(argv)
+        known, rest = first.parse_known_args(_lists_joined(argv))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
     if recipe is None:
@@ -736,6 +767,34 @@ def load_settings(argv: Sequence[str] | None = None, *, recipe: str | None = Non
         raise UserError(said + _did_you_mean(rest)) from error
 
 
+def _leaves() -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting by its path."""
+    for name, field in Settings.model_fields.items():
+        if _is_section(field.annotation):
+            for leaf, below in field.annotation.model_fields.items():  # type: ignore[union-attr]
+                yield f"{name}.{leaf}", below
+        else:
+            yield name, field
+
+
+def _lists_joined(argv: Sequence[str]) -> list[str]:
+    """`--eval.ks 10 50` as `--eval.ks 10,50`, for pydantic takes one word for a list."""
+    lists = {f"--{n}" for n, field in _leaves() if get_origin(field.annotation) in (tuple, dict)}
+    joined: list[str] = []
+    more = False  # whether what comes is a further value of a list
+    for word in argv:
+        if word.startswith("--"):
+            flag, given, _ = word.partition("=")
+            more = bool(given) and flag in lists
+            joined.append(word)
+        elif more:
+            joined[-1] += f",{word}"
+        else:
+            more = bool(joined) and joined[-1] in lists
+            joined.append(word)
+    return joined
+
+
 def _did_you_mean(argv: Sequence[str]) -> str:
     """The settings whose flags are nearest to those that are none."""
     flags = [f"--{name}" for name in flatten(Settings.model_construct().model_dump())]
@@ -752,9 +811,19 @@ def print_help(description: str | None, extra: argparse.ArgumentParser | None = 
     own.formatter_class = argparse.RawDescriptionHelpFormatter
     own.usage = f"{own.format_usage().removeprefix('usage: ').strip()} [settings]"
     own.print_help()
-    every = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+    every = argparse.ArgumentParser(
+        add_help=False, usage=argparse.SUPPRESS, epilog=HOW_TO_GIVE, formatter_class=_Help
+    )
     CliSettingsSource[Any](Settings, root_parser=every)
     every.print_help()
+
+
+class _Help(argparse.HelpFormatter):
+    """Says where the work directory is, where pydantic names the function that tells."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        wanted = f"default factory: {_default_workdir.__name__}"
+        return action.help and action.help.replace(wanted, f"default: {DEFAULT_WORKDIR}")
 
 
 def settings_from(values: dict[str, Any]) -> Settings:
@@ -836,6 +905,8 @@ def settings_reference() -> str:
         "Made by `python -m acebert.config`. A leaf is `--section.leaf` on the command line and",
         "`section: {leaf: …}` in a recipe. Defaults are the code's; recipes under",
         "`acebert/recipes/` set others.",
+        "",
+        HOW_TO_GIVE,
     ]
     top = {n: f for n, f in Settings.model_fields.items() if not _is_section(f.annotation)}
     lines += ["", *_table("", top)]
@@ -858,7 +929,7 @@ def _table(prefix: str, fields: dict[str, FieldInfo]) -> list[str]:
         if "[" in str(field.annotation) or "|" in str(field.annotation):
             kind = str(field.annotation)
         kind = kind.replace("typing.", "").replace("datetime.", "").replace("pathlib.", "")
-        default = "$ACEBERT_HOME, else ~/.acebert" if name == "workdir" else field.default
+        default = DEFAULT_WORKDIR if name == "workdir" else field.default
         meaning = " ".join((field.description or "").split())
         cells = [f"`{prefix}{name}`", f"`{kind}`", f"`{default}`", meaning]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

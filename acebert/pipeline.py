@@ -1,19 +1,20 @@
 """The stages in their order. Each function makes what is missing before its own stage."""
 
 import json
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acebert.cluster import connect
-from acebert.config import Settings, flatten, load_settings, read_recipe, settings_from
+from acebert.config import NO_FILES, Settings, flatten, load_settings, read_recipe, settings_from
 from acebert.data.cnn_labels import label_photos
 from acebert.data.demo import build_demo
 from acebert.data.earlier import Earlier
 from acebert.data.ingest import ingest
 from acebert.data.partitions import plan
-from acebert.data.preprocess import preprocess
+from acebert.data.preprocess import preprocess, weights_digest
 from acebert.data.tokens import tokenize
 from acebert.errors import UserError
 from acebert.evaluation.embed import embed
@@ -31,10 +32,14 @@ from acebert.training.finetune import finetune
 from acebert.training.harness import HOW_IT_RUNS
 from acebert.training.pretrain import pretrain
 from acebert.training.train_cnn import WEIGHTS, crop_settings, train_cnn
-from acebert.workdir import Stage
+from acebert.workdir import Stage, run_stage
 
 NOT_THE_MODELS = ("workdir", "data", "eval", "serve", "experiment", "tracking")
 """settings that do not come with a trained model"""
+OF_DISTILLATION = ("distill", *(f"train.{leaf}" for leaf in sorted(HOW_IT_RUNS)))
+"""sections and leaves that a distillation has beside these; the others are the teacher's"""
+KEPT_WEIGHTS = "weights"
+"""the one stage that is not made again when it is removed: models name its files"""
 
 
 @dataclass(frozen=True)
@@ -100,13 +105,30 @@ def _refuse_uneven(settings: Settings, section: str) -> None:
 
 
 def with_own_cnn(settings: Settings) -> Settings:
-    """`image.cnn_weights trained` as the file that it stands for, trained first where it is not
-    there. A model that is trained with it names the file, not the wish."""
-    if not settings.trains_cnn:
+    """A file of the CNN's weights, or those that `image.cnn_weights trained` stands for (trained
+    first where they are not there), as a file that the work directory keeps. A model that is
+    trained with it names that file, so it finds its features whatever becomes of the first one."""
+    weights = settings.image.cnn_weights
+    if settings.trains_cnn:
+        weights = str(cnn_stage(shared(settings)).path / WEIGHTS)
+    elif not settings.model.patches or weights in NO_FILES or not Path(weights).is_file():
         return settings
-    weights = str(cnn_stage(shared(settings)).path / WEIGHTS)
-    image = settings.image.model_copy(update={"cnn_weights": weights})
+    kept = _kept(settings.workdir, Path(weights))
+    image = settings.image.model_copy(update={"cnn_weights": str(kept)})
     return settings.model_copy(update={"image": image})
+
+
+def _kept(workdir: Path, weights: Path) -> Path:
+    """The work directory's own copy of a file, named by its SHA-256."""
+    if weights.is_relative_to(workdir / KEPT_WEIGHTS):
+        return weights
+    digest = weights_digest(str(weights))
+    name = f"{digest}{weights.suffix}"
+
+    def build(out: Path) -> None:
+        shutil.copyfile(weights, out / name)
+
+    return run_stage(workdir, KEPT_WEIGHTS, {"sha256": digest}, build).path / name
 
 
 def plan_stage(settings: Settings) -> Stage:
@@ -203,23 +225,20 @@ def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
 
 def distill_stages(settings: Settings, teacher: Path) -> tuple[list[Stage], Stage]:
     """A student for each of `distill.layers`, after the teacher itself, all with their ONNX files;
-    and the table that compares them."""
-    how = {leaf: getattr(settings.train, leaf) for leaf in HOW_IT_RUNS}
-    own = model_settings(settings, teacher)
-    train = own.train.model_copy(update=how)
-    own = own.model_copy(update={"distill": settings.distill, "train": train})
-    _refuse_uneven(own, "distill")
-    students = student_layers(own, teacher)  # refuses before the first is trained
-    ingested = ingest_stage(shared(own))
-    embedded = embed_stage(shared(own), teacher, evaluation_queries(own, ingested))
+    and the table that compares them. `settings` are the teacher's, but for NOT_THE_MODELS and
+    OF_DISTILLATION."""
+    _refuse_uneven(settings, "distill")
+    students = student_layers(settings, teacher)  # refuses before the first is trained
+    ingested = ingest_stage(shared(settings))
+    embedded = embed_stage(shared(settings), teacher, evaluation_queries(settings, ingested))
     connect()
-    targets = tracked(shared(own), teach(own, teacher, ingested, embedded))
-    exports = {TEACHER: export(own, teacher)}
+    targets = tracked(shared(settings), teach(settings, teacher, ingested, embedded))
+    exports = {TEACHER: export(settings, teacher)}
     for layers in students:
-        student = distill(own, teacher, layers, targets)
-        alias = f"{own.tracking.alias}-{layers}-layers"
-        exports[f"{layers} layers"] = export(own, student.path, alias)
-    table = tracked(own, students_table(own, ingested, targets, exports))
+        student = distill(settings, teacher, layers, targets)
+        alias = f"{settings.tracking.alias}-{layers}-layers"
+        exports[f"{layers} layers"] = export(settings, student.path, alias)
+    table = tracked(settings, students_table(settings, ingested, targets, exports))
     return list(exports.values()), table
 
 
@@ -253,9 +272,9 @@ def model_settings(settings: Settings, model: Path) -> Settings:
     return own.model_copy(update=ours)
 
 
-def settings_for(model: Path, argv: Sequence[str]) -> Settings:
-    """For the jobs that use a trained model: its own settings, with those of NOT_THE_MODELS that
-    `argv` gives.
+def settings_for(model: Path, argv: Sequence[str], also: Collection[str] = ()) -> Settings:
+    """For the jobs that use a trained model: its own settings, with those of NOT_THE_MODELS and of
+    `also` (sections and leaves) that `argv` gives.
 
     Raises:
         UserError: `argv` gives one that belongs to the model.
@@ -263,12 +282,17 @@ def settings_for(model: Path, argv: Sequence[str]) -> Settings:
     path = _settings_file(model)
     own = settings_from(read_recipe(str(path)))
     given = load_settings(argv, recipe=str(path))
+    kept = own.image.cnn_weights
+    if weights_digest(given.image.cnn_weights) == Path(kept).stem:  # what it is a copy of
+        image = given.image.model_copy(update={"cnn_weights": kept})
+        given = given.model_copy(update={"image": image})
     was, now = flatten(own.model_dump()), flatten(given.model_dump())
+    free = {*NOT_THE_MODELS, *also}
     for leaf in now:
-        if now[leaf] != was.get(leaf) and leaf.split(".")[0] not in NOT_THE_MODELS:
+        if now[leaf] != was.get(leaf) and free.isdisjoint((leaf, leaf.split(".")[0])):
             raise UserError(
                 f"--{leaf}: {model} was trained with {was.get(leaf)}, and is used as it was "
-                f"trained. What can be set: {', '.join(NOT_THE_MODELS)}"
+                f"trained. What can be set: {', '.join((*NOT_THE_MODELS, *also))}"
             )
     return given
 

@@ -12,10 +12,11 @@ from acebert.config import Settings
 from acebert.job import run_job
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
+def work(_: Settings, arguments: argparse.Namespace) -> None:
     from acebert.cluster import leave
-    from acebert.pipeline import distill_stages
+    from acebert.pipeline import OF_DISTILLATION, distill_stages, settings_for
 
+    settings = settings_for(arguments.model, arguments.settings, also=OF_DISTILLATION)
     exports, table = distill_stages(settings, arguments.model)
     leave()
     print((table.path / "table.txt").read_text())

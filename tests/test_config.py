@@ -1,18 +1,26 @@
+import argparse
+import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from acebert.config import (
     RECIPES,
+    Settings,
     computes_in_bf16,
     flatten,
     load_settings,
+    print_help,
     read_recipe,
     settings_from,
     settings_reference,
 )
 from acebert.errors import UserError
+from acebert.job import run_job
 
 
 def test_command_line_wins_over_recipe_and_recipe_over_default():
@@ -60,6 +68,8 @@ def test_paper_recipes_are_the_rows_of_table_1(recipe, patches, pixels, roi, hot
         5e-5,
     )  # section 4.4
     assert s.loss.false_negatives == "keep"
+    assert s.train.weight_decay == 0  # section 4.4: Adam
+    assert s.pretrain.weight_decay == 0.01  # section 4.4: as BERT's pre-training
     tiny = load_settings(["--recipe", f"{recipe}_tiny"])
     assert tiny.model.backbone is None
     assert tiny.model.hot_queries == hot
@@ -83,6 +93,9 @@ def test_paper_recipes_are_the_rows_of_table_1(recipe, patches, pixels, roi, hot
         (["--image.pixel_side", "100"], ["pixel_side", "100"]),
         (["--image.cnn_side", "100"], ["cnn_side", "128"]),
         (["--adversary.form", "maximin"], ["adversary.form", "minimax"]),
+        (["--seed", "-1"], ["--seed", "greater than or equal to 0", "-1"]),
+        (["--seed", str(2**32)], ["--seed", "4294967296"]),
+        (["--tracking.tag", "men's"], ["--tracking.tag", "men's has an apostrophe"]),
         (["stray"], ["stray"]),
     ],
 )
@@ -93,6 +106,18 @@ def test_wrong_settings_are_refused_by_name(argv: list[str], words: list[str]):
         assert word in str(error.value)
 
 
+def test_every_seed_is_one_that_numpy_and_torch_take():
+    seeds = [leaf for leaf in flatten(Settings.model_construct().model_dump()) if "seed" in leaf]
+    assert len(seeds) == 5
+    for leaf in seeds:
+        with pytest.raises(UserError, match=leaf):
+            load_settings([f"--{leaf}", "-1"])
+    largest = load_settings(["--seed", str(2**32 - 1)]).seed
+    np.random.RandomState(largest)
+    np.random.default_rng((largest, 0))
+    torch.Generator().manual_seed(largest)
+
+
 def test_unknown_key_in_a_recipe_is_refused_by_name(tmp_path: Path):
     path = tmp_path / "r.yaml"
     path.write_text("train: {learning_rate: 1}\n")
@@ -101,13 +126,59 @@ def test_unknown_key_in_a_recipe_is_refused_by_name(tmp_path: Path):
 
 
 def test_help_names_every_leaf_with_its_default(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stop:
-        load_settings(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for leaf in flatten(load_settings([]).model_dump()):
-        assert f"--{leaf}" in text
-    assert text.count("(default") >= 80
+    print_help("What the job does.")
+    first, *options = re.split(r"\n  --", capsys.readouterr().out)
+    assert "What the job does." in first
+    said = {option.split()[0]: re.sub(r"\s", "", option) for option in options}
+    defaults = flatten(Settings.model_construct().model_dump())
+    assert said.keys() == defaults.keys()
+    defaults["workdir"] = "$ACEBERT_HOME, else ~/.acebert"
+    for leaf, default in defaults.items():
+        assert re.sub(r"\s", "", f"(default: {default})") in said[leaf]
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("loss.matryoshka_dims", ["64", "32"]),
+        ("loss.hard_negative_ranks", ["500", "900"]),
+        ("distill.layers", ["1", "2"]),
+        ("eval.ks", ["7", "9", "11"]),
+        ("experiment.arms", ["old", "new"]),
+        ("experiment.shares", ["0.5", "0.5"]),
+        ("data.columns", ["product_id=sku", "query=term"]),
+    ],
+)
+def test_a_list_is_given_with_spaces_commas_or_the_flag_again(flag: str, values: list[str]):
+    section, leaf = flag.split(".")
+    expected: Any = dict(value.split("=") for value in values) if "=" in values[0] else values
+    in_a_recipe = getattr(getattr(settings_from({section: {leaf: expected}}), section), leaf)
+    assert len(in_a_recipe) == len(values)
+    ways = (
+        [f"--{flag}", *values],
+        [f"--{flag}={values[0]}", *values[1:]],
+        [f"--{flag}", ",".join(values)],
+        [word for value in values for word in (f"--{flag}", value)],
+    )
+    for argv in ways:
+        got = load_settings([*argv, "--seed", "3"])
+        assert getattr(getattr(got, section), leaf) == in_a_recipe
+        assert got.seed == 3
+
+
+def test_a_list_with_spaces_survives_a_jobs_own_arguments():
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--model")
+    seen: list[Settings] = []
+    argv = ["--eval.ks", "7", "9", "--model", "m", "--distill.layers", "1", "2", "--seed", "3"]
+    with pytest.raises(SystemExit):
+        run_job(lambda settings, _: seen.append(settings), "A job.", own, argv)
+    assert (seen[0].eval.ks, seen[0].distill.layers, seen[0].seed) == ((7, 9), (1, 2), 3)
+
+
+def test_a_second_value_of_what_is_no_list_is_refused():
+    with pytest.raises(UserError, match="unrecognized arguments: 2"):
+        load_settings(["--train.lr", "1", "2"])
 
 
 def test_workdir_is_absolute_and_defaults_to_acebert_home(
@@ -137,14 +208,34 @@ def test_paths_are_absolute_and_uris_as_they_are(tmp_path: Path, monkeypatch: py
     assert hub.model.backbone == "bert-base-uncased"
 
 
+def test_the_words_for_a_cnns_weights_name_no_file_of_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for word in ("hub", "random", "trained"):
+        (tmp_path / word).mkdir()
+        assert load_settings(["--image.cnn_weights", word]).image.cnn_weights == word
+    settings = load_settings(["--image.cnn_weights", "c.safetensors", "--cnn.start", "hub"])
+    assert settings.image.cnn_weights == str(tmp_path / "c.safetensors")
+    assert settings.cnn.start == "hub"
+
+
 @pytest.mark.parametrize(
-    "argv", [["--workdir", "w"], ["--data.products", "p.csv", "--data.impressions", "/i.csv"]]
+    "argv",
+    [
+        ["--workdir", "w"],
+        ["--data.products", "p.csv", "--data.impressions", "/i.csv"],
+        ["--model.backbone", "bert"],
+        ["--image.cnn_weights", "c.safetensors"],
+        ["--cnn.start", "c.safetensors"],
+        ["--loss.hard_negatives_from", "finetune/1"],
+    ],
 )
 def test_a_relative_path_in_the_copied_source_of_a_submitted_job_is_refused(
     argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     copied = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
-    copied.mkdir(parents=True)
+    (copied / "bert").mkdir(parents=True)  # it came along with the source
     monkeypatch.chdir(copied)
     with pytest.raises(UserError, match=rf"{argv[0][2:]}: .*{argv[1]} is relative"):
         load_settings(argv)

@@ -1,15 +1,22 @@
 """Settings of jobs that use a trained model."""
 
+import argparse
+import hashlib
+import runpy
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from acebert.config import load_settings
+from acebert import pipeline
+from acebert.config import Settings, load_settings
+from acebert.data.preprocess import weights_digest
 from acebert.errors import UserError
-from acebert.pipeline import settings_for, tracked
+from acebert.pipeline import model_settings, settings_for, tracked, with_own_cnn
 from acebert.tracking import client, finished_run
-from acebert.workdir import run_stage
+from acebert.training.train_cnn import WEIGHTS
+from acebert.workdir import Stage, run_stage
 
 
 @pytest.fixture
@@ -55,6 +62,53 @@ def test_a_setting_that_belongs_to_the_model_is_refused_by_name(
 def test_settings_that_repeat_the_models_own_are_taken(model: Path) -> None:
     argv = ["--recipe", "cebert_tiny", "--model.layers", "1"]
     assert settings_for(model, argv) == settings_for(model, [])
+
+
+@pytest.mark.parametrize("asked", ["trained", "a file"])
+def test_features_are_those_of_the_cnns_weights_after_these_are_gone(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cnn" / "0123" / WEIGHTS
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"weights")
+    made = Stage("cnn", file.parent, "0123", 0.0, reused=False)
+    monkeypatch.setattr(pipeline, "cnn_stage", lambda _: made)
+    weights = asked if asked == "trained" else str(file)
+    wanted = load_settings(["--workdir", str(tmp_path), "--image.cnn_weights", weights])
+    model = tmp_path / "model"
+    model.mkdir()
+    trained = with_own_cnn(wanted)
+    (model / "settings.yaml").write_text(yaml.safe_dump(trained.model_dump(mode="json")))
+    assert settings_for(model, ["--image.cnn_weights", str(file)]).image == trained.image
+    shutil.rmtree(file.parent)
+    settings = with_own_cnn(model_settings(wanted, model))
+    digest = weights_digest(settings.image.cnn_weights)
+    assert digest == hashlib.sha256(b"weights").hexdigest()
+    assert Path(settings.image.cnn_weights).read_bytes() == b"weights"
+
+
+def test_distill_reads_the_models_own_data_and_takes_what_a_distillation_may_have(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Settings] = []
+
+    def take(settings: Settings, teacher: Path) -> None:
+        assert teacher == model
+        given.append(settings)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("acebert.pipeline.distill_stages", take)
+    work = runpy.run_path(str(Path(__file__).parents[1] / "ray_jobs" / "distill.py"))["work"]
+    argv = ["--distill.layers", "1", "--train.num_workers", "2"]
+    with pytest.raises(RuntimeError, match="enough"):
+        work(load_settings(argv), argparse.Namespace(model=model, settings=argv))
+    assert given[0].data.products == str(Path.cwd() / "p.csv")
+    assert given[0].workdir == tmp_path / "w"
+    assert given[0].model.layers == 1
+    assert (given[0].distill.layers, given[0].train.num_workers) == ((1,), 2)
+    argv = ["--train.precision", "bf16" if given[0].train.precision == "fp32" else "fp32"]
+    with pytest.raises(UserError, match=r"--train\.precision: .* was trained with"):
+        work(load_settings(argv), argparse.Namespace(model=model, settings=argv))
 
 
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:

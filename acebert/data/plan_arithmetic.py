@@ -264,4 +264,4 @@ def round_keys(seed: int, epoch: int, purpose: int) -> UInts:
 
 
 def _entropy(seed: int, epoch: int, purpose: int) -> np.random.SeedSequence:
-    return np.random.SeedSequence([seed % 2**64, epoch, purpose])
+    return np.random.SeedSequence([seed, epoch, purpose])

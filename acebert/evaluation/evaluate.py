@@ -54,7 +54,7 @@ from acebert.evaluation.recall import (
 from acebert.evaluation.significance import Ratios, intervals, mean_of_queries, weighted_by_query
 from acebert.evaluation.tables import Row
 from acebert.evaluation.testset import TestSet, load_test_set
-from acebert.evaluation.trec import Judgement, write_qrels, write_run
+from acebert.evaluation.trec import Judgement, file_bytes, write_qrels, write_run
 from acebert.index import ProductIndex
 from acebert.workdir import Stage, run_stage
 
@@ -530,7 +530,7 @@ def _key(settings: Settings, ingested: Stage) -> dict[str, Any]:
         "version": VERSION,
         "ingest": ingested.digest,
         "eval": own,
-        "qrels": _digest(Path(qrels)) if qrels else None,
+        "qrels": hashlib.sha256(file_bytes(qrels)).hexdigest() if qrels else None,
     }
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from acebert.config import Settings
+from acebert.data.source import find_files
 from acebert.data.tokens import backbone_digest, encode, load_tokenizer
 from acebert.data.unlabelled import unlabelled_texts
 from acebert.errors import UserError
@@ -44,7 +45,7 @@ def teach(settings: Settings, teacher: Path, ingested: Stage, embedded: Stage) -
         "ingest": ingested.digest,
         "embed": embedded.digest,
         "titles": own.titles,
-        "texts": own.texts and [own.texts, Path(own.texts).stat().st_size],
+        "texts": own.texts and [f.fingerprint for f in find_files(own.texts, "distill.texts")],
     }
 
     def build(out: Path) -> None:

@@ -167,7 +167,7 @@ def _read_judged(settings: Settings) -> list[Judgement]:
         return []
     return [
         Judgement(normalize_query(j.query), j.product_id, j.grade)
-        for j in read_qrels(Path(settings.eval.qrels))
+        for j in read_qrels(settings.eval.qrels)
     ]
 
 

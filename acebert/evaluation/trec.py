@@ -13,6 +13,8 @@ from typing import NamedTuple
 from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from acebert.errors import UserError
@@ -70,8 +72,25 @@ def write_qrels(path: Path, judgements: Iterable[Judgement]) -> None:
         )
 
 
-def read_qrels(path: Path) -> list[Judgement]:
-    """Read judged relevance.
+def file_bytes(where: str | Path) -> bytes:
+    """Of a file on this machine or behind a URI.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    filesystem: pafs.FileSystem = pafs.LocalFileSystem()
+    try:
+        path = str(where)
+        if "://" in path:
+            filesystem, path = pafs.FileSystem.from_uri(path)
+        with filesystem.open_input_file(path) as file:
+            return file.read()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{where}: cannot be read ({error})") from error
+
+
+def read_qrels(path: str | Path) -> list[Judgement]:
+    """Read judged relevance, from a file or a URI.
 
     Raises:
         UserError: no such file, no judgement in it, or a line that is not one, by number.
@@ -90,10 +109,10 @@ def read_qrels(path: Path) -> list[Judgement]:
     return rows
 
 
-def _lines(path: Path, columns: int, layout: str) -> Iterable[tuple[int, list[str]]]:
+def _lines(path: str | Path, columns: int, layout: str) -> Iterable[tuple[int, list[str]]]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = file_bytes(path).decode()
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as a TREC file: {error}") from error
     for number, line in enumerate(text.splitlines(), 1):
         fields = line.split()

@@ -28,7 +28,7 @@ from acebert.sweep.figure import sweep_figure
 from acebert.sweep.placement import place
 from acebert.sweep.records import Records
 from acebert.sweep.results import METRICS, best, table_text, values, write_recipe, write_table
-from acebert.sweep.space import Space, Trial, check_space
+from acebert.sweep.space import Space, Trial, check_space, with_leaves
 from acebert.sweep.training import Prepared
 from acebert.sweep.trials import Objective, Outcome, points_tried, run_trials
 from acebert.tracking import Run, log_model, start_run
@@ -67,6 +67,7 @@ def sweep(
         UserError: the space asks for what is not there, before anything runs.
     """
     check_space(space, settings)
+    with_leaves(settings, {"tracking.tag": settings.tracking.tag or name})  # may refuse the name
     connect()
     at_once, base = place(settings, space)
     ready = prepare(base, space)

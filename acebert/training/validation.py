@@ -7,10 +7,12 @@ the corpus is a sample too, so its Recall@100 lies above the whole catalogue's.
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from acebert.config import Settings
+from acebert.data.lookups import Lookups
 from acebert.evaluation.gauc import gauc
 from acebert.evaluation.recall import DotProduct, recall, search_catalogue
 from acebert.training.pairs import StagePaths
@@ -41,36 +43,38 @@ class ValidationSample:
     @classmethod
     def draw(cls, settings: Settings, paths: StagePaths) -> "ValidationSample":
         """Searches in random order until `train.valid_searches` are drawn or their products are
-        `train.valid_products`; random products fill the corpus up to that number."""
-        rows = pq.read_table(paths.ingest / "valid_impressions.parquet")
-        search = rows["search"].to_numpy()
-        product = rows["product"].to_numpy()
-        lists = pq.read_table(paths.ingest / "product_hot_lists.parquet", columns=["train"])
-        hot_lists = lists["train"].to_numpy()
+        `train.valid_products`; random products fill the corpus up to that number. Of the log, no
+        more is held than the rows of drawn searches."""
+        train = settings.train
+        hot_lists = Lookups.open(paths.ingest).product_hot_lists
         rng = np.random.default_rng(6)  # the same for all seeds, so that their validations compare
-
-        order = rng.permutation(np.unique(search))[: settings.train.valid_searches]
-        place = np.full(int(search.max(initial=-1)) + 1, len(order), np.int64)
-        place[order] = np.arange(len(order))
-        first_seen = np.full(len(hot_lists), len(order), np.int64)
-        np.minimum.at(first_seen, product, place[search])
-        new_products = np.bincount(first_seen[first_seen < len(order)], minlength=len(order))
-        fitting = np.searchsorted(np.cumsum(new_products), settings.train.valid_products, "right")
-        kept = place[search] < max(1, int(fitting))
+        with pq.ParquetFile(paths.ingest / "valid_impressions.parquet") as file:
+            searches = _searches(file)
+            order = rng.permutation(searches)[: train.valid_searches]
+            places = np.full(searches, len(order), np.int32)
+            places[order] = np.arange(len(order))
+            search, query, product, clicked = _impressions(file, places < len(order))
+        place = places[search]
+        distinct, which = np.unique(product, return_inverse=True)
+        first_seen = np.full(len(distinct), len(order))
+        np.minimum.at(first_seen, which, place)
+        new_products = np.bincount(first_seen, minlength=len(order))
+        fitting = np.searchsorted(np.cumsum(new_products), train.valid_products, "right")
+        kept = place < max(1, int(fitting))
 
         shown, product_index = np.unique(product[kept], return_inverse=True)
-        others = rng.permutation(np.setdiff1d(np.arange(len(hot_lists)), shown))
-        free = max(0, settings.train.valid_products - len(shown))
-        corpus = np.concatenate([shown, others[:free]]).astype(np.int32)
-        queries, query_index = np.unique(rows["query"].to_numpy()[kept], return_inverse=True)
+        others = rng.permutation(np.delete(np.arange(len(hot_lists), dtype=np.int32), shown))
+        free = max(0, train.valid_products - len(shown))
+        corpus = np.concatenate([shown, others[:free]])
+        queries, query_index = np.unique(query[kept], return_inverse=True)
         return cls(
-            queries.astype(np.int32),
+            queries,
             corpus,
-            hot_lists[corpus],
+            hot_lists[corpus, 0],
             search[kept],
             query_index,
             product_index,
-            rows["clicked"].to_numpy(zero_copy_only=False)[kept],
+            clicked[kept],
         )
 
     def measure(
@@ -94,3 +98,24 @@ class ValidationSample:
         """Distinct (query, product) that were clicked, int64 [T, 2], sorted."""
         pairs = np.stack([self.query, self.product], axis=1)[self.clicked]
         return np.unique(pairs, axis=0)
+
+
+def _searches(file: pq.ParquetFile) -> int:
+    """How many there are in impressions, which are sorted by their number from 0 on."""
+    lasts = (batch["search"][-1].as_py() for batch in file.iter_batches(columns=["search"]))
+    return max(lasts, default=-1) + 1
+
+
+def _impressions(
+    file: pq.ParquetFile, wanted: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]]:
+    """search, query, product and clicked of the searches that are `wanted` [S], in their order."""
+    schema = file.schema_arrow
+    columns = ["search", "query", "product", "clicked"]
+    parts = [pa.table({name: pa.array([], schema.field(name).type) for name in columns})]
+    for batch in file.iter_batches(columns=columns):
+        mask = pa.array(wanted[batch["search"].to_numpy()])
+        parts.append(pa.Table.from_batches([batch.select(columns)]).filter(mask))
+    found = pa.concat_tables(parts)
+    search, query, product, clicked = (found[name].to_numpy() for name in columns)
+    return search, query, product, clicked

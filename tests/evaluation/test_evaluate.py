@@ -183,7 +183,7 @@ def test_judgements_are_measured_beside_the_clicks(tmp_path: Path):
         "Zenith++HAT 0 sku-024 1\n"
     )
     settings = world.settings.model_copy(
-        update={"eval": world.settings.eval.model_copy(update={"qrels": str(qrels)})}
+        update={"eval": world.settings.eval.model_copy(update={"qrels": f"file://{qrels}"})}
     )
     assert "zenith hat" in evaluation_queries(settings, world.ingested)
     stage = evaluate_baselines(settings, world.ingested)

@@ -99,6 +99,13 @@ def test_a_bad_qrels_file_is_refused_with_its_line(tmp_path: Path, text: str, sa
         read_qrels(tmp_path / "qrels")
 
 
-def test_a_missing_qrels_file_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match="nowhere"):
-        read_qrels(tmp_path / "nowhere")
+@pytest.mark.parametrize("where", ["{}/nowhere", "file://{}/nowhere", "nosuch://bucket/qrels"])
+def test_a_missing_qrels_file_is_named(where: str, tmp_path: Path):
+    where = where.format(tmp_path)
+    with pytest.raises(UserError, match=f"^{where}: cannot be read"):
+        read_qrels(where)
+
+
+def test_qrels_are_read_from_a_uri(tmp_path: Path):
+    (tmp_path / "qrels").write_text("red+shoes 0 p1 1\n")
+    assert read_qrels(f"file://{tmp_path}/qrels") == [Judgement("red shoes", "p1", 1)]

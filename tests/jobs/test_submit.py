@@ -185,7 +185,7 @@ def test_a_wrong_setting_ends_a_job_at_once_with_its_name(
     done = submit(cluster, "ray_jobs/finetune.py", *argv)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -242,6 +242,12 @@ def test_more_trials_at_once_than_the_cluster_holds_are_refused(
     assert not (settings.workdir / "sweep").exists()
 
 
+def test_a_space_whose_name_cannot_be_the_trials_tag_is_refused_first(settings: Settings, toy):
+    space = Space(vary={"loss.gamma": [10]})
+    with pytest.raises(UserError, match=r"--tracking\.tag: men's has an apostrophe"):
+        sweep(settings, "men's", space, **toy.parts)
+
+
 def test_trials_at_once_share_the_cores_and_are_the_same_stage(
     settings: Settings, ray_cluster: None
 ):

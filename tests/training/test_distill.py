@@ -48,6 +48,7 @@ def test_queries_of_validation_and_test_days_alone_are_never_trained_on(
     assert kept_back.isdisjoint(texts)
     assert set(texts) >= train
     assert texts[-1] == "a new text"
+    assert unlabelled_texts(ingested.path, True, f"file://{tmp_path}/texts.parquet") == texts
     assert set(unlabelled_texts(ingested.path, False, None)) == train
 
 
@@ -84,6 +85,15 @@ def teacher(
     shutil.copytree(stages["tokens"].path / "tokenizer", directory / "tokenizer")
     (directory / "settings.yaml").write_text(yaml.safe_dump(own.model_dump(mode="json")))
     return directory
+
+
+def test_a_file_of_texts_that_is_not_there_is_named_before_anything_is_made(
+    own: Settings, teacher: Path, stages: dict[str, Stage]
+) -> None:
+    distill = own.distill.model_copy(update={"texts": "/nowhere/t.parquet"})
+    settings = own.model_copy(update={"distill": distill})
+    with pytest.raises(UserError, match=r"--distill\.texts /nowhere/t\.parquet: there is no such"):
+        teach(settings, teacher, stages["ingested"], stages["tokens"])
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from acebert.training.finetuner import Finetuner
 from acebert.training.pairs import Side, TrainBatch
 
 W, GAMMA = 12, 8.0
+OF_DOMAIN = "domain classifier's"
 
 
 def recipe(**values: Any) -> Settings:
@@ -49,14 +50,19 @@ def new_model(settings: Settings) -> DualEncoder:
     return model.train()
 
 
-def pairs(rows: slice, H: int = 0) -> TrainBatch:
+def pairs(rows: slice, settings: Settings) -> TrainBatch:
     """Pairs `rows` of twelve: six queries, nine products (each with its list), one cell masked;
-    with H, as many mined products for each pair, one of them masked."""
+    with mined products for each pair one of them is masked; with the popularity correction every
+    product has a share of its own."""
+    H = settings.loss.hard_negatives
     rng = np.random.default_rng(0)
     words = torch.from_numpy(rng.integers(4, 60, (9, 9)))
     query = np.array([0, 1, 2, 3, 4, 5, 0, 1, 5, 3, 2, 4])[rows]
-    product = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 8])[rows]
-    mined = np.random.default_rng(1).integers(0, 9, (12, H))[rows].ravel()
+    all_products = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 8])
+    all_mined = np.random.default_rng(1).integers(0, 9, (12, H))
+    product, mined = all_products[rows], all_mined[rows].ravel()
+    columns = np.concatenate([all_products, all_mined.ravel()])  # pairs' own, then mined by pair
+    log_share = torch.linspace(-5, -1, 9)[columns]
     patches = torch.from_numpy(rng.normal(size=(9, 16, 8))).float()
     pixels = torch.from_numpy(rng.integers(0, 256, (9, 14, 14, 3))).to(torch.uint8)
 
@@ -86,7 +92,7 @@ def pairs(rows: slice, H: int = 0) -> TrainBatch:
         replace(products, pair_row=own_row),
         query_mask,
         mask,
-        None,
+        log_share if settings.loss.popularity_correction else None,
         mined_row if H else None,
     )
 
@@ -94,7 +100,8 @@ def pairs(rows: slice, H: int = 0) -> TrainBatch:
 def gradients(
     settings: Settings, batch: TrainBatch, rank: int = 0, world: int = 1
 ) -> dict[str, Tensor]:
-    """Of the second encoder step, by parameter; its loss; and the bytes that DDP sent in it."""
+    """Of the second encoder step, by parameter; its loss; and the bytes that DDP sent in it. Of
+    two steps of the domain classifier after it, the gradients of the first and what it then is."""
     tuner = Finetuner(settings, new_model(settings), torch.device("cpu"), rank, world)
     seen: dict[str, Tensor] = {}
     sent = 0
@@ -115,8 +122,23 @@ def gradients(
     tuner.optimizer.register_step_pre_hook(keep)
     for step in (3, 4):  # DDP deals its buckets anew before the second
         sent = 0
-        metrics, _, _ = tuner.encoder_step(batch, step, share=1.0)  # a learning rate of 0
+        metrics, v_q, v_p = tuner.encoder_step(batch, step, share=1.0)  # a learning rate of 0
+    for _ in range(2):
+        tuner.domain_step(v_q, v_p)
+        for name, parameter in tuner.domain.named_parameters():
+            assert parameter.grad is not None
+            seen.setdefault(f"{OF_DOMAIN} gradient {name}", parameter.grad.clone())
+    seen |= {f"{OF_DOMAIN} {name}": tensor for name, tensor in tuner.domain.state_dict().items()}
     return {"loss": metrics["loss"].clone(), "sent": torch.tensor(sent), **seen}
+
+
+def of_encoders(seen: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients among these."""
+    return {
+        name: tensor
+        for name, tensor in seen.items()
+        if name not in ("loss", "sent") and not name.startswith(OF_DOMAIN)
+    }
 
 
 def plain_twin(settings: Settings, batch: TrainBatch) -> dict[str, Tensor]:
@@ -133,8 +155,12 @@ def plain_twin(settings: Settings, batch: TrainBatch) -> dict[str, Tensor]:
     v_q, v_p = (torch.cat(side) for side in zip(*embeddings, strict=True))
     v_mined = None if batch.mined_row is None else v_p[batch.mined_row]
     v_q, v_p = v_q[batch.query.pair_row], v_p[batch.product.pair_row]
-    masks = {"query_mask": batch.query_mask, "product_mask": batch.product_mask}
-    loss, metrics = semantic_matching_loss(v_q, v_p, model.gamma, v_mined=v_mined, **masks)
+    given = {
+        "query_mask": batch.query_mask,
+        "product_mask": batch.product_mask,
+        "product_log_share": batch.product_log_share,
+    }
+    loss, metrics = semantic_matching_loss(v_q, v_p, model.gamma, v_mined=v_mined, **given)
     for dims in settings.loss.matryoshka_dims:
         short_q, short_p, short_mined = (
             None if v is None else v[:, :dims] / v[:, :dims].norm(dim=1, keepdim=True)
@@ -142,7 +168,7 @@ def plain_twin(settings: Settings, batch: TrainBatch) -> dict[str, Tensor]:
         )
         loss = (
             loss
-            + semantic_matching_loss(short_q, short_p, model.gamma, v_mined=short_mined, **masks)[0]
+            + semantic_matching_loss(short_q, short_p, model.gamma, v_mined=short_mined, **given)[0]
         )
     term = encoder_term("confusion", domain, v_q, v_p)
     (loss + settings.adversary.weight * term).backward()
@@ -160,15 +186,16 @@ def plain_twin(settings: Settings, batch: TrainBatch) -> dict[str, Tensor]:
         {"micro_batch": 4, "precision": "bf16", "dropout": 0.3},
         {"micro_batch": 2, "hard_negatives": 2, "matryoshka_dims": (4, 2)},
         {"micro_batch": None, "hard_negatives": 2, "matryoshka_dims": (4, 2)},
+        {"micro_batch": 2, "hard_negatives": 2, "popularity_correction": True},
     ],
     ids=str,
 )
 def test_cached_gradients_are_those_of_one_graph(values: dict[str, Any]) -> None:
     """With the adversary, a learned γ, masks, rows shared by pairs and sides of unequal size."""
     settings = recipe(**values)
-    batch = pairs(slice(0, W), settings.loss.hard_negatives)
+    batch = pairs(slice(0, W), settings)
     got, expected = (f(settings, batch) for f in (gradients, plain_twin))
-    assert got.keys() - {"sent"} == expected.keys()
+    assert of_encoders(got).keys() == of_encoders(expected).keys()
     # bf16: the parts' gradients are summed in fp32 here, in bf16 by the one graph.
     bf16 = settings.train.precision == "bf16"
     atol, rtol = (2e-2, 5e-2) if bf16 else (1e-5, 1e-3)
@@ -178,13 +205,14 @@ def test_cached_gradients_are_those_of_one_graph(values: dict[str, Any]) -> None
 
 
 def test_parts_without_dropout_give_the_whole_batchs_gradients() -> None:
-    whole, cached = (gradients(recipe(micro_batch=m), pairs(slice(0, W))) for m in (None, 2))
+    batch = pairs(slice(0, W), recipe())
+    whole, cached = (gradients(recipe(micro_batch=m), batch) for m in (None, 2))
     torch.testing.assert_close(cached, whole, atol=1e-5, rtol=1e-3)
 
 
 def test_a_row_that_pairs_share_has_the_sum_of_their_gradients() -> None:
     """Against a batch with a row for each pair."""
-    batch = pairs(slice(0, W))
+    batch = pairs(slice(0, W), recipe())
 
     def repeated(side: Side) -> Side:
         at = side.pair_row
@@ -207,14 +235,15 @@ CASES: list[dict[str, Any]] = [
     {"micro_batch": 2, "shared_towers": False},
     {"micro_batch": 2, "hard_negatives": 2, "matryoshka_dims": (4,)},
     {"micro_batch": None, "hard_negatives": 2},
+    {"micro_batch": 2, "hard_negatives": 2, "popularity_correction": True},
+    {"micro_batch": None, "popularity_correction": True},
 ]
 
 
 def one_rank(case: dict[str, Any], rank: int) -> dict[str, Tensor]:
     """What `two_ranks` runs."""
     settings = recipe(**case)
-    batch = pairs(slice(6 * rank, 6 * rank + 6), settings.loss.hard_negatives)
-    return gradients(settings, batch, rank, world=2)
+    return gradients(settings, pairs(slice(6 * rank, 6 * rank + 6), settings), rank, world=2)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=str)
@@ -222,15 +251,25 @@ def test_two_ranks_that_cache_have_the_whole_batchs_gradients_by_one_all_reduce(
     case: int, two_ranks: list[list[dict[str, Tensor]]]
 ) -> None:
     whole = recipe(**{**CASES[case], "micro_batch": None})
-    expected = gradients(whole, pairs(slice(0, W), whole.loss.hard_negatives))
+    expected = gradients(whole, pairs(slice(0, W), whole))
     first, second = two_ranks[case]
-    for name, gradient in expected.items():
-        if name == "sent":
-            continue
-        if name == "loss":
-            torch.testing.assert_close((first[name] + second[name]) / 2, gradient)
-            continue
+    torch.testing.assert_close((first["loss"] + second["loss"]) / 2, expected["loss"])
+    for name, gradient in of_encoders(expected).items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
-    size = sum(expected[name].nbytes for name in expected if name not in ("loss", "sent"))
+    size = sum(gradient.nbytes for gradient in of_encoders(expected).values())
     assert first["sent"] == second["sent"] == size
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=str)
+def test_two_ranks_have_one_domain_classifier_that_of_the_whole_batch(
+    case: int, two_ranks: list[list[dict[str, Tensor]]]
+) -> None:
+    whole = recipe(**{**CASES[case], "micro_batch": None})
+    expected = gradients(whole, pairs(slice(0, W), whole))
+    first, second = two_ranks[case]
+    names = [name for name in expected if name.startswith(OF_DOMAIN)]
+    assert len(names) == 8  # two layers' weights and biases, and their gradients
+    for name in names:
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], expected[name], atol=1e-6, rtol=1e-4, msg=name)
