@@ -2,27 +2,32 @@
 
     python ray_jobs/compare.py --recipes twinbert_tiny acebert_tiny [--seeds 0 1] [settings]
 
-All settings but the recipe and the seed are shared. What is done already is reused. Each recipe is
-compared with the one named before it, by a bootstrap over seeds and queries. The runs carry one tag
-in MLflow, so that its compare page shows the table.
+All settings but the recipe and the seed are shared. A recipe may be the settings.yaml of a model;
+all of them read the same data. What is done already is reused. Each recipe is compared with the
+one named before it, by a bootstrap over seeds and queries. The runs carry one tag in MLflow, so
+that its compare page shows the table.
 """
 
 import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from acebert.config import ScheduleSettings, Settings, load_settings
+from acebert.errors import UserError
 from acebert.job import run_job
 from acebert.workdir import Stage
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
+def work(_: Settings, arguments: argparse.Namespace) -> None:
+    settings = shared_settings(arguments.recipes, arguments.settings)
     from acebert.evaluation.evaluate import BASELINES
     from acebert.evaluation.figures import curves_figure, rows_figure
     from acebert.evaluation.tables import Row, differences_table, rows_table
@@ -34,8 +39,7 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     spent: dict[str, dict[str, float]] = {"rows without training": {"evaluate": baselines.seconds}}
     rows: list[Row] = []
     models: dict[str, list[Path]] = {}
-    for recipe in arguments.recipes:
-        name = Path(recipe).stem
+    for name, recipe in zip(row_names(arguments.recipes), arguments.recipes, strict=True):
         evaluated = []
         for seed in arguments.seeds:
             own = ["--recipe", recipe, "--seed", str(seed), "--tracking.tag", "none"]
@@ -45,7 +49,7 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
             evaluated.append(result.path)
             models.setdefault(name, []).append(model.path)
             trained = chosen.train
-            spent[f"{recipe}, seed {seed}"] = seconds_of(settings, model, embedded, result)
+            spent[f"{name}, seed {seed}"] = seconds_of(settings, model, embedded, result)
         rows.append(Row(name, tuple(evaluated)))
     untrained = [Row.of(baselines.path / name) for name in BASELINES]
     print()
@@ -58,6 +62,37 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     curves_figure(models, curves)
     print(f"pictures: {picture}, {curves}")
     print_next(settings, arguments, trained)
+
+
+def shared_settings(recipes: Sequence[str], argv: Sequence[str]) -> Settings:
+    """The first recipe's, for what belongs to no row.
+
+    Raises:
+        UserError: another recipe reads other data, or measures otherwise.
+    """
+    first, *others = (load_settings([*argv, "--recipe", recipe]) for recipe in recipes)
+    for recipe, other in zip(recipes[1:], others, strict=True):
+        theirs = of_the_table(other)
+        for leaf, value in of_the_table(first).items():
+            if value != theirs[leaf]:
+                raise UserError(
+                    f"--{leaf}: {value} in {recipes[0]}, {theirs[leaf]} in {recipe}. All rows of a "
+                    "table need the same: say on the command line which"
+                )
+    return first
+
+
+def of_the_table(settings: Settings) -> dict[str, Any]:
+    """Settings that all rows share, by name. How many dimensions are kept is a row's own."""
+    sections = {name: getattr(settings, name) for name in ("data", "demo", "eval")}
+    leaves = {f"{name}.{leaf}": v for name, section in sections.items() for leaf, v in section}
+    return {"workdir": settings.workdir, **leaves} | {"eval.dimensions": None}
+
+
+def row_names(recipes: Sequence[str]) -> list[str]:
+    """Each recipe's file name or, where two have the same, all that was given."""
+    stems = [Path(recipe).stem for recipe in recipes]
+    return [s if stems.count(s) == 1 else r for s, r in zip(stems, recipes, strict=True)]
 
 
 def seconds_of(settings: Settings, model: Stage, *later: Stage) -> dict[str, float]:

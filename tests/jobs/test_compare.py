@@ -1,14 +1,19 @@
 """A comparison as its user runs it, and a model measured again, on a small demo."""
 
+import argparse
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
-from acebert.config import load_settings
+from acebert import pipeline
+from acebert.config import Settings, load_settings
+from acebert.errors import UserError
 from acebert.evaluation.evaluate import BASELINES
 from acebert.tracking import client
 
@@ -33,6 +38,67 @@ def job(script: str, *argv: str) -> list[str]:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout.splitlines()
+
+
+def settings_yaml(directory: Path, *argv: str) -> str:
+    """The settings.yaml of a model that was trained with these settings."""
+    directory.mkdir()
+    tree = load_settings(argv).model_dump(mode="json", exclude={"tracking"})
+    (directory / "settings.yaml").write_text(yaml.safe_dump(tree))
+    return str(directory / "settings.yaml")
+
+
+def test_rows_without_training_are_measured_on_the_data_of_the_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Settings] = []
+
+    def measure(settings: Settings) -> None:
+        asked.append(settings)
+        raise UserError("enough")
+
+    monkeypatch.setattr(pipeline, "baselines_stage", measure)
+    recipe = settings_yaml(
+        tmp_path / "m",
+        *["--workdir", str(tmp_path / "w"), "--data.products", "shop.csv"],
+        *["--data.impressions", "log.csv", "--eval.ks", "5"],
+    )
+    arguments = argparse.Namespace(recipes=[recipe], seeds=[0], settings=[])
+    work = runpy.run_path(str(ROOT / "ray_jobs" / "compare.py"))["work"]
+    with pytest.raises(UserError, match="enough"):
+        work(load_settings([]), arguments)
+    of_recipe = load_settings(["--recipe", recipe])
+    assert [(s.workdir, s.data, s.eval) for s in asked] == [
+        (of_recipe.workdir, of_recipe.data, of_recipe.eval)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("leaf", "values"),
+    [
+        ("workdir", ("/a", "/b")),
+        ("data.max_bad_share", ("0.1", "0.2")),
+        ("demo.products", ("80", "90")),
+        ("eval.head_share", ("0.5", "0.6")),
+    ],
+)
+def test_recipes_that_read_other_data_or_measure_otherwise_are_refused_by_the_setting(
+    leaf: str, values: tuple[str, str], tmp_path: Path
+) -> None:
+    recipes = [
+        settings_yaml(tmp_path / name, f"--{leaf}", value)
+        for name, value in zip("ab", values, strict=True)
+    ]
+    shared = runpy.run_path(str(ROOT / "ray_jobs" / "compare.py"))["shared_settings"]
+    with pytest.raises(UserError, match=rf"--{leaf}: {values[0]} in .*, {values[1]} in "):
+        shared(recipes, [])
+    assert getattr(shared(recipes, [f"--{leaf}", values[0]]), leaf.split(".")[0])
+
+
+def test_two_models_whose_settings_have_one_file_name_are_two_rows() -> None:
+    names = runpy.run_path(str(ROOT / "ray_jobs" / "compare.py"))["row_names"]
+    recipes = ["a/settings.yaml", "b/settings.yaml", "my/own.yaml", "acebert_tiny"]
+    assert names(recipes) == ["a/settings.yaml", "b/settings.yaml", "own", "acebert_tiny"]
 
 
 @pytest.mark.slow
