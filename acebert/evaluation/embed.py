@@ -36,6 +36,7 @@ from acebert.config import Settings
 from acebert.data.batches import query_arrays
 from acebert.data.earlier import Earlier, earlier_rows, product_ids, same_key, stage_key
 from acebert.data.lookups import Lookups
+from acebert.data.mapped import new_array
 from acebert.data.schema import normalize_query
 from acebert.data.tokens import encode, load_tokenizer
 from acebert.errors import UserError
@@ -373,11 +374,11 @@ def _vectors(
     lasts: they come in any order, and 100 million of them are 51 GB. Those of `kept` are copied."""
     if not n:
         raise UserError(f"embed: there are no {what} to embed")
-    path = out / f".{what}.f4"
+    path = out / f".{what}.npy"
     found: NDArray[np.float32] | None = None
     rows = None
     if kept is not None and len(kept.rows):
-        found = np.memmap(path, np.float32, "w+", shape=(n, kept.dimensions()))
+        found = new_array(path, np.float32, (n, kept.dimensions()))
         kept.copy(found)
         rows = np.setdiff1d(np.arange(n), kept.rows)
     total = n if rows is None else len(rows)
@@ -387,7 +388,7 @@ def _vectors(
         for batch in _embedded(settings, model, make, rows, total) if total else ():
             vectors = batch["embedding"]
             if found is None:
-                found = np.memmap(path, np.float32, "w+", shape=(n, vectors.shape[1]))
+                found = new_array(path, np.float32, (n, vectors.shape[1]))
             found[batch["row"]] = vectors
             done += len(vectors)
             if time.monotonic() - said > SAY_EVERY:
