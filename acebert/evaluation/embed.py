@@ -34,7 +34,14 @@ from numpy.typing import NDArray
 from acebert.cluster import encoder_pool, node_resources
 from acebert.config import Settings
 from acebert.data.batches import query_arrays
-from acebert.data.earlier import Earlier, earlier_rows, product_ids, same_key, stage_key
+from acebert.data.earlier import (
+    OF_CATALOGUE,
+    Earlier,
+    earlier_rows,
+    product_ids,
+    same_key,
+    stage_key,
+)
 from acebert.data.lookups import Lookups
 from acebert.data.mapped import new_array
 from acebert.data.schema import normalize_query
@@ -92,7 +99,9 @@ def embed(
             )
     paths = StagePaths(ingested.path, tokens.path, features.path if features else None)
 
-    image_key = features and {k: v for k, v in stage_key(features.path).items() if k != "ingest"}
+    image_key = features and {
+        k: v for k, v in stage_key(features.path).items() if k not in OF_CATALOGUE
+    }
     of_catalogue = ("ingest", "tokens", "features", "queries")
 
     def build(out: Path) -> None:
