@@ -161,21 +161,25 @@ class Source:
             UserError: a file that cannot be read to its end; it names the file.
         """
         for number, (file, found) in enumerate(zip(self.files, self.present, strict=True)):
-            texts = {ours: found[ours] for ours in self.text_columns if ours in found}
-            if file.format == "jsonl":  # an object may have what the first ones lack
-                texts |= {ours: ours for ours in self.text_columns if ours not in found}
             base = (self.first_file + number) << ROW_BITS
-            for rows, problems, columns in _rows(file, texts):
+            for rows, problems, columns in _rows(file, self._texts(file, found)):
                 _check_late(file, found, rows, columns)
                 arrays = [columns.get(n, _nulls(len(rows))) for n in self.text_columns]
                 seq = pa.array(base + rows, pa.int64())
                 yield pa.record_batch([seq, problems, *arrays], schema=self.schema)
 
+    def _texts(self, file: SourceFile, found: dict[str, str]) -> dict[str, str]:
+        texts = {ours: found[ours] for ours in self.text_columns if ours in found}
+        if file.format == "jsonl":  # an object may have what the first ones lack
+            texts |= {ours: ours for ours in self.text_columns if ours not in found}
+        return texts
+
     def images(self) -> Iterator[pa.BinaryArray]:
         """The column `image` of all rows in the order of `batches`, a few at a time, undecoded."""
         for file, found in zip(self.files, self.present, strict=True):
             if "image" not in found:
-                for rows, *_ in _rows(file, {"product_id": found["product_id"]}):
+                # The same columns: with others, a cell of several lines may be several rows.
+                for rows, *_ in _rows(file, self._texts(file, found)):
                     yield pa.nulls(len(rows), pa.binary())
                 continue
             try:

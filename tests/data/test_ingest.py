@@ -818,6 +818,21 @@ def test_ragged_and_undecodable_csv_rows_are_quarantined_with_their_row(tmp_path
     assert got.report["impressions"]["rows_read"] == len(log) + 2
 
 
+def test_images_stay_with_their_products_behind_a_title_of_several_lines_in_another_file(
+    tmp_path: Path,
+) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (parts / "1.csv").write_text('product_id,title\na,"Dress\nred, cotton"\nb,"hat"\n')
+    rows = [{"product_id": name, "title": name, "image": name.encode()} for name in "cde"]
+    write(rows, parts / "2.parquet")
+    log = write(LOG, tmp_path / "log.parquet")
+    got = Result(ingest(make_settings(tmp_path / "work"), str(parts), log))
+    products = [(row["product_id"], row["title"], row["image"]) for row in got.rows("products")]
+    assert products[:3] == [("a", "Dress\nred, cotton", None), ("b", "hat", None), ("c", "c", b"c")]
+    assert products[3:] == [("d", "d", b"d"), ("e", "e", b"e")]
+
+
 def test_image_bytes_in_a_text_file_are_refused_with_the_way_out(tmp_path: Path) -> None:
     products = write([{**row, "image": "abc"} for row in PRODUCTS], tmp_path / "p.csv")
     with pytest.raises(UserError, match=r"p.csv: column 'image'.*Parquet.*image_uri"):
