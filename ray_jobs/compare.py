@@ -9,10 +9,10 @@ that its compare page shows the table.
 """
 
 import argparse
-import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,13 @@ from rich.table import Table
 from acebert.config import ScheduleSettings, Settings, load_settings
 from acebert.errors import UserError
 from acebert.job import run_job
-from acebert.workdir import Stage
+from acebert.workdir import Stage, run_stage, stages_used
+
+STAGES = (
+    *("demo", "ingest", "vocabulary", "tokens", "features", "cnn_labels", "cnn", "plan"),
+    *("pretrain", "hard_negatives", "finetune", "embed", "evaluate"),
+)
+"""whose seconds are shown, where a row needs them"""
 
 
 def work(_: Settings, arguments: argparse.Namespace) -> None:
@@ -31,12 +37,14 @@ def work(_: Settings, arguments: argparse.Namespace) -> None:
     from acebert.evaluation.evaluate import BASELINES
     from acebert.evaluation.figures import curves_figure, rows_figure
     from acebert.evaluation.tables import Row, differences_table, rows_table
-    from acebert.pipeline import baselines_stage, evaluate_stage, finetune_stage
-    from acebert.tracking import tagged
+    from acebert.pipeline import baselines_stage, evaluate_stage, finetune_stage, tracked
+    from acebert.tracking import shared, tagged
 
     tag = settings.tracking.tag or "compare"
-    baselines = baselines_stage(tagged(settings, tag))
-    spent: dict[str, dict[str, float]] = {"rows without training": {"evaluate": baselines.seconds}}
+    spent: dict[str, list[Stage]] = {}
+    with stages_used() as used:
+        baselines = baselines_stage(tagged(settings, tag))
+    spent["rows without training"] = list(used.values())
     rows: list[Row] = []
     models: dict[str, list[Path]] = {}
     for name, recipe in zip(row_names(arguments.recipes), arguments.recipes, strict=True):
@@ -44,23 +52,30 @@ def work(_: Settings, arguments: argparse.Namespace) -> None:
         for seed in arguments.seeds:
             own = ["--recipe", recipe, "--seed", str(seed), "--tracking.tag", "none"]
             chosen = load_settings([*arguments.settings, *own])
-            model = finetune_stage(chosen)
-            embedded, result = evaluate_stage(tagged(chosen, tag), model.path)
+            with stages_used() as used:
+                model = finetune_stage(chosen)
+                result = evaluate_stage(tagged(chosen, tag), model.path)[1]
             evaluated.append(result.path)
             models.setdefault(name, []).append(model.path)
             trained = chosen.train
-            spent[f"{name}, seed {seed}"] = seconds_of(settings, model, embedded, result)
+            spent[f"{name}, seed {seed}"] = list(used.values())
         rows.append(Row(name, tuple(evaluated)))
     untrained = [Row.of(baselines.path / name) for name in BASELINES]
     print()
     print(rows_table([*untrained, *rows]))
     for above, row in pairwise(rows):
         print(differences_table(row, above))
-    print_seconds(spent)
-    picture, curves = settings.workdir / "compare.png", settings.workdir / "curves.png"
-    rows_figure([*untrained, *rows], picture)
-    curves_figure(models, curves)
-    print(f"pictures: {picture}, {curves}")
+    print(seconds_table(spent))
+
+    def draw(out: Path) -> None:
+        rows_figure([*untrained, *rows], out / "compare.png")
+        curves_figure(models, out / "curves.png")
+
+    shown = [[row.name, *(path.name for path in row.seeds)] for row in rows]
+    key = {"version": 1, "rows": shown, "baselines": baselines.digest}
+    drawn = run_stage(settings.workdir, "compare", key, draw)
+    tracked(shared(settings), drawn, name=f"{tag} {drawn.digest[:6]}")
+    print(f"pictures: {drawn.path / 'compare.png'}, {drawn.path / 'curves.png'}")
     print_next(settings, arguments, trained)
 
 
@@ -95,27 +110,19 @@ def row_names(recipes: Sequence[str]) -> list[str]:
     return [s if stems.count(s) == 1 else r for s, r in zip(stems, recipes, strict=True)]
 
 
-def seconds_of(settings: Settings, model: Stage, *later: Stage) -> dict[str, float]:
-    """Seconds of every stage behind a row when it was built, those reused included."""
-    key = json.loads((model.path / "stage.json").read_text())["key"]
-    out = {}
-    for name in ("ingest", "tokens", "features", "plan"):
-        if name in key:
-            record = settings.workdir / name / key[name] / "stage.json"
-            out[name] = json.loads(record.read_text())["seconds"]
-    return out | {stage.name: stage.seconds for stage in (model, *later)}
-
-
-def print_seconds(spent: dict[str, dict[str, float]]) -> None:
-    names = ["ingest", "tokens", "features", "plan", "finetune", "embed", "evaluate"]
+def seconds_table(spent: Mapping[str, Sequence[Stage]]) -> str:
+    """Seconds that the stages behind each row took when they were built, those reused included."""
+    names = [name for name in STAGES if any(s.name == name for of in spent.values() for s in of)]
     table = Table(title="seconds that each stage took when it was built", title_justify="left")
     table.add_column("row")
     for name in names:
         table.add_column(name, justify="right")
-    for row, seconds in spent.items():
-        cells = (f"{seconds[name]:.1f}" if name in seconds else "-" for name in names)
-        table.add_row(row, *cells)
-    Console(width=100).print(table)
+    for row, stages in spent.items():
+        seconds = {name: [s.seconds for s in stages if s.name == name] for name in names}
+        table.add_row(row, *(f"{sum(of):.1f}" if of else "-" for of in seconds.values()))
+    text = StringIO()
+    Console(width=120, file=text).print(table)
+    return text.getvalue()
 
 
 def print_next(

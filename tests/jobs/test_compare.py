@@ -16,6 +16,7 @@ from acebert.config import Settings, load_settings
 from acebert.errors import UserError
 from acebert.evaluation.evaluate import BASELINES
 from acebert.tracking import client
+from acebert.workdir import Stage
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -101,6 +102,24 @@ def test_two_models_whose_settings_have_one_file_name_are_two_rows() -> None:
     assert names(recipes) == ["a/settings.yaml", "b/settings.yaml", "own", "acebert_tiny"]
 
 
+def test_seconds_are_told_of_every_stage_behind_a_row_pre_training_and_cnn_among_them() -> None:
+    table = runpy.run_path(str(ROOT / "ray_jobs" / "compare.py"))["seconds_table"]
+
+    def stages(**seconds: float) -> list[Stage]:
+        return [Stage(name, Path(name), name, s, reused=True) for name, s in seconds.items()]
+
+    crops = Stage("features", Path("crops"), "crops", 30.0, reused=False)
+    spent = {
+        "rows without training": stages(demo=1.5, ingest=2.5, evaluate=3.5),
+        "cebert": [*stages(ingest=2.5, features=4.0, cnn=50.0, pretrain=60.0, finetune=7.0), crops],
+    }
+    lines = [line.replace("│", " ").replace("┃", " ").split() for line in table(spent).splitlines()]
+    shown = ["demo", "ingest", "features", "cnn", "pretrain", "finetune", "evaluate"]
+    assert ["row", *shown] in lines
+    assert ["rows", "without", "training", "1.5", "2.5", "-", "-", "-", "-", "3.5"] in lines
+    assert ["cebert", "-", "2.5", "34.0", "50.0", "60.0", "7.0", "-"] in lines
+
+
 @pytest.mark.slow
 def test_a_comparison_ends_with_a_table_pictures_and_commands_and_is_a_table_in_mlflow(
     tmp_path: Path,
@@ -109,8 +128,11 @@ def test_a_comparison_ends_with_a_table_pictures_and_commands_and_is_a_table_in_
     lines = job("compare.py", "--recipes", "twinbert_tiny", "--workdir", str(workdir), *SMALL)
     table = {words[1] for line in lines if len(words := line.split()) > 2 and words[0] == "│"}
     assert {*BASELINES, "twinbert_tiny"} <= table
-    for name in ("compare.png", "curves.png"):
-        assert (workdir / name).stat().st_size > 10_000
+    (said,) = (line for line in lines if line.startswith("pictures: "))
+    pictures = [Path(path) for path in said.removeprefix("pictures: ").split(", ")]
+    assert all(path.stat().st_size > 10_000 for path in pictures)
+    stages = {"demo", "ingest", "tokens", "plan", "finetune", "embed", "evaluate"}
+    assert any(stages <= {*line.split()} for line in lines)
     next_commands = lines[lines.index("Next, try:") + 1 :]
     assert len(next_commands) == 3
     assert all(SMALL[0] in command for command in next_commands[1:])
@@ -122,6 +144,11 @@ def test_a_comparison_ends_with_a_table_pictures_and_commands_and_is_a_table_in_
     scored = {run.info.run_name: run.data.metrics["overall/gauc"] for run in rows}
     (ours,) = scored.keys() - set(BASELINES)
     assert ours.startswith("evaluate twinbert_tiny, seed 0, ")
+
+    drawn = mlflow.search_runs([experiment], "tags.`acebert.stage` = 'compare'")
+    assert [run.info.run_name for run in drawn] == [f"compare {pictures[0].parent.name[:6]}"]
+    artifacts = {file.path for file in mlflow.list_artifacts(drawn[0].info.run_id)}
+    assert artifacts == {"compare.png", "curves.png", "stage.json"}
 
     (model,) = (workdir / "finetune").glob("[!.]*")
     measured = job("evaluate.py", "--workdir", str(workdir), "--model", str(model), *SMALL[-8:])
