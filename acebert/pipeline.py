@@ -14,8 +14,9 @@ from acebert.data.demo import build_demo
 from acebert.data.earlier import Earlier
 from acebert.data.ingest import ingest
 from acebert.data.partitions import plan
+from acebert.data.plan_figure import draw_plan
 from acebert.data.preprocess import preprocess, weights_digest
-from acebert.data.tokens import tokenize
+from acebert.data.tokens import tokenize, vocabulary
 from acebert.errors import UserError
 from acebert.evaluation.embed import embed
 from acebert.evaluation.evaluate import BASELINES, evaluate_baselines, evaluate_embeddings
@@ -59,11 +60,15 @@ class Refresh:
     earlier: Earlier | None
 
 
+def demo_stage(settings: Settings) -> Stage:
+    return tracked(settings, build_demo(settings))
+
+
 def ingest_stage(settings: Settings, refresh: Refresh | None = None) -> Stage:
     """The validated catalogue and log: the user's, or the demo's."""
     products, impressions = settings.data.products, settings.data.impressions
     if products is None or impressions is None:
-        demo = tracked(shared(settings), build_demo(settings))
+        demo = demo_stage(shared(settings))
         products, impressions = str(demo.path / "products.parquet"), str(demo.path / "impressions")
     hold_out = refresh is None
     return tracked(settings, ingest(settings, products, impressions, hold_out=hold_out))
@@ -74,6 +79,8 @@ def catalogue_stages(
 ) -> Catalogue:
     """`tokenizer`: a trained model's, for it alone."""
     ingested = ingest_stage(shared(settings), refresh)
+    if tokenizer is None and settings.model.backbone is None:
+        tokenizer = tracked(shared(settings), vocabulary(settings, ingested)).path
     tokens = tracked(settings, tokenize(settings, ingested, tokenizer))
     features = None
     if settings.reads_images:
@@ -135,6 +142,11 @@ def plan_stage(settings: Settings) -> Stage:
     ingested = ingest_stage(shared(settings))
     connect()
     return tracked(settings, plan(settings, ingested))
+
+
+def plan_figure_stage(settings: Settings) -> Stage:
+    """A picture of the plan's batches, which need not have been planned."""
+    return tracked(settings, draw_plan(settings, ingest_stage(shared(settings))))
 
 
 def pretrain_stage(settings: Settings) -> Stage:

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from filelock import FileLock
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
@@ -106,19 +106,29 @@ def client(settings: Settings) -> MlflowClient:
 
 
 def _experiment(mlflow_client: MlflowClient, settings: Settings) -> str:
-    name = settings.tracking.experiment
+    """
+    Raises:
+        UserError: it was deleted. MLflow keeps the name, and takes no run.
+    """
+    name, uri = settings.tracking.experiment, tracking_uri(settings)
     found = mlflow_client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    local = tracking_uri(settings).startswith("sqlite:")
-    location = (settings.workdir / "mlartifacts").as_uri() if local else None
-    try:
-        return mlflow_client.create_experiment(name, artifact_location=location)
-    except MlflowException:  # another process made it in between
-        found = mlflow_client.get_experiment_by_name(name)
-        if found is None:
-            raise
-        return found.experiment_id
+    if found is None:
+        location = (
+            (settings.workdir / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+        )
+        try:
+            return mlflow_client.create_experiment(name, artifact_location=location)
+        except MlflowException:  # another process made it in between
+            found = mlflow_client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == LifecycleStage.DELETED:
+        raise UserError(
+            f"--tracking.experiment {name}: it was deleted in {without_password(uri)}. Choose "
+            f"another name, or restore it: MLFLOW_TRACKING_URI={without_password(uri)} "
+            f"mlflow experiments restore --experiment-id {found.experiment_id}"
+        )
+    return found.experiment_id
 
 
 class Run:

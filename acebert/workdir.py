@@ -15,7 +15,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,20 @@ def digest_of(key: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+_using: list[dict[Path, Stage]] = []
+
+
+@contextmanager
+def stages_used() -> Iterator[dict[Path, Stage]]:
+    """All stages that this process asks for in the block, built or reused, by directory."""
+    used: dict[Path, Stage] = {}
+    _using.append(used)
+    try:
+        yield used
+    finally:
+        _using.pop()
+
+
 def run_stage(
     workdir: Path,
     name: str,
@@ -61,6 +76,13 @@ def run_stage(
     Raises:
         UserError: the work directory cannot be written, or the disk is full.
     """
+    stage = _stage(workdir, name, key, build)
+    for used in _using:
+        used[stage.path] = stage
+    return stage
+
+
+def _stage(workdir: Path, name: str, key: dict[str, Any], build: Callable[[Path], None]) -> Stage:
     digest = digest_of(key)
     final = workdir / name / digest
     if (final / STAGE_FILE).exists():

@@ -2,85 +2,127 @@
 
     python ray_jobs/compare.py --recipes twinbert_tiny acebert_tiny [--seeds 0 1] [settings]
 
-All settings but the recipe and the seed are shared. What is done already is reused. Each recipe is
-compared with the one named before it, by a bootstrap over seeds and queries. The runs carry one tag
-in MLflow, so that its compare page shows the table.
+All settings but the recipe and the seed are shared. A recipe may be the settings.yaml of a model;
+all of them read the same data. What is done already is reused. Each recipe is compared with the
+one named before it, by a bootstrap over seeds and queries. The runs carry one tag in MLflow, so
+that its compare page shows the table.
 """
 
 import argparse
-import json
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from acebert.config import ScheduleSettings, Settings, load_settings
+from acebert.errors import UserError
 from acebert.job import run_job
-from acebert.workdir import Stage
+from acebert.workdir import Stage, run_stage, stages_used
+
+STAGES = (
+    *("demo", "ingest", "vocabulary", "tokens", "features", "cnn_labels", "cnn", "plan"),
+    *("pretrain", "hard_negatives", "finetune", "embed", "evaluate"),
+)
+"""whose seconds are shown, where a row needs them"""
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
+def work(_: Settings, arguments: argparse.Namespace) -> None:
+    settings = shared_settings(arguments.recipes, arguments.settings)
     from acebert.evaluation.evaluate import BASELINES
     from acebert.evaluation.figures import curves_figure, rows_figure
     from acebert.evaluation.tables import Row, differences_table, rows_table
-    from acebert.pipeline import baselines_stage, evaluate_stage, finetune_stage
-    from acebert.tracking import tagged
+    from acebert.pipeline import baselines_stage, evaluate_stage, finetune_stage, tracked
+    from acebert.tracking import shared, tagged
 
     tag = settings.tracking.tag or "compare"
-    baselines = baselines_stage(tagged(settings, tag))
-    spent: dict[str, dict[str, float]] = {"rows without training": {"evaluate": baselines.seconds}}
+    spent: dict[str, list[Stage]] = {}
+    with stages_used() as used:
+        baselines = baselines_stage(tagged(settings, tag))
+    spent["rows without training"] = list(used.values())
     rows: list[Row] = []
     models: dict[str, list[Path]] = {}
-    for recipe in arguments.recipes:
-        name = Path(recipe).stem
+    for name, recipe in zip(row_names(arguments.recipes), arguments.recipes, strict=True):
         evaluated = []
         for seed in arguments.seeds:
             own = ["--recipe", recipe, "--seed", str(seed), "--tracking.tag", "none"]
             chosen = load_settings([*arguments.settings, *own])
-            model = finetune_stage(chosen)
-            embedded, result = evaluate_stage(tagged(chosen, tag), model.path)
+            with stages_used() as used:
+                model = finetune_stage(chosen)
+                result = evaluate_stage(tagged(chosen, tag), model.path)[1]
             evaluated.append(result.path)
             models.setdefault(name, []).append(model.path)
             trained = chosen.train
-            spent[f"{recipe}, seed {seed}"] = seconds_of(settings, model, embedded, result)
+            spent[f"{name}, seed {seed}"] = list(used.values())
         rows.append(Row(name, tuple(evaluated)))
     untrained = [Row.of(baselines.path / name) for name in BASELINES]
     print()
     print(rows_table([*untrained, *rows]))
     for above, row in pairwise(rows):
         print(differences_table(row, above))
-    print_seconds(spent)
-    picture, curves = settings.workdir / "compare.png", settings.workdir / "curves.png"
-    rows_figure([*untrained, *rows], picture)
-    curves_figure(models, curves)
-    print(f"pictures: {picture}, {curves}")
+    print(seconds_table(spent))
+
+    def draw(out: Path) -> None:
+        rows_figure([*untrained, *rows], out / "compare.png")
+        curves_figure(models, out / "curves.png")
+
+    shown = [[row.name, *(path.name for path in row.seeds)] for row in rows]
+    key = {"version": 1, "rows": shown, "baselines": baselines.digest}
+    drawn = run_stage(settings.workdir, "compare", key, draw)
+    tracked(shared(settings), drawn, name=f"{tag} {drawn.digest[:6]}")
+    print(f"pictures: {drawn.path / 'compare.png'}, {drawn.path / 'curves.png'}")
     print_next(settings, arguments, trained)
 
 
-def seconds_of(settings: Settings, model: Stage, *later: Stage) -> dict[str, float]:
-    """Seconds of every stage behind a row when it was built, those reused included."""
-    key = json.loads((model.path / "stage.json").read_text())["key"]
-    out = {}
-    for name in ("ingest", "tokens", "features", "plan"):
-        if name in key:
-            record = settings.workdir / name / key[name] / "stage.json"
-            out[name] = json.loads(record.read_text())["seconds"]
-    return out | {stage.name: stage.seconds for stage in (model, *later)}
+def shared_settings(recipes: Sequence[str], argv: Sequence[str]) -> Settings:
+    """The first recipe's, for what belongs to no row.
+
+    Raises:
+        UserError: another recipe reads other data, or measures otherwise.
+    """
+    first, *others = (load_settings([*argv, "--recipe", recipe]) for recipe in recipes)
+    for recipe, other in zip(recipes[1:], others, strict=True):
+        theirs = of_the_table(other)
+        for leaf, value in of_the_table(first).items():
+            if value != theirs[leaf]:
+                raise UserError(
+                    f"--{leaf}: {value} in {recipes[0]}, {theirs[leaf]} in {recipe}. All rows of a "
+                    "table need the same: say on the command line which"
+                )
+    return first
 
 
-def print_seconds(spent: dict[str, dict[str, float]]) -> None:
-    names = ["ingest", "tokens", "features", "plan", "finetune", "embed", "evaluate"]
+def of_the_table(settings: Settings) -> dict[str, Any]:
+    """Settings that all rows share, by name. How many dimensions are kept is a row's own."""
+    sections = {name: getattr(settings, name) for name in ("data", "demo", "eval")}
+    leaves = {f"{name}.{leaf}": v for name, section in sections.items() for leaf, v in section}
+    return {"workdir": settings.workdir, **leaves} | {"eval.dimensions": None}
+
+
+def row_names(recipes: Sequence[str]) -> list[str]:
+    """Each recipe's file name or, where two have the same, all that was given."""
+    stems = [Path(recipe).stem for recipe in recipes]
+    return [s if stems.count(s) == 1 else r for s, r in zip(stems, recipes, strict=True)]
+
+
+def seconds_table(spent: Mapping[str, Sequence[Stage]]) -> str:
+    """Seconds that the stages behind each row took when they were built, those reused included."""
+    names = [name for name in STAGES if any(s.name == name for of in spent.values() for s in of)]
     table = Table(title="seconds that each stage took when it was built", title_justify="left")
     table.add_column("row")
     for name in names:
         table.add_column(name, justify="right")
-    for row, seconds in spent.items():
-        cells = (f"{seconds[name]:.1f}" if name in seconds else "-" for name in names)
-        table.add_row(row, *cells)
-    Console(width=100).print(table)
+    for row, stages in spent.items():
+        seconds = {name: [s.seconds for s in stages if s.name == name] for name in names}
+        table.add_row(row, *(f"{sum(of):.1f}" if of else "-" for of in seconds.values()))
+    text = StringIO()
+    Console(width=120, file=text).print(table)
+    return text.getvalue()
 
 
 def print_next(

@@ -5,10 +5,10 @@ from acebert.job import run_job
 
 
 def work(settings: Settings) -> None:
-    from acebert.data.plan_figure import draw_plan, read_points, table_text
-    from acebert.pipeline import ingest_stage
+    from acebert.data.plan_figure import read_points, table_text
+    from acebert.pipeline import plan_figure_stage
 
-    drawn = draw_plan(settings, ingest_stage(settings))
+    drawn = plan_figure_stage(settings)
     print(table_text(read_points(drawn)))
     print(drawn.path / "plan.png")
 

@@ -5,9 +5,9 @@ from acebert.job import run_job
 
 
 def work(settings: Settings) -> None:
-    from acebert.data.demo import build_demo
+    from acebert.pipeline import demo_stage
 
-    print(build_demo(settings).path)
+    print(demo_stage(settings).path)
 
 
 if __name__ == "__main__":

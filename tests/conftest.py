@@ -65,6 +65,18 @@ def two_ranks(
     ]
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 32 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs privileges")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
 @pytest.fixture(scope="session")
 def fashion_small() -> Path:
     """2,000 real products with photos and their log (see README, 'Tests')."""

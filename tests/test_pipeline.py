@@ -1,4 +1,4 @@
-"""Settings of jobs that use a trained model."""
+"""Settings of jobs that use a trained model; runs of what the jobs build."""
 
 import argparse
 import hashlib
@@ -13,8 +13,15 @@ from acebert import pipeline
 from acebert.config import Settings, load_settings
 from acebert.data.preprocess import weights_digest
 from acebert.errors import UserError
-from acebert.pipeline import model_settings, settings_for, tracked, with_own_cnn
-from acebert.tracking import client, finished_run
+from acebert.pipeline import (
+    catalogue_stages,
+    model_settings,
+    plan_figure_stage,
+    settings_for,
+    tracked,
+    with_own_cnn,
+)
+from acebert.tracking import client, finished_run, shared
 from acebert.training.train_cnn import WEIGHTS
 from acebert.workdir import Stage, run_stage
 
@@ -138,3 +145,22 @@ def test_a_stages_pictures_reports_and_numbers_are_in_its_mlflow_run(
     again = tracked(settings, run_stage(tmp_path, "features", {"of": "photos"}, build))
     assert again.reused
     assert len(client(settings).search_runs(["1"])) == 1
+
+
+def test_every_stage_that_is_built_is_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    demo = ["--demo.products", "80", "--demo.searches_per_day", "200", "--demo.days", "4"]
+    argv = ["--recipe", "twinbert_tiny", "--workdir", str(tmp_path), "--demo.image_side", "32"]
+    settings = load_settings([*argv, *demo, "--text.vocab_size", "300", "--tracking.tag", "mine"])
+    catalogue_stages(shared(settings))
+    plan_figure_stage(settings)
+    built = sorted(path.parent for path in tmp_path.glob("*/[!.]*/stage.json"))
+    names = ["demo", "ingest", "plan_figure", "tokens", "vocabulary"]
+    assert [stage.parent.name for stage in built] == names
+    for stage in built:
+        run = finished_run(settings, stage.parent.name, stage.name)
+        assert run is not None, stage
+        tags = client(settings).get_run(run.run_id).data.tags
+        assert tags.get("table") == ("mine" if stage.parent.name == "plan_figure" else None)

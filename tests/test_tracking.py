@@ -6,6 +6,8 @@ import mlflow
 import pyarrow as pa
 import pytest
 import ray
+from click.testing import CliRunner
+from mlflow.cli import cli as mlflow_command
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
@@ -70,6 +72,28 @@ def test_another_training_of_the_same_digest_is_another_run(settings: Settings):
         pass
     assert from_the_start.run_id != first.run_id
     assert client(settings).get_run(first.run_id).info.status == "KILLED"
+
+
+def test_a_deleted_experiment_is_said_with_the_way_to_restore_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with start_run(settings, "finetune", "d1") as run:
+        pass
+    server = client(settings)
+    experiment = server.get_run(run.run_id).info.experiment_id
+    server.delete_experiment(experiment)
+    for ask in (start_run, finished_run):
+        with pytest.raises(
+            UserError, match=r"--tracking\.experiment acebert: it was deleted"
+        ) as said:
+            ask(settings, "finetune", "d2")
+    command = str(said.value).partition("restore it: ")[2].split()
+    monkeypatch.setenv(*command[0].split("=", 1))
+    restored = CliRunner().invoke(mlflow_command, command[2:])
+    assert restored.exit_code == 0, restored.output
+    with start_run(settings, "finetune", "d2") as after:
+        pass
+    assert server.get_run(after.run_id).info.experiment_id == experiment
 
 
 def _make_run(settings: Settings) -> str:

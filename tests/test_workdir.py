@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from acebert.errors import UserError
-from acebert.workdir import digest_of, run_stage
+from acebert.workdir import digest_of, run_stage, stages_used
 
 
 def test_same_key_is_built_once_and_another_key_apart(tmp_path: Path):
@@ -25,6 +25,21 @@ def test_same_key_is_built_once_and_another_key_apart(tmp_path: Path):
     assert first.path == again.path != other.path
     assert len(built) == 2
     assert again.seconds == pytest.approx(first.seconds, abs=1e-3)
+
+
+def test_stages_used_are_those_asked_for_in_the_block_built_or_reused(tmp_path: Path):
+    def outer(out: Path) -> None:
+        run_stage(tmp_path, "inner", {}, lambda _: None)
+
+    before = run_stage(tmp_path, "before", {}, lambda _: None)
+    with stages_used() as all_used:
+        built = run_stage(tmp_path, "outer", {}, outer)
+        with stages_used() as used:
+            run_stage(tmp_path, "before", {}, lambda _: None)
+    run_stage(tmp_path, "after", {}, lambda _: None)
+    assert list(used) == [before.path]
+    assert {path.parent.name for path in all_used} == {"outer", "inner", "before"}
+    assert all_used[built.path].seconds == built.seconds
 
 
 def test_digest_does_not_depend_on_the_order_of_keys():

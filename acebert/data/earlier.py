@@ -21,6 +21,9 @@ from acebert.workdir import STAGE_FILE, digest_of
 
 log = logging.getLogger(__name__)
 
+OF_CATALOGUE = ("ingest", "photos")
+"""entries of the key of features that say which catalogue's they are, not how they are made"""
+
 
 @dataclass(frozen=True)
 class Earlier:

@@ -49,7 +49,7 @@ from acebert.data.search_log import (
     load_log,
     rows_per_day,
 )
-from acebert.data.source import Source, SourceFile, find_files, open_source
+from acebert.data.source import Source, SourceFile, check_mapped, find_files, open_source
 from acebert.data.split import (
     FILE_DAYS,
     SPLITS,
@@ -115,6 +115,7 @@ def _open(inputs: dict[str, list[SourceFile]], data: DataSettings) -> dict[str, 
         spec = PRODUCTS if name == "products" else IMPRESSIONS
         sources[name] = open_source(files, f"data.{name}", spec, data.columns, first)
         first += len(files)
+    check_mapped(sources.values(), data.columns)
     check_logs(_logs(sources))
     return sources
 

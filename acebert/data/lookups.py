@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pyarrow.parquet as pq
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from acebert.data.mapped import new_array
 from acebert.data.tokens import Ragged
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def write_lookups(con: "duckdb.DuckDBPyConnection", out: Path) -> None:
     _columns(out / "product_hot_lists.parquet", ["train", "test"], of_products)
 
     products = pq.read_metadata(out / "product_hot_lists.parquet").num_rows
-    drawn = open_memmap(folder / "product_pairs.npy", "w+", np.int32, (products,))
+    drawn = new_array(folder / "product_pairs.npy", np.int32, (products,))
     for product, pairs in _rows(con, "SELECT product, count(*) FROM train_clicks GROUP BY product"):
         drawn[product] = pairs
 
@@ -98,7 +98,7 @@ def _columns(parquet: Path, names: list[str], path: Path) -> None:
     with pq.ParquetFile(parquet) as file:
         rows = file.metadata.num_rows
         shape = (rows,) if len(names) == 1 else (rows, len(names))
-        array = open_memmap(path, "w+", np.int32, shape)
+        array = new_array(path, np.int32, shape)
         at = 0
         for batch in file.iter_batches(columns=names):
             values = np.stack([column.to_numpy() for column in batch.columns], axis=1)
@@ -111,8 +111,8 @@ class _RaggedFile:
 
     def __init__(self, folder: Path, name: str, rows: int, total: int) -> None:
         # A map of no bytes cannot be made, so there is one value at least.
-        self._ids = open_memmap(folder / f"{name}.ids.npy", "w+", np.int32, (max(total, 1),))
-        self._offsets = open_memmap(folder / f"{name}.offsets.npy", "w+", np.int64, (rows + 1,))
+        self._ids = new_array(folder / f"{name}.ids.npy", np.int32, (max(total, 1),))
+        self._offsets = new_array(folder / f"{name}.offsets.npy", np.int64, (rows + 1,))
         self._at = 0
 
     def append(self, first: int, lengths: NDArray[np.integer], values: NDArray[np.integer]) -> None:

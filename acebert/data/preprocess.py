@@ -36,7 +36,7 @@ import ray
 
 from acebert.config import Settings
 from acebert.data.crops import Batch, CropSpec, Reuse, ShardReport, encode, prepare
-from acebert.data.earlier import Earlier, earlier_rows, product_ids, same_key
+from acebert.data.earlier import OF_CATALOGUE, Earlier, earlier_rows, product_ids, same_key
 from acebert.data.features import FeatureStore, write_shard_list
 from acebert.data.image import decode, draw_roi
 from acebert.data.photos import PhotoStorage, Rows
@@ -63,7 +63,7 @@ def preprocess(settings: Settings, ingested: Stage, earlier: Earlier | None = No
     `earlier` saves work and changes no result beyond the CNN's rounding, so it is not in the key.
 
     The key knows photos in the rows by ingest's digest, and those behind an `image_uri` by their
-    address only: a file that changes under the same address goes unnoticed.
+    size and time where they lie on a file system (`PhotoStorage.fingerprint`).
 
     Raises:
         UserError: no such CNN or weights; more than data.max_bad_share of the photos broken; the
@@ -74,6 +74,8 @@ def preprocess(settings: Settings, ingested: Stage, earlier: Earlier | None = No
         raise ValueError("a model that reads neither patches nor pixels needs no features")
     spec = crop_spec(settings)
     key = {"version": VERSION, "ingest": ingested.digest, **_image_key(settings)}
+    if photos := spec.storage.fingerprint(ingested.path / "products"):
+        key["photos"] = photos
 
     def build(out: Path) -> None:
         reuse = _reuse(earlier, key, ingested, out)
@@ -90,7 +92,9 @@ def _reuse(
     """What can be taken from `earlier` for a stage with this key, if anything."""
     if earlier is None or earlier.features is None:
         return None
-    there = same_key(earlier.features, key, "ingest") and (earlier.ingest / "products").is_dir()
+    there = (
+        same_key(earlier.features, key, *OF_CATALOGUE) and (earlier.ingest / "products").is_dir()
+    )
     if not there:
         log.info("features: those of %s are gone or of other settings", earlier.features)
         return None

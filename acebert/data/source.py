@@ -11,9 +11,10 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from difflib import get_close_matches
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,8 @@ class Source:
     files: list[SourceFile]
     present: list[dict[str, str]]
     """for each file: our column name → the file's"""
+    names: list[list[str]]
+    """for each file: all of its columns"""
     first_file: int
     """number of its first file: files are numbered through all inputs of a stage"""
 
@@ -158,21 +161,25 @@ class Source:
             UserError: a file that cannot be read to its end; it names the file.
         """
         for number, (file, found) in enumerate(zip(self.files, self.present, strict=True)):
-            texts = {ours: found[ours] for ours in self.text_columns if ours in found}
-            if file.format == "jsonl":  # an object may have what the first ones lack
-                texts |= {ours: ours for ours in self.text_columns if ours not in found}
             base = (self.first_file + number) << ROW_BITS
-            for rows, problems, columns in _rows(file, texts):
+            for rows, problems, columns in _rows(file, self._texts(file, found)):
                 _check_late(file, found, rows, columns)
                 arrays = [columns.get(n, _nulls(len(rows))) for n in self.text_columns]
                 seq = pa.array(base + rows, pa.int64())
                 yield pa.record_batch([seq, problems, *arrays], schema=self.schema)
 
+    def _texts(self, file: SourceFile, found: dict[str, str]) -> dict[str, str]:
+        texts = {ours: found[ours] for ours in self.text_columns if ours in found}
+        if file.format == "jsonl":  # an object may have what the first ones lack
+            texts |= {ours: ours for ours in self.text_columns if ours not in found}
+        return texts
+
     def images(self) -> Iterator[pa.BinaryArray]:
         """The column `image` of all rows in the order of `batches`, a few at a time, undecoded."""
         for file, found in zip(self.files, self.present, strict=True):
             if "image" not in found:
-                for rows, *_ in _rows(file, {"product_id": found["product_id"]}):
+                # The same columns: with others, a cell of several lines may be several rows.
+                for rows, *_ in _rows(file, self._texts(file, found)):
                     yield pa.nulls(len(rows), pa.binary())
                 continue
             try:
@@ -201,25 +208,57 @@ def open_source(
             file.
     """
     files = [file for file in files if file.size > 0]
-    present = []
+    present, all_names = [], []
     for file in files:
         try:
-            if file.format == "parquet":
-                present.append(_parquet_columns(file, spec, columns))
+            schema = _parquet_schema(file) if file.format == "parquet" else None
+            if schema is not None:
+                names = schema.names
             else:
                 names = _json_names(file) if file.format == "jsonl" else _csv_names(file)
-                found = resolve(file.name, names, spec, columns)
-                for column in spec:
-                    if column.kind is Kind.BYTES and column.name in found:
-                        raise UserError(
-                            f"{file.name}: column {found[column.name]!r}: text files hold no "
-                            f"bytes. Bring images as a binary column in Parquet, or give "
-                            f"their addresses as image_uri"
-                        )
-                present.append(found)
+            found = resolve(file.name, names, spec, columns)
         except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{file.name}: is not readable as {file.format}: {error}") from error
-    return Source(setting, spec, files, present, first_file)
+        for column in spec:
+            theirs = found.get(column.name)
+            if theirs is not None and schema is not None:
+                check_type(file.name, theirs, column.kind, schema.field(theirs).type)
+            elif theirs is not None and column.kind is Kind.BYTES:
+                raise UserError(
+                    f"{file.name}: column {theirs!r}: text files hold no bytes. Bring images as a "
+                    "binary column in Parquet, or give their addresses as image_uri"
+                )
+        present.append(found)
+        all_names.append(names)
+    return Source(setting, spec, files, present, all_names, first_file)
+
+
+def check_mapped(sources: Iterable[Source], columns: dict[str, str]) -> None:
+    """Say which mappings of data.columns are used.
+
+    Raises:
+        UserError: one is used in no file, though some have the column under our name: it would be
+            read instead of the one that was meant.
+    """
+    for ours, theirs in columns.items():
+        knowing = [s for s in sources if s.files and ours in {column.name for column in s.spec}]
+        used = [
+            file.name
+            for source in knowing
+            for file, found in zip(source.files, source.present, strict=True)
+            if found.get(ours) == theirs
+        ]
+        if used:
+            more = f" and {len(used) - 1:,} more" if used[1:] else ""
+            log.info("data.columns: %s is %r in %s%s", ours, theirs, used[0], more)
+        elif knowing:
+            there = list(dict.fromkeys(chain(*(chain(*source.names) for source in knowing))))
+            near = get_close_matches(theirs, there, cutoff=0.5) or there
+            raise UserError(
+                f"--data.columns {ours}={theirs}: there is no column {theirs!r} in "
+                f"{knowing[0].files[0].name} or any other file that may have {ours}. "
+                f"Columns there: {', '.join(near)}"
+            )
 
 
 def distinct_texts(where: str, setting: str, column: str) -> list[str]:
@@ -265,17 +304,9 @@ def _open_parquet(file: SourceFile) -> pq.ParquetFile:
     )
 
 
-def _parquet_columns(
-    file: SourceFile, spec: tuple[Column, ...], columns: dict[str, str]
-) -> dict[str, str]:
+def _parquet_schema(file: SourceFile) -> pa.Schema:
     with _open_parquet(file) as parquet:
-        schema = parquet.schema_arrow
-    found = resolve(file.name, schema.names, spec, columns)
-    for column in spec:
-        if column.name in found:
-            theirs = found[column.name]
-            check_type(file.name, theirs, column.kind, schema.field(theirs).type)
-    return found
+        return parquet.schema_arrow
 
 
 def _parquet(file: SourceFile, texts: dict[str, str]) -> Iterator[Rows]:

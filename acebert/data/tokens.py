@@ -88,17 +88,17 @@ def ranges(starts: NDArray[np.integer], lengths: NDArray[np.integer]) -> NDArray
     return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
 
 
-def tokenize(settings: Settings, ingested: Stage, of_model: Path | None = None) -> Stage:
+def tokenize(settings: Settings, ingested: Stage, tokenizer_dir: Path | None = None) -> Stage:
     """The 'tokens' stage: titles and queries in word pieces (docs/architecture.md, tokens).
 
     Args:
-        of_model: tokenizer of a trained model, whose vocabulary no other can stand in for; none:
-            the backbone's, or one trained on this catalogue
+        tokenizer_dir: a trained model's, whose vocabulary no other can stand in for, or that of
+            `vocabulary`; none: the backbone's, or one trained on this catalogue
 
     Raises:
         UserError: the tokenizer cannot be loaded, or is no WordPiece one.
     """
-    source = of_model or settings.model.backbone or _vocabulary(settings, ingested).path
+    source = tokenizer_dir or settings.model.backbone or vocabulary(settings, ingested).path
     tokenizer = load_tokenizer(source)
     key = {
         "version": VERSION,
@@ -172,7 +172,7 @@ def backbone_digest(name: str) -> Any:
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 
-def _vocabulary(settings: Settings, ingested: Stage) -> Stage:
+def vocabulary(settings: Settings, ingested: Stage) -> Stage:
     """The 'vocabulary' stage: a tokenizer trained on the catalogue."""
     size = settings.text.vocab_size
     key = {"version": VERSION, "ingest": ingested.digest, "vocab_size": size}

@@ -34,8 +34,16 @@ from numpy.typing import NDArray
 from acebert.cluster import encoder_pool, node_resources
 from acebert.config import Settings
 from acebert.data.batches import query_arrays
-from acebert.data.earlier import Earlier, earlier_rows, product_ids, same_key, stage_key
+from acebert.data.earlier import (
+    OF_CATALOGUE,
+    Earlier,
+    earlier_rows,
+    product_ids,
+    same_key,
+    stage_key,
+)
 from acebert.data.lookups import Lookups
+from acebert.data.mapped import new_array
 from acebert.data.schema import normalize_query
 from acebert.data.tokens import encode, load_tokenizer
 from acebert.errors import UserError
@@ -91,7 +99,9 @@ def embed(
             )
     paths = StagePaths(ingested.path, tokens.path, features.path if features else None)
 
-    image_key = features and {k: v for k, v in stage_key(features.path).items() if k != "ingest"}
+    image_key = features and {
+        k: v for k, v in stage_key(features.path).items() if k not in OF_CATALOGUE
+    }
     of_catalogue = ("ingest", "tokens", "features", "queries")
 
     def build(out: Path) -> None:
@@ -373,11 +383,11 @@ def _vectors(
     lasts: they come in any order, and 100 million of them are 51 GB. Those of `kept` are copied."""
     if not n:
         raise UserError(f"embed: there are no {what} to embed")
-    path = out / f".{what}.f4"
+    path = out / f".{what}.npy"
     found: NDArray[np.float32] | None = None
     rows = None
     if kept is not None and len(kept.rows):
-        found = np.memmap(path, np.float32, "w+", shape=(n, kept.dimensions()))
+        found = new_array(path, np.float32, (n, kept.dimensions()))
         kept.copy(found)
         rows = np.setdiff1d(np.arange(n), kept.rows)
     total = n if rows is None else len(rows)
@@ -387,7 +397,7 @@ def _vectors(
         for batch in _embedded(settings, model, make, rows, total) if total else ():
             vectors = batch["embedding"]
             if found is None:
-                found = np.memmap(path, np.float32, "w+", shape=(n, vectors.shape[1]))
+                found = new_array(path, np.float32, (n, vectors.shape[1]))
             found[batch["row"]] = vectors
             done += len(vectors)
             if time.monotonic() - said > SAY_EVERY:

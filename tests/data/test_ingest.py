@@ -334,6 +334,37 @@ def test_columns_are_mapped_and_others_ignored(tmp_path: Path) -> None:
     assert "email" not in pq.read_schema(got.path / "quarantine/impressions.parquet").names
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_a_mapped_name_that_no_file_has_is_refused_with_the_nearest_there_are(
+    suffix: str, tmp_path: Path
+) -> None:
+    products = [
+        {"product_id": r["product_id"], "title": "Kleid", "name_en": "dress", "sku": 1}
+        for r in PRODUCTS
+    ]
+    where = write(products, tmp_path / f"p{suffix}")
+    log = write(LOG, tmp_path / "log.parquet")
+    settings = make_settings(tmp_path / "work", columns={"title": "nmae_en"})
+    with pytest.raises(UserError) as error:
+        ingest(settings, where, log)
+    assert "--data.columns title=nmae_en: there is no column 'nmae_en' in" in str(error.value)
+    assert str(error.value).endswith("Columns there: name_en")
+
+
+def test_a_mapping_that_is_used_is_said_with_the_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    renamed = [{"term" if k == "query" else k: v for k, v in r.items()} for r in LOG]
+    products = write(PRODUCTS, tmp_path / "products.parquet")
+    for name, rows in (("a", renamed), ("b", LOG), ("c", renamed)):
+        write(rows, tmp_path / "log" / f"{name}.parquet")
+    settings = make_settings(tmp_path / "work", columns={"query": "term"}, robot_same_click=100)
+    with caplog.at_level("INFO"):
+        ingest(settings, products, str(tmp_path / "log"))
+    said = f"data.columns: query is 'term' in {tmp_path}/log/a.parquet and 1 more"
+    assert said in caplog.messages
+
+
 def test_product_ids_may_be_integers_in_one_file_and_text_or_floats_in_another(
     tmp_path: Path,
 ) -> None:
@@ -785,6 +816,21 @@ def test_ragged_and_undecodable_csv_rows_are_quarantined_with_their_row(tmp_path
     ragged = "not as many CSV fields as the header"
     assert kept == [(3, ragged), (6, ragged), (7, "not UTF-8")]
     assert got.report["impressions"]["rows_read"] == len(log) + 2
+
+
+def test_images_stay_with_their_products_behind_a_title_of_several_lines_in_another_file(
+    tmp_path: Path,
+) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (parts / "1.csv").write_text('product_id,title\na,"Dress\nred, cotton"\nb,"hat"\n')
+    rows = [{"product_id": name, "title": name, "image": name.encode()} for name in "cde"]
+    write(rows, parts / "2.parquet")
+    log = write(LOG, tmp_path / "log.parquet")
+    got = Result(ingest(make_settings(tmp_path / "work"), str(parts), log))
+    products = [(row["product_id"], row["title"], row["image"]) for row in got.rows("products")]
+    assert products[:3] == [("a", "Dress\nred, cotton", None), ("b", "hat", None), ("c", "c", b"c")]
+    assert products[3:] == [("d", "d", b"d"), ("e", "e", b"e")]
 
 
 def test_image_bytes_in_a_text_file_are_refused_with_the_way_out(tmp_path: Path) -> None:

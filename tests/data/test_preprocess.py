@@ -11,12 +11,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 
 from acebert.config import Settings, settings_from
 from acebert.data import preprocess as module
+from acebert.data.earlier import Earlier
 from acebert.data.features import FeatureStore
 from acebert.data.image import BrokenImage, crop_resize, decode, find_roi
 from acebert.data.photos import PhotoStorage, Rows
@@ -228,6 +230,43 @@ def test_photos_behind_addresses_are_read_from_the_catalogues_directory_alone(
     assert FeatureStore(stage.path).has_image(np.arange(11)).tolist() == [True] * 3 + [False] * 8
     report = json.loads((stage.path / "report.json").read_text())
     assert report["broken_by_reason"] == {"outside the catalogue": 6, "not found": 2}
+
+
+def test_a_photo_that_is_replaced_under_its_address_makes_new_features(tmp_path: Path) -> None:
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    uris: list[str | None] = ["a.jpg", None, (shop / "b.jpg").as_uri()]
+    for name in ("a.jpg", "b.jpg"):
+        (shop / name).write_bytes(photo(0))
+    source = ingested(tmp_path / "in", [None] * 3, uris)
+    data = {"products": str(shop / "products.parquet"), "impressions": str(shop)}
+    options = settings(tmp_path, data=data, model={"patches": False})
+    first = preprocess(options, source)
+    assert preprocess(options, source).reused
+    for name in ("a.jpg", "b.jpg"):
+        (shop / name).write_bytes(photo(1))
+        again = preprocess(options, source)
+        assert not again.reused
+    before, now = (FeatureStore(stage.path).pixels(np.array([0, 2])) for stage in (first, again))
+    assert (before != now).any(axis=(1, 2, 3)).all()
+    (shop / "a.jpg").write_bytes(photo(2))
+    third = preprocess(options, source, Earlier(tmp_path, tmp_path, source.path, again.path))
+    assert json.loads((third.path / "report.json").read_text())["photos_as_before"] == 1
+
+
+def test_photos_in_a_bucket_are_said_to_be_known_by_address_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())  # no LocalFileSystem
+    monkeypatch.setattr("acebert.data.photos._storage", lambda _: (bucket, "bucket/shop"))
+    storage = PhotoStorage("s3://bucket/shop/products.parquet", 10**6)
+    rows = ingested(tmp_path / "rows", [photo(0)]).path / "products"
+    files = ingested(tmp_path / "files", [None], ["a.jpg"]).path / "products"
+    with caplog.at_level(logging.INFO):
+        assert storage.fingerprint(rows) is None
+        assert not caplog.messages
+        assert storage.fingerprint(files) is None
+    assert "bucket/shop is not noticed" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """What an actor makes of its runs, against the encoder on one row at a time; no cluster."""
 
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -117,3 +119,43 @@ def test_fewer_dimensions_are_the_first_ones_brought_to_length_one(
     first = whole[:, :5]
     expected = first / np.linalg.norm(first, axis=1, keepdims=True)
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+VECTORS_ON_A_SMALL_DISK = """
+import sys
+from pathlib import Path
+import numpy as np
+from acebert.config import load_settings
+from acebert.errors import UserError
+from acebert.evaluation import embed
+from acebert.workdir import run_stage
+
+n = 600_000
+
+def embedded(*_):
+    yield {"row": np.arange(n), "embedding": np.ones((n, 16), np.float32)}
+
+def build(out):
+    with embed._vectors(load_settings([]), Path(), "products", n, None, out):
+        print("mapped")
+
+embed._embedded = embedded
+try:
+    run_stage(Path(sys.argv[1]), "embed", {}, build)
+except UserError as error:
+    print("USER ERROR", error)
+"""
+
+
+@pytest.mark.slow
+def test_vectors_that_the_disk_has_no_room_for_are_said(small_disk: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", VECTORS_ON_A_SMALL_DISK, str(small_disk)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert "USER ERROR embed: the disk under" in done.stdout, (done.returncode, done.stderr[-3000:])
+    assert "mapped" not in done.stdout
+    assert not list(small_disk.rglob("*.npy"))

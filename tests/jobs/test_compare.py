@@ -1,16 +1,22 @@
 """A comparison as its user runs it, and a model measured again, on a small demo."""
 
+import argparse
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
-from acebert.config import load_settings
+from acebert import pipeline
+from acebert.config import Settings, load_settings
+from acebert.errors import UserError
 from acebert.evaluation.evaluate import BASELINES
 from acebert.tracking import client
+from acebert.workdir import Stage
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -35,6 +41,85 @@ def job(script: str, *argv: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+def settings_yaml(directory: Path, *argv: str) -> str:
+    """The settings.yaml of a model that was trained with these settings."""
+    directory.mkdir()
+    tree = load_settings(argv).model_dump(mode="json", exclude={"tracking"})
+    (directory / "settings.yaml").write_text(yaml.safe_dump(tree))
+    return str(directory / "settings.yaml")
+
+
+def test_rows_without_training_are_measured_on_the_data_of_the_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Settings] = []
+
+    def measure(settings: Settings) -> None:
+        asked.append(settings)
+        raise UserError("enough")
+
+    monkeypatch.setattr(pipeline, "baselines_stage", measure)
+    recipe = settings_yaml(
+        tmp_path / "m",
+        *["--workdir", str(tmp_path / "w"), "--data.products", "shop.csv"],
+        *["--data.impressions", "log.csv", "--eval.ks", "5"],
+    )
+    arguments = argparse.Namespace(recipes=[recipe], seeds=[0], settings=[])
+    work = runpy.run_path(str(ROOT / "ray_jobs" / "compare.py"))["work"]
+    with pytest.raises(UserError, match="enough"):
+        work(load_settings([]), arguments)
+    of_recipe = load_settings(["--recipe", recipe])
+    assert [(s.workdir, s.data, s.eval) for s in asked] == [
+        (of_recipe.workdir, of_recipe.data, of_recipe.eval)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("leaf", "values"),
+    [
+        ("workdir", ("/a", "/b")),
+        ("data.max_bad_share", ("0.1", "0.2")),
+        ("demo.products", ("80", "90")),
+        ("eval.head_share", ("0.5", "0.6")),
+    ],
+)
+def test_recipes_that_read_other_data_or_measure_otherwise_are_refused_by_the_setting(
+    leaf: str, values: tuple[str, str], tmp_path: Path
+) -> None:
+    recipes = [
+        settings_yaml(tmp_path / name, f"--{leaf}", value)
+        for name, value in zip("ab", values, strict=True)
+    ]
+    shared = runpy.run_path(str(ROOT / "ray_jobs" / "compare.py"))["shared_settings"]
+    with pytest.raises(UserError, match=rf"--{leaf}: {values[0]} in .*, {values[1]} in "):
+        shared(recipes, [])
+    assert getattr(shared(recipes, [f"--{leaf}", values[0]]), leaf.split(".")[0])
+
+
+def test_two_models_whose_settings_have_one_file_name_are_two_rows() -> None:
+    names = runpy.run_path(str(ROOT / "ray_jobs" / "compare.py"))["row_names"]
+    recipes = ["a/settings.yaml", "b/settings.yaml", "my/own.yaml", "acebert_tiny"]
+    assert names(recipes) == ["a/settings.yaml", "b/settings.yaml", "own", "acebert_tiny"]
+
+
+def test_seconds_are_told_of_every_stage_behind_a_row_pre_training_and_cnn_among_them() -> None:
+    table = runpy.run_path(str(ROOT / "ray_jobs" / "compare.py"))["seconds_table"]
+
+    def stages(**seconds: float) -> list[Stage]:
+        return [Stage(name, Path(name), name, s, reused=True) for name, s in seconds.items()]
+
+    crops = Stage("features", Path("crops"), "crops", 30.0, reused=False)
+    spent = {
+        "rows without training": stages(demo=1.5, ingest=2.5, evaluate=3.5),
+        "cebert": [*stages(ingest=2.5, features=4.0, cnn=50.0, pretrain=60.0, finetune=7.0), crops],
+    }
+    lines = [line.replace("│", " ").replace("┃", " ").split() for line in table(spent).splitlines()]
+    shown = ["demo", "ingest", "features", "cnn", "pretrain", "finetune", "evaluate"]
+    assert ["row", *shown] in lines
+    assert ["rows", "without", "training", "1.5", "2.5", "-", "-", "-", "-", "3.5"] in lines
+    assert ["cebert", "-", "2.5", "34.0", "50.0", "60.0", "7.0", "-"] in lines
+
+
 @pytest.mark.slow
 def test_a_comparison_ends_with_a_table_pictures_and_commands_and_is_a_table_in_mlflow(
     tmp_path: Path,
@@ -43,8 +128,11 @@ def test_a_comparison_ends_with_a_table_pictures_and_commands_and_is_a_table_in_
     lines = job("compare.py", "--recipes", "twinbert_tiny", "--workdir", str(workdir), *SMALL)
     table = {words[1] for line in lines if len(words := line.split()) > 2 and words[0] == "│"}
     assert {*BASELINES, "twinbert_tiny"} <= table
-    for name in ("compare.png", "curves.png"):
-        assert (workdir / name).stat().st_size > 10_000
+    (said,) = (line for line in lines if line.startswith("pictures: "))
+    pictures = [Path(path) for path in said.removeprefix("pictures: ").split(", ")]
+    assert all(path.stat().st_size > 10_000 for path in pictures)
+    stages = {"demo", "ingest", "tokens", "plan", "finetune", "embed", "evaluate"}
+    assert any(stages <= {*line.split()} for line in lines)
     next_commands = lines[lines.index("Next, try:") + 1 :]
     assert len(next_commands) == 3
     assert all(SMALL[0] in command for command in next_commands[1:])
@@ -56,6 +144,11 @@ def test_a_comparison_ends_with_a_table_pictures_and_commands_and_is_a_table_in_
     scored = {run.info.run_name: run.data.metrics["overall/gauc"] for run in rows}
     (ours,) = scored.keys() - set(BASELINES)
     assert ours.startswith("evaluate twinbert_tiny, seed 0, ")
+
+    drawn = mlflow.search_runs([experiment], "tags.`acebert.stage` = 'compare'")
+    assert [run.info.run_name for run in drawn] == [f"compare {pictures[0].parent.name[:6]}"]
+    artifacts = {file.path for file in mlflow.list_artifacts(drawn[0].info.run_id)}
+    assert artifacts == {"compare.png", "curves.png", "stage.json"}
 
     (model,) = (workdir / "finetune").glob("[!.]*")
     measured = job("evaluate.py", "--workdir", str(workdir), "--model", str(model), *SMALL[-8:])
