@@ -79,7 +79,7 @@ def build_demo(settings: Settings, processes: int | None = None) -> Stage:
     return run_stage(
         settings.workdir,
         "demo",
-        key={"version": 2, **demo.model_dump()},
+        key={"version": 1, **demo.model_dump()},
         build=partial(_build, demo=demo, processes=processes),
     )
 

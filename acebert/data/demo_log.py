@@ -38,8 +38,6 @@ CANDIDATES = 48
 BLOCK = 10_000  # searches made at once
 WANTS = 4_000
 WORDINGS = 8  # ways of wording one want, the first ones much more usual
-OTHER_NUMBER = 0.25  # share of the wordings: `shoe` for `shoes`, `dresses` for `dress`
-PAIRS = ("trousers", "pants", "sunglasses", "shades", "glasses")
 MISSPELT = 0.04  # share of the searches
 EMPTY = 0.001  # share of the searches without any words
 ROBOT_SEARCHES = 3  # a day, by one user who clicks everything within a minute
@@ -127,19 +125,8 @@ def wording(want: tuple[int, int, int, int], variant: int, slip: int) -> str:
     if pattern != MISSING:
         text = rng.choice(PATTERN_WORDS[PATTERNS[pattern]])
         (after if text.startswith("with") else before).append(text)
-    if rng.random() < OTHER_NUMBER:
-        name = _other_number(name)
     query = " ".join([*before, name, *after])
     return _misspell(query, random.Random(f"{query}/{slip}")) if slip else query
-
-
-def _other_number(name: str) -> str:
-    """`shoes` → `shoe`, `dress` → `dresses`; a pair of something has one number."""
-    if name in PAIRS:
-        return name
-    if name.endswith("s") and not name.endswith("ss"):
-        return name[:-1]
-    return name + ("es" if name.endswith(("s", "ch")) else "s")
 
 
 def _misspell(query: str, rng: random.Random) -> str:

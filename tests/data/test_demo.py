@@ -2,7 +2,6 @@
 
 import hashlib
 import tracemalloc
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -248,14 +247,6 @@ def test_every_day_brings_queries_that_were_never_seen(log: duckdb.DuckDBPyConne
     ).fetchall()
     assert shares[0][0] == 1
     assert all(0.03 < share < 0.6 for (share,) in shares[1:])
-
-
-def test_a_type_is_asked_in_the_singular_and_in_the_plural(log: duckdb.DuckDBPyConnection) -> None:
-    counts = log.sql("SELECT query, count(DISTINCT search_id) FROM i GROUP BY query").fetchall()
-    words = Counter(word for query, n in counts for word in query.split() for _ in range(n))
-    for one, many in (("shoe", "shoes"), ("boot", "boots"), ("dress", "dresses")):
-        assert min(words[one], words[many]) > 10
-    assert not {"trouser", "pant", "sunglasse", "glasse", "dresse"} & words.keys()
 
 
 def test_a_few_searches_dominate(log: duckdb.DuckDBPyConnection) -> None:
