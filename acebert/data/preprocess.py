@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from acebert.config import Settings
+from acebert.config import NO_FILES, Settings
 from acebert.data.crops import Batch, CropSpec, Reuse, ShardReport, encode, prepare
 from acebert.data.earlier import OF_CATALOGUE, Earlier, earlier_rows, product_ids, same_key
 from acebert.data.features import FeatureStore, write_shard_list
@@ -134,8 +134,8 @@ def _image_key(settings: Settings) -> dict[str, Any]:
 
 
 def weights_digest(weights: str) -> str:
-    """SHA-256 of a file of weights, wherever it lies; `hub` and `random` are themselves."""
-    if not Path(weights).is_file():
+    """SHA-256 of a file of weights, wherever it lies; words of NO_FILES are themselves."""
+    if weights in NO_FILES or not Path(weights).is_file():
         return weights
     with open(weights, "rb") as file:
         return file_digest(file, "sha256").hexdigest()
