@@ -17,9 +17,8 @@ install: .venv/.installed-$(EXTRA)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*,dev]'
 	touch $@
 
-# Two processes: each starts a Ray of its own, and much of a test is waiting for processes to start.
 test: install lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 lint: install
 	$(BIN)/ruff check .

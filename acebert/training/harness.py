@@ -358,15 +358,16 @@ def _mlflow_sender(actor: Any, run_id: str) -> Callable[[Progress], None]:
 
     def send(progress: Progress) -> None:
         nonlocal steps
-        tables = [_named("train", progress.history[steps:])]
+        history = progress.history  # of now: training may go on with this progress meanwhile
+        tables = [_named("train", history[steps:])]
         if progress.validations:
-            tables.append(_named("valid", pa.Table.from_pylist(progress.validations)))
+            tables.append(_named("valid", pa.Table.from_pylist(list(progress.validations))))
         try:
             ray.get([actor.log.remote(run_id, table) for table in tables], timeout=MLFLOW_SECONDS)
         except RayError as error:
             log.warning("MLflow does not take the metrics, they will be sent again: %s", error)
         else:
-            steps = progress.history.num_rows
+            steps = history.num_rows
 
     return send
 

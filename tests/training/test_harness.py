@@ -1,16 +1,19 @@
 """What becomes of a training whose ranks fail: toy workers in a real Ray Train."""
 
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch.distributed as dist
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
-from acebert.training.harness import trained_stage
+from acebert.training.checkpoint import Progress
+from acebert.training.harness import _mlflow_sender, trained_stage
 from acebert.training.steps import Rank
 
 
@@ -51,3 +54,33 @@ def test_deaths_that_leave_no_checkpoint_end_it_with_their_number(
     settings = settings_with(tmp_path, "--train.max_failures", "0")
     with pytest.raises(UserError, match=r"toy-\w+: workers died 1 times before the first check"):
         trained_stage(settings, "toy", {"of": "deaths"}, dies, {}, nothing, "data")
+
+
+def test_steps_that_are_made_while_mlflow_is_told_of_others_are_told_later(
+    ray_cluster: None,
+) -> None:
+    import ray
+
+    @ray.remote
+    class Slow:
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def log(self, run_id: str, table: pa.Table) -> None:
+            time.sleep(1)
+            self.steps += table["step"].to_pylist()
+
+        def told(self) -> list[int]:
+            return self.steps
+
+    actor, progress = Slow.remote(), Progress()
+    assert ray.get(actor.told.remote()) == []
+    send = _mlflow_sender(actor, "run")
+    progress.add_steps([{"step": 1, "loss": 2.0}])
+    telling = threading.Thread(target=send, args=(progress,))
+    telling.start()
+    time.sleep(0.3)
+    progress.add_steps([{"step": 2, "loss": 1.0}])  # as training does that goes on with it
+    telling.join()
+    send(progress)
+    assert ray.get(actor.told.remote()) == [1, 2]
