@@ -124,7 +124,7 @@ def test_a_stopped_sweep_goes_on_without_repeating_finished_trials(
         (workdir / "slow").touch()
         wait_for((workdir / "waits").exists, driver)
         driver.send_signal(stop)
-        driver.wait(60)
+        driver.wait(200)
     finally:
         driver.kill()
         driver.wait()
