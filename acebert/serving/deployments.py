@@ -102,7 +102,6 @@ class Changes:
 
     def __init__(self, settings: Settings, encoding: DeploymentHandle) -> None:
         set_up_logging()
-
         wanted = WantedBundle(settings)
 
         def bundle() -> tuple[Path, str]:

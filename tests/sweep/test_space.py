@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,13 @@ def test_the_spaces_that_we_ship_fit_the_settings(path: Path, base: Settings):
     assert len(trials_of(space, base)) == points * len(space.seeds)
 
 
-def test_the_guides_space_is_one(base: Settings, tmp_path: Path):
+def test_the_guides_space_is_one_of_30_random_points_with_3_seeds(base: Settings, tmp_path: Path):
     guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
     _, example = guide.split("```yaml\nvary:")
     (tmp_path / "space.yaml").write_text("vary:" + example.split("```")[0])
-    check_space(read_space(tmp_path / "space.yaml"), base)
+    space = read_space(tmp_path / "space.yaml")
+    check_space(space, base)
+    assert Counter(trial.seed for trial in trials_of(space, base)) == {0: 30, 1: 30, 2: 30}
 
 
 def test_a_grid_is_every_combination_with_every_seed(base: Settings):

@@ -206,8 +206,11 @@ def end(process: subprocess.Popen, how: signal.Signals) -> None:
     except psutil.NoSuchProcess:
         return
     process.send_signal(how)
-    psutil.wait_procs(below, timeout=60)
     process.wait(60)
+    _, left = psutil.wait_procs(below, timeout=10)
+    for agent in left:  # some of Ray's outlive a killed driver by a minute
+        agent.kill()
+    psutil.wait_procs(left, timeout=10)
 
 
 def finished(process: subprocess.Popen, settings: Settings) -> Stage:
