@@ -46,7 +46,8 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     if settings.serve.milvus_uri is not None:
         from acebert.serving.milvus import drop_collections
 
-        drop_collections(settings.serve.milvus_uri, removed)
+        bundles = [path for path in removed if path.parent.name == "bundle"]
+        drop_collections(settings.serve.milvus_uri, bundles)
     leave()
     embedded = settings.workdir / "embed" / stage_key(stage.path)["embed"]
     products = json.loads((embedded / "report.json").read_text())["products"]

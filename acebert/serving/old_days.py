@@ -10,8 +10,6 @@ from acebert.workdir import STAGE_FILE
 
 log = logging.getLogger(__name__)
 
-MADE_OF_INGEST = ("bundle", "embed", "features", "tokens", "vocabulary")
-
 
 def remove_old_days(workdir: Path, keep: int) -> list[Path]:
     """Delete the stages of refreshes, but for the `keep` newest catalogues with their logs and
@@ -30,9 +28,8 @@ def remove_old_days(workdir: Path, keep: int) -> list[Path]:
     names = {day.name for day in old}
     gone = [
         path.parent
-        for stage in MADE_OF_INGEST
-        for path in (workdir / stage).glob(f"[!.]*/{STAGE_FILE}")
-        if stage_key(path.parent)["ingest"] in names
+        for path in workdir.glob(f"*/[!.]*/{STAGE_FILE}")
+        if stage_key(path.parent).get("ingest") in names
     ]
     gone += old
     for path in gone:

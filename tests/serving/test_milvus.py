@@ -1,5 +1,6 @@
 """Embedded Milvus against the FAISS index: the same bundle, the same changes, the same hits."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ from acebert.serving.products import Change, Filter, Patch, Product
 
 pytest.importorskip("milvus_lite", reason="Milvus Lite is not installed (extra: milvus)")
 
-from acebert.serving.milvus import MilvusIndex
+from milvus_lite.server_manager import server_manager_instance
+from pymilvus import MilvusClient
+
+from acebert.serving.milvus import MilvusIndex, drop_collections
 
 
 def test_milvus_answers_as_faiss_does_also_after_changes_and_when_opened_again(
@@ -74,3 +78,26 @@ def test_milvus_answers_as_faiss_does_also_after_changes_and_when_opened_again(
     assert faiss.product(second) == milvus.product(second)
     with pytest.raises(UserError, match="hybrid"):
         milvus.by_words("zebra", queries[0], 3, Filter())
+
+
+def test_collections_of_bundles_that_are_gone_are_dropped_from_a_server_and_no_others(
+    shared_world, tmp_path: Path
+) -> None:
+    stays, gone = shared_world.bundle, tmp_path / "gone"
+    shutil.copytree(stays, gone)
+    file = str(tmp_path / "milvus.db")
+    uri = server_manager_instance.start_and_get_uri(file)
+    assert uri is not None
+    for bundle in (stays, gone):
+        MilvusIndex(Bundle(bundle), uri)
+    client = MilvusClient(uri)
+    both = {f"acebert_{name}{end}" for name in (stays.name, "gone") for end in ("", "_filled")}
+    assert set(client.list_collections()) == both
+    drop_collections(file, [gone])  # a file is its service's alone
+    assert set(client.list_collections()) == both
+    drop_collections(uri, [gone, tmp_path / "never filled"])
+    assert set(client.list_collections()) == {
+        f"acebert_{stays.name}",
+        f"acebert_{stays.name}_filled",
+    }
+    server_manager_instance.release_server(file)
