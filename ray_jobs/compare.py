@@ -4,8 +4,8 @@
 
 All settings but the recipe and the seed are shared. A recipe may be the settings.yaml of a model;
 all of them read the same data. What is done already is reused. Each recipe is compared with the
-one named before it, by a bootstrap over seeds and queries. The runs carry one tag in MLflow, so
-that its compare page shows the table.
+one named before it, and the last also with the row without training that finds most, by a bootstrap
+over seeds and queries. The runs carry one tag in MLflow, so that its compare page shows the table.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +24,9 @@ from acebert.config import ScheduleSettings, Settings, load_settings
 from acebert.errors import UserError
 from acebert.job import run_job
 from acebert.workdir import Stage, run_stage, stages_used
+
+if TYPE_CHECKING:
+    from acebert.evaluation.tables import Row
 
 STAGES = (
     *("demo", "ingest", "vocabulary", "tokens", "features", "cnn_labels", "cnn", "plan"),
@@ -65,6 +68,7 @@ def work(_: Settings, arguments: argparse.Namespace) -> None:
     print(rows_table([*untrained, *rows]))
     for above, row in pairwise(rows):
         print(differences_table(row, above))
+    print(differences_table(rows[-1], finds_most(untrained)))
     print(seconds_table(spent))
 
     def draw(out: Path) -> None:
@@ -102,6 +106,16 @@ def of_the_table(settings: Settings) -> dict[str, Any]:
     sections = {name: getattr(settings, name) for name in ("data", "demo", "eval")}
     leaves = {f"{name}.{leaf}": v for name, section in sections.items() for leaf, v in section}
     return {"workdir": settings.workdir, **leaves} | {"eval.dimensions": None}
+
+
+def finds_most(rows: Sequence["Row"]) -> "Row":
+    """The row of the highest Recall at the deepest K; rows without a Recall are passed over."""
+
+    def found(row: "Row") -> float:
+        interval = row.measured(row.recalls[-1])
+        return interval.value if interval else 0.0
+
+    return max((row for row in rows if row.recalls), key=found)
 
 
 def row_names(recipes: Sequence[str]) -> list[str]:

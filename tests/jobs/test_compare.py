@@ -128,6 +128,13 @@ def test_a_comparison_ends_with_a_table_pictures_and_commands_and_is_a_table_in_
     lines = job("compare.py", "--recipes", "twinbert_tiny", "--workdir", str(workdir), *SMALL)
     table = {words[1] for line in lines if len(words := line.split()) > 2 and words[0] == "│"}
     assert {*BASELINES, "twinbert_tiny"} <= table
+    (stage,) = (p for p in (workdir / "evaluate").iterdir() if (p / BASELINES[0]).is_dir())
+    recall = {
+        name: json.loads((stage / name / "metrics.json").read_text())["overall"].get("recall_100")
+        for name in BASELINES
+    }
+    best = max((name for name in BASELINES if recall[name] is not None), key=recall.__getitem__)
+    assert any(line.startswith(f"twinbert_tiny − {best}: difference") for line in lines)
     (said,) = (line for line in lines if line.startswith("pictures: "))
     pictures = [Path(path) for path in said.removeprefix("pictures: ").split(", ")]
     assert all(path.stat().st_size > 10_000 for path in pictures)

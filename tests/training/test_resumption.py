@@ -296,3 +296,21 @@ def test_training_goes_on_with_the_workers_that_are_left(
     ours, theirs = (pq.read_table(s.path / "history.parquet") for s in (stage, undisturbed))
     np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=2e-3)
     assert faults_in_mlflow(settings, stage) == []
+
+
+@pytest.mark.slow
+def test_four_workers_go_on_for_two_whose_driver_was_killed_in_a_living_cluster(
+    long: Settings, data: dict[str, Stage], undisturbed: Stage, cluster: Cluster
+):
+    settings, known = of_its_own(long, 5), runs(long)
+    with job(settings, "--train.cpus_per_worker=1", address=cluster.address) as driver:
+        before = checkpoint_after(settings, known, 12)
+        end(driver, signal.SIGKILL)
+    four = ("--train.num_workers=4", "--train.cpus_per_worker=0.5")
+    with job(settings, *four, address=cluster.address) as driver:
+        stage = finished(driver, settings)
+    assert 0 < before.step < steps_of(stage)
+    assert done_again(stage, before) == []
+    ours, theirs = (pq.read_table(s.path / "history.parquet") for s in (stage, undisturbed))
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=2e-3)
+    assert faults_in_mlflow(settings, stage) == []
