@@ -9,6 +9,7 @@
 * Two processes that want the same stage at once: the second waits on a file lock, then reuses.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ from acebert.errors import UserError
 log = logging.getLogger(__name__)
 
 STAGE_FILE = "stage.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ def _build(
         shutil.rmtree(aside, ignore_errors=True)
         if is_disk_full(error):
             raise UserError(
-                f"{name}: the disk under {final.parent} is full; nothing was kept of this stage. "
-                "Free some space or choose another --workdir"
+                f"{name}: the disk under {final.parent} is full, or your quota of it; nothing "
+                "was kept of this stage. Free some space or choose another --workdir"
             ) from error
         raise
     log.info("%s: done in %.1f s", name, seconds)
@@ -156,10 +158,12 @@ def sync(path: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error`, or what caused it, is ENOSPC (pyarrow and Ray wrap it as text)."""
+    """Whether `error`, or what caused it, is ENOSPC or a quota's EDQUOT (pyarrow and Ray wrap
+    them as text)."""
     seen: BaseException | None = error
     while seen is not None:
-        if getattr(seen, "errno", None) == 28 or "No space left on device" in str(seen):
+        told = str(seen)
+        if any(getattr(seen, "errno", None) == n or os.strerror(n) in told for n in DISK_FULL):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -1,4 +1,6 @@
+import errno
 import multiprocessing
+import os
 import subprocess
 import sys
 import textwrap
@@ -90,6 +92,16 @@ def test_a_full_disk_is_said_plainly(tmp_path: Path):
 
     with pytest.raises(UserError, match=r"disk under .* is full.*--workdir"):
         run_stage(tmp_path, "s", {}, build)
+
+
+def test_a_quota_that_is_used_up_is_said_as_a_full_disk_also_where_it_comes_as_text(tmp_path: Path):
+    for error in (OSError(errno.EDQUOT, "x"), RuntimeError(f"write: {os.strerror(errno.EDQUOT)}")):
+
+        def build(out: Path, error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(UserError, match=r"disk under .* is full, or your quota of it"):
+            run_stage(tmp_path, "s", {}, build)
 
 
 def test_a_workdir_that_is_a_file_is_refused(tmp_path: Path):
