@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from datetime import date
 from difflib import get_close_matches
+from hashlib import file_digest
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_origin
 
@@ -50,6 +51,14 @@ HOW_TO_GIVE = (
 
 NO_FILES = ("hub", "random", "trained")
 """words for a CNN's weights that name no file, whatever lies in the current directory"""
+HOW_IT_RUNS = frozenset(
+    {
+        *("micro_batch", "num_workers", "min_workers", "use_gpu", "cpus_per_worker"),
+        *("threads_per_worker", "max_failures", "wait_minutes"),
+        *("checkpoint_every", "checkpoints_kept"),
+    }
+)
+"""leaves of `train` that do not belong in a stage's key: a run goes on when they change"""
 COPIED_SOURCE = "runtime_resources/working_dir_files"
 """part of the path of the directory that `ray job submit` copies the source to"""
 
@@ -81,6 +90,14 @@ def _name_or_path(value: str | None) -> str | None:
 
 def _weights(value: str) -> str:
     return value if value in NO_FILES else str(absolute(Path(value)))
+
+
+def weights_digest(weights: str) -> str:
+    """SHA-256 of a file of weights, wherever it lies; words of NO_FILES are themselves."""
+    if weights in NO_FILES or not Path(weights).is_file():
+        return weights
+    with open(weights, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def computes_in_bf16(cpuinfo: str) -> bool:

@@ -13,21 +13,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from acebert.config import Settings, load_settings, print_help
+from acebert.config import Settings, absolute, load_settings, print_help
 from acebert.errors import UserError
 
 
 def run_job(
-    work: Callable[[Settings], None] | Callable[[Settings, argparse.Namespace], None],
+    work: Callable[[Settings], None] | Callable[[argparse.Namespace], None],
     description: str | None,
     extra: argparse.ArgumentParser | None = None,
     argv: list[str] | None = None,
 ) -> NoReturn:
-    """Parse the command line, run `work(settings)` or, with `extra`, `work(settings, arguments)`.
+    """Parse the command line, and run `work(settings)` or, with `extra`, `work(arguments)`.
 
-    `extra` is a parser made with add_help=False for arguments that are no settings; what it leaves
-    over is in `arguments.settings` too. Exits with 0, or with 2 and the message alone after a
-    `UserError`.
+    `extra` is a parser made with add_help=False for arguments that are no settings; the words that
+    it leaves over are in `arguments.settings`, for `work` to read as its job does: by themselves,
+    or on top of a model's own. Exits with 0, or with 2 and the message alone after a `UserError`.
     """
     set_up_logging()
     argv = sys.argv[1:] if argv is None else argv
@@ -35,11 +35,11 @@ def run_job(
         if "-h" in argv or "--help" in argv:
             print_help(description, extra)
         elif extra is None:
-            work(load_settings(argv))  # type: ignore[call-arg]
+            work(load_settings(argv))  # type: ignore[arg-type]
         else:
             arguments, rest = extra.parse_known_args(argv)
             arguments.settings = rest
-            work(load_settings(rest), arguments)  # type: ignore[call-arg]
+            work(arguments)  # type: ignore[arg-type]
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
@@ -47,15 +47,37 @@ def run_job(
     sys.exit(0)
 
 
+def model_arguments() -> argparse.ArgumentParser:
+    """Of the jobs that use a trained model."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model", type=path, required=True, help="directory that finetune printed")
+    return parser
+
+
 def bundle_arguments() -> argparse.ArgumentParser:
     """Of the jobs that make a bundle for the service and publish it."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
-        "--model", required=True, help="directory that finetune printed, or models:/"
+        "--model",
+        type=lambda text: text if text.startswith("models:/") else path(text),
+        required=True,
+        help="directory that finetune printed, or models:/",
     )
-    parser.add_argument("--query_encoder", type=Path, help="directory that distill printed")
+    parser.add_argument("--query_encoder", type=path, help="directory that distill printed")
     parser.add_argument("--arm", help="of an experiment (docs/experiments.md)")
     return parser
+
+
+def path(text: str) -> Path:
+    """An absolute path, the type of an argument: the cluster's workers are in other directories.
+
+    Raises:
+        ArgumentTypeError: a relative one, in a submitted job.
+    """
+    try:
+        return absolute(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def set_up_logging() -> None:

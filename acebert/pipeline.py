@@ -3,19 +3,18 @@
 import json
 import shutil
 import time
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acebert.cluster import connect
-from acebert.config import NO_FILES, Settings, flatten, load_settings, read_recipe, settings_from
+from acebert.config import NO_FILES, Settings, weights_digest
 from acebert.data.cnn_labels import label_photos
 from acebert.data.demo import build_demo
 from acebert.data.earlier import Earlier
 from acebert.data.ingest import ingest
 from acebert.data.partitions import plan
 from acebert.data.plan_figure import draw_plan
-from acebert.data.preprocess import preprocess, weights_digest
+from acebert.data.preprocess import preprocess
 from acebert.data.tokens import tokenize, vocabulary
 from acebert.errors import UserError
 from acebert.evaluation.embed import embed
@@ -24,21 +23,17 @@ from acebert.evaluation.look_inside import look_inside
 from acebert.evaluation.mine import mine
 from acebert.evaluation.teach import teach
 from acebert.evaluation.testset import evaluation_queries
+from acebert.model_settings import model_settings
 from acebert.serving.bundle import build_bundle, hot_queries
 from acebert.serving.onnx_export import export
 from acebert.serving.student_table import TEACHER, students_table
 from acebert.tracking import finished_run, shared, start_run
 from acebert.training.distill import distill, student_layers
 from acebert.training.finetune import finetune
-from acebert.training.harness import HOW_IT_RUNS
 from acebert.training.pretrain import pretrain
 from acebert.training.train_cnn import WEIGHTS, crop_settings, train_cnn
 from acebert.workdir import Stage, run_stage
 
-NOT_THE_MODELS = ("workdir", "data", "eval", "serve", "experiment", "tracking")
-"""settings that do not come with a trained model"""
-OF_DISTILLATION = ("distill", *(f"train.{leaf}" for leaf in sorted(HOW_IT_RUNS)))
-"""sections and leaves that a distillation has beside these; the others are the teacher's"""
 KEPT_WEIGHTS = "weights"
 """the one stage that is not made again when it is removed: models name its files"""
 
@@ -274,45 +269,6 @@ def baselines_stage(settings: Settings) -> Stage:
         of_row = replace(stage, path=stage.path / name, digest=f"{stage.digest}/{name}")
         tracked(settings, of_row, row=True, name=name)
     return stage
-
-
-def model_settings(settings: Settings, model: Path) -> Settings:
-    """The settings that a model was trained with, but for NOT_THE_MODELS, which are those of
-    `settings`."""
-    own = settings_from(read_recipe(str(_settings_file(model))))
-    ours = {name: getattr(settings, name) for name in NOT_THE_MODELS}
-    return own.model_copy(update=ours)
-
-
-def settings_for(model: Path, argv: Sequence[str], also: Collection[str] = ()) -> Settings:
-    """For the jobs that use a trained model: its own settings, with those of NOT_THE_MODELS and of
-    `also` (sections and leaves) that `argv` gives.
-
-    Raises:
-        UserError: `argv` gives one that belongs to the model.
-    """
-    path = _settings_file(model)
-    own = settings_from(read_recipe(str(path)))
-    given = load_settings(argv, recipe=str(path))
-    kept = own.image.cnn_weights
-    if weights_digest(given.image.cnn_weights) == Path(kept).stem:  # what it is a copy of
-        image = given.image.model_copy(update={"cnn_weights": kept})
-        given = given.model_copy(update={"image": image})
-    was, now = flatten(own.model_dump()), flatten(given.model_dump())
-    free = {*NOT_THE_MODELS, *also}
-    for leaf in now:
-        if now[leaf] != was.get(leaf) and free.isdisjoint((leaf, leaf.split(".")[0])):
-            raise UserError(
-                f"--{leaf}: {model} was trained with {was.get(leaf)}, and is used as it was "
-                f"trained. What can be set: {', '.join((*NOT_THE_MODELS, *also))}"
-            )
-    return given
-
-
-def _settings_file(model: Path) -> Path:
-    if not (model / "settings.yaml").is_file():
-        raise UserError(f"--model {model}: no model directory (it has no settings.yaml)")
-    return model / "settings.yaml"
 
 
 def tracked(

@@ -313,15 +313,15 @@ def registered_product_side(settings: Settings, address: str) -> str:
         ) from error
 
 
-def model_directory(settings: Settings, address: str) -> Path:
-    """`address` itself, or the model directory behind `models:/NAME@ALIAS` or
+def model_directory(settings: Settings, address: str | Path) -> Path:
+    """A directory itself, or that behind the address `models:/NAME@ALIAS` or
     `models:/NAME/VERSION`.
 
     Raises:
         UserError: the registry has no such model.
     """
-    if not address.startswith("models:/"):
-        return Path(address)
+    if isinstance(address, Path):
+        return address
     import mlflow
 
     try:

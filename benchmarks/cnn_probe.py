@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from acebert.cluster import connect
-from acebert.config import Settings
+from acebert.config import load_settings
 from acebert.data.cnn_labels import PhotoLabels, label_photos
 from acebert.data.features import FeatureStore
 from acebert.data.patches import PatchCNN, best_device
@@ -31,7 +31,8 @@ from acebert.training.train_cnn import crop_settings
 NONE = -1
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace) -> None:
+    settings = load_settings(arguments.settings)
     ingested = ingest_stage(settings)
     connect()
     crops = preprocess(crop_settings(settings), ingested)

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from acebert.config import Settings
+from acebert.config import Settings, load_settings
 from acebert.errors import UserError
 from acebert.job import run_job
 from acebert.models.dual import DualEncoder
@@ -166,7 +166,8 @@ class Rival:
         return ends[-1] - ends[0]
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace) -> None:
+    settings = load_settings(arguments.settings)
     device = torch.device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -10,7 +10,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from acebert.config import Settings
+from acebert.config import load_settings
 from acebert.errors import UserError
 from acebert.evaluation.evaluate import evaluate_embeddings
 from acebert.job import run_job
@@ -26,7 +26,8 @@ def minilm() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace) -> None:
+    settings = load_settings(arguments.settings)
     ingested = ingest_stage(settings)
     start = arguments.start or minilm()
     lr = settings.train.lr

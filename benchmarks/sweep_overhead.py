@@ -95,7 +95,7 @@ def parts(
     return dict(zip(PARTS, np.diff(stamps).tolist(), strict=True))
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace) -> None:
     table = Table(title="seconds a trial: the first / median of the others", title_justify="left")
     table.add_column("part")
     columns = []

@@ -9,13 +9,14 @@ service runs with. docs/experiments.md describes the log and what is computed fr
 import argparse
 from pathlib import Path
 
-from acebert.config import Settings
+from acebert.config import load_settings
 from acebert.errors import UserError
 from acebert.job import run_job
 from acebert.workdir import digest_of, run_stage
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace) -> None:
+    settings = load_settings(arguments.settings)
     from acebert.experiment.assignment import Experiment
     from acebert.experiment.event_log import collect, compact
     from acebert.experiment.readout import read_out, write_report

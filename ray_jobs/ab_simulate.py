@@ -14,12 +14,13 @@ import asyncio
 import os
 import shlex
 
-from acebert.config import Settings
+from acebert.config import load_settings
 from acebert.errors import UserError
 from acebert.job import run_job
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace) -> None:
+    settings = load_settings(arguments.settings)
     for name in ("users", "searches", "at_once"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} {getattr(arguments, name)}: must be 1 or more")

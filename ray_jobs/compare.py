@@ -35,7 +35,7 @@ STAGES = (
 """whose seconds are shown, where a row needs them"""
 
 
-def work(_: Settings, arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace) -> None:
     settings = shared_settings(arguments.recipes, arguments.settings)
     from acebert.evaluation.evaluate import BASELINES
     from acebert.evaluation.figures import curves_figure, rows_figure

@@ -6,17 +6,16 @@ prints a table of layers × runtime, then the directories: the table's, the teac
 """
 
 import argparse
-from pathlib import Path
 
-from acebert.config import Settings
-from acebert.job import run_job
+from acebert.job import model_arguments, run_job
+from acebert.model_settings import OF_DISTILLATION, settings_for
 
 
-def work(_: Settings, arguments: argparse.Namespace) -> None:
-    from acebert.cluster import leave
-    from acebert.pipeline import OF_DISTILLATION, distill_stages, settings_for
-
+def work(arguments: argparse.Namespace) -> None:
     settings = settings_for(arguments.model, arguments.settings, also=OF_DISTILLATION)
+    from acebert.cluster import leave
+    from acebert.pipeline import distill_stages
+
     exports, table = distill_stages(settings, arguments.model)
     leave()
     print((table.path / "table.txt").read_text())
@@ -25,6 +24,4 @@ def work(_: Settings, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--model", type=Path, required=True, help="directory that finetune printed")
-    run_job(work, __doc__, parser)
+    run_job(work, __doc__, model_arguments())

@@ -10,26 +10,22 @@ product is their inner product.
 import argparse
 import logging
 import shutil
-from pathlib import Path
 
-from acebert.config import Settings, absolute
 from acebert.data.source import distinct_texts
 from acebert.errors import UserError
-from acebert.job import run_job
+from acebert.job import model_arguments, path, run_job
+from acebert.model_settings import settings_for
 
 log = logging.getLogger(__name__)
 
 
-def work(_: Settings, arguments: argparse.Namespace) -> None:
-    queries = distinct_texts(arguments.queries, "queries", "query")
-    try:
-        out = absolute(arguments.out)
-    except ValueError as error:
-        raise UserError(f"--out: {error}") from error
-    from acebert.pipeline import embed_stage, settings_for
-
+def work(arguments: argparse.Namespace) -> None:
     settings = settings_for(arguments.model, arguments.settings)
+    queries = distinct_texts(arguments.queries, "queries", "query")
+    from acebert.pipeline import embed_stage
+
     stage = embed_stage(settings, arguments.model, queries)
+    out = arguments.out
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in ("products.parquet", "queries.parquet"):
@@ -42,10 +38,9 @@ def work(_: Settings, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--model", type=Path, required=True, help="directory that finetune printed")
+    parser = model_arguments()
     parser.add_argument(
         "--queries", required=True, help="Parquet, CSV or JSON lines with a query column"
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory to write to")
+    parser.add_argument("--out", type=path, required=True, help="directory to write to")
     run_job(work, __doc__, parser)

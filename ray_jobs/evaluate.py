@@ -1,18 +1,17 @@
 """Measure a model directory on the test day: GAUC, Recall@K, breakdown, TREC files."""
 
 import argparse
-from pathlib import Path
 
-from acebert.config import Settings
-from acebert.job import run_job
+from acebert.job import model_arguments, run_job
+from acebert.model_settings import settings_for
 
 
-def work(_: Settings, arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace) -> None:
+    settings = settings_for(arguments.model, arguments.settings)
     from acebert.evaluation.evaluate import BASELINES
     from acebert.evaluation.tables import Row, rows_table
-    from acebert.pipeline import baselines_stage, evaluate_stage, settings_for
+    from acebert.pipeline import baselines_stage, evaluate_stage
 
-    settings = settings_for(arguments.model, arguments.settings)
     _embedded, evaluated = evaluate_stage(settings, arguments.model)
     baselines = baselines_stage(settings).path
     untrained = [Row.of(baselines / name) for name in BASELINES]
@@ -21,6 +20,4 @@ def work(_: Settings, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--model", type=Path, required=True, help="directory that finetune printed")
-    run_job(work, __doc__, parser)
+    run_job(work, __doc__, model_arguments())

@@ -9,17 +9,17 @@ a registered model, e.g. models:/acebert@candidate.
 
 import argparse
 
-from acebert.config import Settings
 from acebert.job import bundle_arguments, run_job
+from acebert.model_settings import settings_for, without_the_models
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace) -> None:
     from acebert.cluster import leave
-    from acebert.pipeline import bundle_stage, settings_for
+    from acebert.pipeline import bundle_stage
     from acebert.serving.bundle import publish
     from acebert.tracking import model_directory
 
-    directory = model_directory(settings, arguments.model)
+    directory = model_directory(without_the_models(arguments.settings), arguments.model)
     settings = settings_for(directory, arguments.settings)
     stage = bundle_stage(settings, directory, arguments.query_encoder or directory)
     publish(settings.workdir, stage.path, arguments.arm)

@@ -15,17 +15,17 @@ import json
 import logging
 import time
 
-from acebert.config import Settings
 from acebert.job import bundle_arguments, run_job
+from acebert.model_settings import settings_for, without_the_models
 
 log = logging.getLogger("acebert.refresh")
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace) -> None:
     from acebert.cluster import leave
     from acebert.data.earlier import Earlier, stage_key
     from acebert.errors import UserError
-    from acebert.pipeline import Refresh, bundle_stage, settings_for
+    from acebert.pipeline import Refresh, bundle_stage
     from acebert.serving.bundle import publish, published
     from acebert.serving.old_days import remove_old_days
     from acebert.tracking import model_directory
@@ -33,7 +33,7 @@ def work(settings: Settings, arguments: argparse.Namespace) -> None:
     if arguments.keep < 1:
         raise UserError(f"--keep {arguments.keep}: one at least, the one that is published")
     start = time.perf_counter()
-    directory = model_directory(settings, arguments.model)
+    directory = model_directory(without_the_models(arguments.settings), arguments.model)
     settings = settings_for(directory, arguments.settings)
     try:
         earlier = Earlier.of_bundle(published(settings.workdir, arguments.arm))

@@ -18,7 +18,8 @@ from acebert.report.parts import PARTS, SWEPT, systems_of
 FIG_5 = Path(__file__).parents[1] / "tune_spaces" / "fig5_partitions.yaml"
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace) -> None:
+    settings = load_settings(arguments.settings)
     from acebert.cluster import leave
     from acebert.pipeline import ingest_stage, tracked
     from acebert.report.report import Given, report_stage

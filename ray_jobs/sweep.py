@@ -10,11 +10,12 @@ given again goes on where a sweep was stopped. The last line printed is its dire
 import argparse
 from pathlib import Path
 
-from acebert.config import Settings
+from acebert.config import load_settings
 from acebert.job import run_job
 
 
-def work(settings: Settings, arguments: argparse.Namespace) -> None:
+def work(arguments: argparse.Namespace) -> None:
+    settings = load_settings(arguments.settings)
     from acebert.cluster import leave
     from acebert.sweep.run import sweep
     from acebert.sweep.space import read_space

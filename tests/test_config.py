@@ -169,11 +169,13 @@ def test_a_list_is_given_with_spaces_commas_or_the_flag_again(flag: str, values:
 def test_a_list_with_spaces_survives_a_jobs_own_arguments():
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--model")
-    seen: list[Settings] = []
+    seen: list[argparse.Namespace] = []
     argv = ["--eval.ks", "7", "9", "--model", "m", "--distill.layers", "1", "2", "--seed", "3"]
     with pytest.raises(SystemExit):
-        run_job(lambda settings, _: seen.append(settings), "A job.", own, argv)
-    assert (seen[0].eval.ks, seen[0].distill.layers, seen[0].seed) == ((7, 9), (1, 2), 3)
+        run_job(seen.append, "A job.", own, argv)
+    assert seen[0].model == "m"
+    settings = load_settings(seen[0].settings)
+    assert (settings.eval.ks, settings.distill.layers, settings.seed) == ((7, 9), (1, 2), 3)
 
 
 def test_a_second_value_of_what_is_no_list_is_refused():

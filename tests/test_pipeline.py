@@ -10,20 +10,16 @@ import pytest
 import yaml
 
 from acebert import pipeline
-from acebert.config import Settings, load_settings
-from acebert.data.preprocess import weights_digest
+from acebert.config import COPIED_SOURCE, Settings, load_settings, weights_digest
 from acebert.errors import UserError
-from acebert.pipeline import (
-    catalogue_stages,
-    model_settings,
-    plan_figure_stage,
-    settings_for,
-    tracked,
-    with_own_cnn,
-)
+from acebert.job import bundle_arguments, model_arguments
+from acebert.model_settings import model_settings, settings_for, without_the_models
+from acebert.pipeline import catalogue_stages, plan_figure_stage, tracked, with_own_cnn
 from acebert.tracking import client, finished_run, shared
 from acebert.training.train_cnn import WEIGHTS
 from acebert.workdir import Stage, run_stage
+
+JOBS = Path(__file__).parents[1] / "ray_jobs"
 
 
 @pytest.fixture
@@ -53,6 +49,59 @@ def test_a_model_brings_its_settings_and_the_command_line_those_of_data_and_eval
     assert settings.data.products == str(Path.cwd() / "p.csv")
     assert str(settings.data.test_from) == "2026-02-01"
     assert settings.eval.ks == (7,)
+
+
+@pytest.mark.parametrize("job", ["embed", "evaluate", "distill", "publish", "refresh"])
+def test_a_job_takes_one_of_data_and_the_models_for_the_others(
+    job: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "queries.csv").write_text("query\nshoe\n")
+    given: list[Settings] = []
+
+    def take(settings: Settings, *_: object) -> None:
+        given.append(settings)
+        raise UserError("enough")
+
+    for stage in ("embed_stage", "evaluate_stage", "distill_stages", "bundle_stage"):
+        monkeypatch.setattr(pipeline, stage, take)
+    argv = [f"{job}.py", "--model", str(model), "--data.impressions", "new.csv"]
+    if job == "embed":
+        argv += ["--queries", str(tmp_path / "queries.csv"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(JOBS / f"{job}.py"), run_name="__main__")
+    assert capsys.readouterr().err == "error: enough\n"
+    assert given[0].data.impressions == str(Path.cwd() / "new.csv")
+    assert given[0].data.products == str(Path.cwd() / "p.csv")
+
+
+def test_a_registered_model_is_looked_for_in_the_mlflow_of_the_command_line() -> None:
+    argv = ["--data.impressions", "new.csv", "--workdir=/w", "--eval.ks", "1", "2"]
+    found = without_the_models([*argv, "--tracking.experiment", "shop", "--distill.layers", "1"])
+    assert (found.workdir, found.tracking.experiment) == (Path("/w"), "shop")
+    assert found == load_settings(["--workdir=/w", "--tracking.experiment", "shop"])
+
+
+def test_a_relative_model_is_refused_in_a_submitted_job_and_absolute_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["--model", "m", "--query_encoder", "q"]
+    here = bundle_arguments().parse_args(argv)
+    assert (here.model, here.query_encoder) == (tmp_path / "m", tmp_path / "q")
+    assert model_arguments().parse_args(argv[:2]).model == tmp_path / "m"
+    assert bundle_arguments().parse_args(["--model", "models:/a@b"]).model == "models:/a@b"
+    copied = tmp_path / COPIED_SOURCE / "x"
+    copied.mkdir(parents=True)
+    monkeypatch.chdir(copied)
+    for parser in (bundle_arguments(), model_arguments()):
+        with pytest.raises(SystemExit):
+            parser.parse_args(argv)
+        assert "--model: m is relative: in a submitted job" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -105,17 +154,17 @@ def test_distill_reads_the_models_own_data_and_takes_what_a_distillation_may_hav
         raise RuntimeError("enough")
 
     monkeypatch.setattr("acebert.pipeline.distill_stages", take)
-    work = runpy.run_path(str(Path(__file__).parents[1] / "ray_jobs" / "distill.py"))["work"]
+    work = runpy.run_path(str(JOBS / "distill.py"))["work"]
     argv = ["--distill.layers", "1", "--train.num_workers", "2"]
     with pytest.raises(RuntimeError, match="enough"):
-        work(load_settings(argv), argparse.Namespace(model=model, settings=argv))
+        work(argparse.Namespace(model=model, settings=argv))
     assert given[0].data.products == str(Path.cwd() / "p.csv")
     assert given[0].workdir == tmp_path / "w"
     assert given[0].model.layers == 1
     assert (given[0].distill.layers, given[0].train.num_workers) == ((1,), 2)
     argv = ["--train.precision", "bf16" if given[0].train.precision == "fp32" else "fp32"]
     with pytest.raises(UserError, match=r"--train\.precision: .* was trained with"):
-        work(load_settings(argv), argparse.Namespace(model=model, settings=argv))
+        work(argparse.Namespace(model=model, settings=argv))
 
 
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from hashlib import file_digest
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from acebert.config import NO_FILES, Settings
+from acebert.config import Settings, weights_digest
 from acebert.data.crops import Batch, CropSpec, Reuse, ShardReport, encode, prepare
 from acebert.data.earlier import OF_CATALOGUE, Earlier, earlier_rows, product_ids, same_key
 from acebert.data.features import FeatureStore, write_shard_list
@@ -131,14 +130,6 @@ def _image_key(settings: Settings) -> dict[str, Any]:
     if model.patches:
         key["cnn_weights"] = weights_digest(image.cnn_weights)
     return key
-
-
-def weights_digest(weights: str) -> str:
-    """SHA-256 of a file of weights, wherever it lies; words of NO_FILES are themselves."""
-    if weights in NO_FILES or not Path(weights).is_file():
-        return weights
-    with open(weights, "rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 def _build(

@@ -19,7 +19,7 @@ import yaml
 from filelock import FileLock
 
 from acebert.cluster import connect
-from acebert.config import Settings
+from acebert.config import HOW_IT_RUNS, Settings
 from acebert.evaluation.tables import read_metrics
 from acebert.pipeline import evaluate_stage
 from acebert.sweep import training
@@ -32,7 +32,6 @@ from acebert.sweep.space import Space, Trial, check_space, with_leaves
 from acebert.sweep.training import Prepared
 from acebert.sweep.trials import Objective, Outcome, points_tried, run_trials
 from acebert.tracking import Run, log_model, start_run
-from acebert.training.harness import HOW_IT_RUNS
 from acebert.workdir import digest_of
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
-from acebert.config import Section, Settings, settings_from
+from acebert.config import HOW_IT_RUNS, Section, Settings, settings_from
 from acebert.errors import UserError
 from acebert.workdir import digest_of
 
@@ -258,7 +258,6 @@ def _complaints(error: ValidationError) -> Iterator[str]:
 
 def _leaf_type(leaf: str) -> set[Any]:
     """The types that a leaf takes, e.g. {int, NoneType}."""
-    from acebert.training.harness import HOW_IT_RUNS  # brings torch, which trials of a toy lack
 
     section, _, name = leaf.partition(".")
     if section not in Settings.model_fields:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from acebert.config import Settings
+from acebert.config import HOW_IT_RUNS, Settings
 from acebert.data.features import FeatureStore
 from acebert.data.tokens import backbone_digest, load_tokenizer, special_ids
 from acebert.errors import UserError
 from acebert.models.dual import DualEncoder
 from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors, why_broken
-from acebert.training.harness import HOW_IT_RUNS, trained_stage
+from acebert.training.harness import trained_stage
 from acebert.training.loop import run
 from acebert.training.pairs import StagePaths
 from acebert.training.record import write_record

@@ -56,14 +56,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HOW_IT_RUNS = frozenset(
-    {
-        *("micro_batch", "num_workers", "min_workers", "use_gpu", "cpus_per_worker"),
-        *("threads_per_worker", "max_failures", "wait_minutes"),
-        *("checkpoint_every", "checkpoints_kept"),
-    }
-)
-"""leaves of `train` that do not belong in a stage's key: a run goes on when they change"""
 MLFLOW_SECONDS = 60.0
 COLLECTIVE_SECONDS = 4 * 3600  # a node that joins late first copies the features to its disk
 

@@ -16,11 +16,10 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
-from acebert.config import Settings
+from acebert.config import Settings, weights_digest
 from acebert.data.cnn_labels import PhotoLabels
 from acebert.data.features import FeatureStore
 from acebert.data.patches import PatchCNN, best_device
-from acebert.data.preprocess import weights_digest
 from acebert.models.tagging import TaggingCNN
 from acebert.tracking import Run
 from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors

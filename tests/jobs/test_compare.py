@@ -67,7 +67,7 @@ def test_rows_without_training_are_measured_on_the_data_of_the_recipes(
     arguments = argparse.Namespace(recipes=[recipe], seeds=[0], settings=[])
     work = runpy.run_path(str(ROOT / "ray_jobs" / "compare.py"))["work"]
     with pytest.raises(UserError, match="enough"):
-        work(load_settings([]), arguments)
+        work(arguments)
     of_recipe = load_settings(["--recipe", recipe])
     assert [(s.workdir, s.data, s.eval) for s in asked] == [
         (of_recipe.workdir, of_recipe.data, of_recipe.eval)

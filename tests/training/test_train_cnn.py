@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from acebert.config import Settings
+from acebert.config import Settings, weights_digest
 from acebert.data.cnn_labels import label_photos
 from acebert.data.patches import PatchCNN
-from acebert.data.preprocess import preprocess, weights_digest
+from acebert.data.preprocess import preprocess
 from acebert.errors import UserError
 from acebert.pipeline import catalogue_stages, cnn_stage
 from acebert.training.checkpoint import Progress
