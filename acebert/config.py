@@ -448,7 +448,8 @@ class TrainSettings(ScheduleSettings):
     valid_products: int = Field(5000, ge=1)
     """products of the corpus that Recall is measured on in a validation (shown ones first)"""
     valid_metric: Literal["recall_100", "gauc"] = "recall_100"
-    """metric that early stopping and the best checkpoint go by"""
+    """metric that early stopping and the best checkpoint go by (of at most 100 products all are
+    found: gauc then)"""
     patience: int = Field(5, ge=1)
     """validations without a better value before training stops"""
     checkpoint_every: int = Field(100, ge=1)

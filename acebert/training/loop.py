@@ -3,6 +3,7 @@
 k encoder steps, then one step of the domain classifier (paper section 3.3.2).
 """
 
+import logging
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,7 +18,9 @@ from acebert.training.checkpoint import Progress
 from acebert.training.finetuner import Finetuner
 from acebert.training.pairs import InputStore, PairBatches, StagePaths, TrainBatch
 from acebert.training.steps import Metrics, Rank, Training, of_rank_zero, train
-from acebert.training.validation import ValidationSample
+from acebert.training.validation import K, ValidationSample
+
+log = logging.getLogger(__name__)
 
 
 def run(settings: Settings, paths: StagePaths, model: DualEncoder, rank: Rank) -> Progress:
@@ -47,7 +50,18 @@ class FineTuning(Training[TrainBatch]):
         self.sample = ValidationSample.draw(settings, paths)
         sample = self.sample
         self.validates_on = f"{len(sample.queries)} queries, {len(sample.products)} products"
+        if self._finds_all() and rank.rank == 0:
+            log.info(
+                "finetune: Recall@%d of %d products is always 1, so the best weights are those of "
+                "the best GAUC",
+                *(K, len(sample.products)),
+            )
         self.trainer: Finetuner = Finetuner(settings, model, rank.device, rank.rank, rank.world)
+
+    def _finds_all(self) -> bool:
+        """Whether what training goes by is the Recall of so few products that it says nothing."""
+        few = len(self.sample.products) <= K and self.sample.has_gauc
+        return self.settings.train.valid_metric == "recall_100" and few
 
     def stream(self, start: int, stop: int) -> Iterator[TrainBatch]:
         return self.batches.stream(start, stop)
@@ -67,7 +81,7 @@ class FineTuning(Training[TrainBatch]):
         here = self.sample.measure(queries, products)
         values = of_rank_zero(list(here.values()), self.trainer.world)
         measured = dict(zip(here, values, strict=True))
-        metric = self.settings.train.valid_metric
+        metric = "gauc" if self._finds_all() else self.settings.train.valid_metric
         value = measured[metric]
         if np.isnan(value):
             raise AgreedError(

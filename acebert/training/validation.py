@@ -77,6 +77,12 @@ class ValidationSample:
             clicked[kept],
         )
 
+    @property
+    def has_gauc(self) -> bool:
+        """Whether a search has both a click and none."""
+        clicks = np.bincount(self.search, self.clicked)
+        return bool(((clicks > 0) & (clicks < np.bincount(self.search))).any())
+
     def measure(
         self, queries: NDArray[np.float32], products: NDArray[np.float32]
     ) -> dict[str, float]:

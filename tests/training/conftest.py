@@ -17,7 +17,7 @@ SMALL = [
     *["--model.width", "32", "--model.heads", "2", "--model.layers", "1", "--model.dropout", "0"],
     *["--image.pixel_side", "35", "--text.vocab_size", "400"],
     *["--train.batch_size", "32", "--train.validate_every", "5", "--train.epochs", "2"],
-    *["--train.precision", "fp32", "--train.warmup_steps", "3", "--train.valid_products", "100"],
+    *["--train.precision", "fp32", "--train.warmup_steps", "3", "--train.valid_products", "120"],
 ]
 
 

@@ -1,7 +1,11 @@
 """Fine-tuning through a real Ray Train, tracked by a real MLflow."""
 
+import copy
+import json
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -17,7 +21,11 @@ from acebert.errors import UserError
 from acebert.models.dual import DualEncoder
 from acebert.models.encoder import TextInputs
 from acebert.tracking import client, default_server
-from acebert.training.finetune import finetune
+from acebert.training.checkpoint import Progress
+from acebert.training.finetune import finetune, new_model
+from acebert.training.loop import run
+from acebert.training.pairs import StagePaths
+from acebert.training.steps import Rank
 from acebert.workdir import Stage
 
 
@@ -40,6 +48,31 @@ def test_the_model_directory_is_whole_and_loads(one_worker: Stage, settings: Set
     weights = load_file(one_worker.path / "model.safetensors")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert not list((settings.workdir / "train").iterdir())  # checkpoints are gone
+
+
+def test_the_model_has_the_weights_of_the_best_validation(
+    one_worker: Stage, settings: Settings, paths: StagePaths
+):
+    saved: dict[int, dict[str, torch.Tensor]] = {}
+
+    def save(tensors: Mapping[str, Any], progress: Progress) -> None:
+        saved[progress.step] = copy.deepcopy(tensors["model"])
+
+    run(settings, paths, new_model(settings, paths), Rank(0, 1, torch.device("cpu"), save))
+    valid = pq.read_table(one_worker.path / "valid.parquet").to_pylist()
+    best = max(valid, key=lambda row: row["recall_100"])  # the first of equal ones
+    assert valid[0]["step"] < best["step"] < valid[-1]["step"]
+    exported = load_file(one_worker.path / "model.safetensors")
+    report = json.loads((one_worker.path / "report.json").read_text())
+    assert report["best"] == best
+
+    def distance(weights: dict[str, torch.Tensor]) -> float:
+        return sum(float((exported[name] - w).square().sum()) for name, w in weights.items())
+
+    apart = {step: distance(weights) for step, weights in saved.items()}
+    nearest, next_one = sorted(apart, key=apart.__getitem__)[:2]
+    assert nearest == best["step"]
+    assert apart[nearest] < 1e-3 * apart[next_one]  # another thread count rounds otherwise
 
 
 def test_every_step_is_in_mlflow_once(one_worker: Stage, settings: Settings):

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from acebert.config import Settings
 from acebert.errors import UserError
@@ -15,6 +16,7 @@ from acebert.training.finetuner import SPEED, Finetuner
 from acebert.training.loop import run
 from acebert.training.pairs import PairBatches, StagePaths
 from acebert.training.steps import Rank
+from acebert.training.validation import ValidationSample
 
 CPU = torch.device("cpu")
 
@@ -96,12 +98,46 @@ def test_a_run_that_had_stopped_early_stays_stopped_when_it_is_resumed(
     assert again.step == saved[-1][1].step == 15
 
 
-def test_training_lowers_the_loss_and_finds_more_than_chance(settings, paths):
+def test_training_lowers_the_loss_and_ranks_better_than_any_of_50_random_encoders(settings, paths):
     _, state = train(settings, paths)
     losses = state.history["loss"].to_pylist()
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
-    corpus = settings.train.valid_products
-    assert state.validations[-1]["recall_100"] > 100 / max(corpus, 120)
+    sample, rng = ValidationSample.draw(settings, paths), np.random.default_rng(0)
+
+    def vectors(n: int) -> NDArray[np.float32]:
+        return rng.standard_normal((n, 16), np.float32)
+
+    sizes = len(sample.queries), len(sample.products)
+    random = [sample.measure(*map(vectors, sizes)) for _ in range(50)]
+    for metric in ("gauc", "recall_100"):
+        assert state.validations[-1][metric] > max(measured[metric] for measured in random)
+
+
+@pytest.mark.parametrize(
+    ("products", "metric", "other"),
+    [(120, "recall_100", "gauc"), (120, "gauc", "recall_100"), (100, "gauc", "recall_100")],
+)
+def test_patience_counts_from_the_best_validation_of_the_metric_that_says_something(
+    products: int,
+    metric: str,
+    other: str,
+    settings: Settings,
+    paths: StagePaths,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Of 100 products Recall@100 is always 1, whatever train.valid_metric asks for."""
+    measured = iter([0.5, 0.6, 0.5, 0.7, 0.7, 0.6, 0.9])
+
+    def measure(*_: object) -> dict[str, float]:
+        return {metric: next(measured), other: 1.0}
+
+    monkeypatch.setattr(ValidationSample, "measure", measure)
+    asked = {"valid_metric": metric if products > 100 else "recall_100"}
+    own = {"validate_every": 2, "patience": 2, "valid_products": products, **asked}
+    train_settings = settings.train.model_copy(update=own)
+    _, state = train(settings.model_copy(update={"train": train_settings}), paths)
+    assert [row[metric] for row in state.validations] == [0.5, 0.6, 0.5, 0.7, 0.7, 0.6]
+    assert (state.step, state.best_step, state.best) == (12, 8, 0.7)
 
 
 def test_patience_stops_a_run_that_does_not_improve(settings, paths):

@@ -101,8 +101,7 @@ def test_a_sample_takes_no_memory_for_impressions_that_are_not_in_it(
 def test_the_measures_are_scikit_learns_auc_a_search_and_ranks_counted_by_hand(
     settings: Settings, paths: StagePaths
 ) -> None:
-    few = settings.train.model_copy(update={"valid_products": 120})
-    sample = ValidationSample.draw(settings.model_copy(update={"train": few}), paths)
+    sample = ValidationSample.draw(settings, paths)
     assert len(sample.products) > K
     rng = np.random.default_rng(0)
     queries = rng.normal(size=(len(sample.queries), 8)).astype(np.float32)
@@ -126,11 +125,19 @@ def test_the_measures_are_scikit_learns_auc_a_search_and_ranks_counted_by_hand(
 
 
 def test_a_collapsed_encoder_is_measured_as_chance(settings: Settings, paths: StagePaths) -> None:
-    few = settings.train.model_copy(update={"valid_products": 120})
-    sample = ValidationSample.draw(settings.model_copy(update={"train": few}), paths)
+    sample = ValidationSample.draw(settings, paths)
     queries = np.tile(np.eye(1, 8, dtype=np.float32), (len(sample.queries), 1))
     products = np.tile(queries[:1], (len(sample.products), 1))
     products += np.random.default_rng(0).normal(size=products.shape).astype(np.float32) * 1e-8
     measured = sample.measure(queries, products)
     assert measured["recall_100"] == pytest.approx(K / len(sample.products))
     assert measured["gauc"] == pytest.approx(0.5)
+
+
+def test_a_log_of_clicks_alone_has_no_gauc(settings: Settings, paths: StagePaths) -> None:
+    sample = ValidationSample.draw(settings, paths)
+    assert sample.has_gauc
+    only = dataclasses.replace(sample, clicked=np.ones_like(sample.clicked))
+    assert not only.has_gauc
+    vectors = np.ones((len(sample.queries), 1), np.float32), np.ones((len(sample.products), 1))
+    assert np.isnan(only.measure(vectors[0], vectors[1].astype(np.float32))["gauc"])
