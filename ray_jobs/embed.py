@@ -11,7 +11,7 @@ import argparse
 import logging
 import shutil
 
-from acebert.data.source import distinct_texts
+from acebert.data.source import distinct_queries
 from acebert.errors import UserError
 from acebert.job import model_arguments, path, run_job
 from acebert.model_settings import settings_for
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 def work(arguments: argparse.Namespace) -> None:
     settings = settings_for(arguments.model, arguments.settings)
-    queries = distinct_texts(arguments.queries, "queries", "query")
+    queries = distinct_queries(arguments.queries, "queries", "query")
     from acebert.pipeline import embed_stage
 
     stage = embed_stage(settings, arguments.model, queries)

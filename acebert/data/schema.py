@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
+from numpy.typing import NDArray
 
 from acebert.errors import UserError
 
@@ -124,7 +126,7 @@ def check_type(file: str, theirs: str, kind: Kind, type_: pa.DataType) -> None:
         UserError: a column of this Arrow type cannot hold what `kind` says.
     """
     value = type_.value_type if pt.is_dictionary(type_) else type_
-    text = pt.is_string(value) or pt.is_large_string(value) or pt.is_string_view(value)
+    text = _is_text(value)
     whole = pt.is_integer(value) or pt.is_floating(value) or pt.is_decimal(value)
     fits = {
         Kind.TEXT: text,
@@ -141,8 +143,34 @@ def check_type(file: str, theirs: str, kind: Kind, type_: pa.DataType) -> None:
         raise UserError(f"{file}: column {theirs!r} is {type_}; it should hold {kind.value}")
 
 
+def _is_text(type_: pa.DataType) -> bool:
+    return pt.is_string(type_) or pt.is_large_string(type_) or pt.is_string_view(type_)
+
+
+def valid_text(array: pa.Array) -> tuple[pa.Array, NDArray[np.bool_]]:
+    """An array [n] with null for text that is no UTF-8, which no reader of Parquet looks at; and
+    which cells these are [n]."""
+    if pt.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    broken = np.zeros(len(array), bool)
+    if not _is_text(array.type):
+        return array, broken
+    try:
+        array.validate(full=True)
+    except pa.ArrowInvalid:
+        cells: list[str | None] = []
+        for row, cell in enumerate(array.cast(pa.large_binary()).to_pylist()):
+            try:
+                cells.append(cell and cell.decode())
+            except UnicodeDecodeError:
+                cells.append(None)
+                broken[row] = True
+        array = pa.array(cells, pa.string())
+    return array, broken
+
+
 def as_text(array: pa.Array) -> pa.StringArray:
-    """Any array that `check_type` lets through as text; null stays null, '' becomes null.
+    """Any array that `check_type` lets through as text; null stays null, '' and NaN become null.
 
     Whole floats lose their '.0' (pandas writes integers with gaps as floats), so that ids meet.
     A time with a zone becomes UTC; one without is taken as UTC.
@@ -153,6 +181,7 @@ def as_text(array: pa.Array) -> pa.StringArray:
         array = array.cast(pa.timestamp("us"), safe=False)  # with a zone: its UTC wall clock
     elif pt.is_floating(array.type):
         array = array.cast(pa.float64()) if pt.is_float16(array.type) else array
+        array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
         whole = pc.equal(pc.trunc(array), array)
         small = pc.less(pc.abs(array), 2.0**53)
         integers = pc.if_else(pc.and_(whole, small), array, None).cast(pa.int64())

@@ -20,11 +20,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from acebert.data.csv_rows import Rows, csv_header, csv_rows
-from acebert.data.schema import Column, Kind, as_text, check_type, resolve
+from acebert.data.schema import (
+    Column,
+    Kind,
+    as_text,
+    check_type,
+    normalized,
+    resolve,
+    valid_text,
+)
 from acebert.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -261,23 +270,25 @@ def check_mapped(sources: Iterable[Source], columns: dict[str, str]) -> None:
             )
 
 
-def distinct_texts(where: str, setting: str, column: str) -> list[str]:
-    """What a required column of text holds, each once, in the order of its first row.
+def distinct_queries(where: str, setting: str, column: str) -> list[str]:
+    """What a column of queries holds, each once as it was given, in the order of its first row.
 
     Raises:
-        UserError: as `find_files`, `open_source` and `Source.batches`; or a row without it, by file
-            and row.
+        UserError: as `find_files`, `open_source` and `Source.batches`; no row at all; or one whose
+            query has no visible character, by file and row.
     """
     spec = (Column(column, Kind.TEXT, required=True),)
     source = open_source(find_files(where, setting), setting, spec, {})
     texts: dict[str, None] = {}
     for batch in source.batches():
-        if batch[column].null_count:
-            first = batch[column].is_null().index(True).as_py()
+        blank = pc.equal(pc.coalesce(normalized(batch[column]), ""), "")
+        if (first := blank.index(True).as_py()) >= 0:
             file, row = divmod(batch["seq"][first].as_py(), 1 << ROW_BITS)
             why = batch["problem"][first].as_py() or f"it has no {column}"
             raise UserError(f"--{setting} {source.files[file].name}: row {row:,}: {why}")
         texts |= dict.fromkeys(batch[column].to_pylist())
+    if not texts:
+        raise UserError(f"--{setting} {where}: there is no row")
     return list(texts)
 
 
@@ -314,8 +325,14 @@ def _parquet(file: SourceFile, texts: dict[str, str]) -> Iterator[Rows]:
         done = 0
         for batch in parquet.iter_batches(BATCH_ROWS, columns=list(texts.values())):
             n = batch.num_rows
-            columns = {ours: as_text(batch.column(theirs)) for ours, theirs in texts.items()}
-            yield np.arange(done + 1, done + n + 1), _nulls(n), columns
+            broken = np.zeros(n, bool)
+            columns = {}
+            for ours, theirs in texts.items():
+                cells, those = valid_text(batch.column(theirs))
+                columns[ours] = as_text(cells)
+                broken |= those
+            problems = pa.array(np.where(broken, "not UTF-8", None), pa.string())
+            yield np.arange(done + 1, done + n + 1), problems, columns
             done += n
 
 

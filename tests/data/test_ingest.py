@@ -818,6 +818,39 @@ def test_ragged_and_undecodable_csv_rows_are_quarantined_with_their_row(tmp_path
     assert got.report["impressions"]["rows_read"] == len(log) + 2
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
+def test_parquet_rows_whose_text_is_no_utf8_are_quarantined_with_their_row(
+    kind: str, tmp_path: Path
+) -> None:
+    """Spark and Hive write such files; readers of Parquet take the bytes for text unseen."""
+
+    def as_they_are(cells: list[bytes]) -> pa.Array:
+        large = kind == "large_string"
+        raw = pa.array(cells, pa.large_binary() if large else pa.binary())
+        type_ = pa.large_string() if large else pa.string()
+        text = pa.Array.from_buffers(type_, len(raw), raw.buffers())
+        if kind != "dictionary":
+            return text
+        return pa.DictionaryArray.from_arrays(pa.array(range(len(raw)), pa.int32()), text)
+
+    log = [shown(1, query, "a", True) for query in ("blue", "BROKEN", "red", "green")] + LOG
+    table = pa.Table.from_pylist(log)
+    cells = [b"bl\xffue" if row["query"] == "BROKEN" else row["query"].encode() for row in log]
+    place = table.column_names.index("query")
+    pq.write_table(table.set_column(place, "query", as_they_are(cells)), tmp_path / "log.parquet")
+    ids = pa.array(["a", "b", "c", "d"])
+    titles = as_they_are([b"red", b"\xc3", "grün".encode(), b""])
+    products = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"product_id": ids, "title": titles}), products)
+    settings = make_settings(tmp_path / "work", max_bad_share=0.5)
+    got = Result(ingest(settings, str(products), str(tmp_path / "log.parquet")))
+    for name, row in (("impressions", 2), ("products", 2)):
+        kept = [(r["row"], r["reason"]) for r in got.rows(f"quarantine/{name}.parquet")]
+        assert (row, "not UTF-8") in kept
+        assert sum(reason == "not UTF-8" for _, reason in kept) == 1
+    assert {row["product_id"]: row["title"] for row in got.rows("products")}["c"] == "grün"
+
+
 def test_images_stay_with_their_products_behind_a_title_of_several_lines_in_another_file(
     tmp_path: Path,
 ) -> None:

@@ -114,6 +114,7 @@ def test_a_wrong_type_names_file_column_and_what_it_should_be(
     [
         (pa.array([1, None]), ["1", None]),
         (pa.array([12.0, 12.5, None]), ["12", "12.5", None]),
+        (pa.array([1.0, float("nan")]), ["1", None]),  # pandas' missing id
         (pa.array(["a", "", None]), ["a", None, None]),
         (pa.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"]),
         (pa.array(["a"], pa.large_string()), ["a"]),

@@ -1,4 +1,4 @@
-"""Texts of one column, from a file of any kind (`distinct_texts`); memory while files are read."""
+"""Queries from a file of any kind (`distinct_queries`); memory while files are read."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from acebert.data.source import distinct_texts
+from acebert.data.source import distinct_queries
 from acebert.errors import UserError
 
 QUERIES = ["Red  Dress", "watch", 'a "blue", shirt', "watch"]
@@ -32,29 +32,39 @@ def written(directory: Path, format: str, queries: list[str | None]) -> Path:
 @pytest.mark.parametrize("format", ["parquet", "csv", "jsonl"])
 def test_each_text_comes_once_as_it_was_given_whatever_the_format(tmp_path: Path, format: str):
     path = written(tmp_path, format, QUERIES)
-    assert distinct_texts(str(path), "queries", "query") == QUERIES[:3]
+    assert distinct_queries(str(path), "queries", "query") == QUERIES[:3]
 
 
 @pytest.mark.parametrize("format", ["parquet", "csv", "jsonl"])
-def test_a_row_without_the_text_is_told_by_file_and_row(tmp_path: Path, format: str):
-    path = written(tmp_path, format, ["watch", None, "dress"])
+@pytest.mark.parametrize("blank", [None, "", " \u3000 "])
+def test_a_row_without_the_text_is_told_by_file_and_row(
+    tmp_path: Path, format: str, blank: str | None
+):
+    path = written(tmp_path, format, ["watch", blank, "dress"])
     with pytest.raises(UserError, match=rf"--queries {path}: row 2: it has no query"):
-        distinct_texts(str(path), "queries", "query")
+        distinct_queries(str(path), "queries", "query")
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv", "jsonl"])
+def test_a_file_without_rows_is_told(tmp_path: Path, format: str):
+    path = written(tmp_path, format, [])
+    with pytest.raises(UserError, match=rf"--queries {path}: there is no row"):
+        distinct_queries(str(path), "queries", "query")
 
 
 def test_a_line_that_is_no_json_is_told(tmp_path: Path):
     path = tmp_path / "queries.jsonl"
     path.write_text('{"query": "watch"}\n{"query": \n')
     with pytest.raises(UserError, match="row 2: not a JSON object"):
-        distinct_texts(str(path), "queries", "query")
+        distinct_queries(str(path), "queries", "query")
 
 
 def test_a_missing_column_and_a_missing_file_are_told(tmp_path: Path):
     pq.write_table(pa.table({"text": ["watch"]}), tmp_path / "queries.parquet")
     with pytest.raises(UserError, match=r"queries.parquet.*'query'"):
-        distinct_texts(str(tmp_path / "queries.parquet"), "queries", "query")
+        distinct_queries(str(tmp_path / "queries.parquet"), "queries", "query")
     with pytest.raises(UserError, match=r"--queries .*no such file"):
-        distinct_texts(str(tmp_path / "none.parquet"), "queries", "query")
+        distinct_queries(str(tmp_path / "none.parquet"), "queries", "query")
 
 
 PEAK_AFTER_EACH = """
