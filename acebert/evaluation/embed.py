@@ -79,7 +79,8 @@ def embed(
     `settings` are the model's own. Hot lists end before the test day.
 
     Raises:
-        UserError: `eval.dimensions` is more than the model has, or a query is empty.
+        UserError: the model's directory lacks a file or its weights are broken;
+            `eval.dimensions` is more than the model has; or a query is empty.
     """
     key: dict[str, Any] = {
         "version": VERSION,
@@ -105,6 +106,7 @@ def embed(
     of_catalogue = ("ingest", "tokens", "features", "queries")
 
     def build(out: Path) -> None:
+        DualEncoder.load(model)  # what is wrong with it is said here; an actor's error is Ray's
         before = earlier.embed if earlier else None
         if before is not None and not same_key(before, key, *of_catalogue):
             log.info("embed: the vectors in %s are gone or another model's", before)
@@ -119,9 +121,15 @@ def embed(
 
 
 def model_digests(model: Path) -> dict[str, str]:
-    """SHA-256 of each file of a model directory that vectors depend on."""
+    """SHA-256 of each file of a model directory that vectors depend on.
+
+    Raises:
+        UserError: one is missing.
+    """
 
     def sha256(name: str) -> str:
+        if not (model / name).is_file():
+            raise UserError(f"--model {model}: not the directory of a model, it has no {name}")
         with (model / name).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -16,10 +16,12 @@ from acebert.config import Settings, load_settings
 from acebert.data.demo import build_demo
 from acebert.data.ingest import ingest
 from acebert.data.tokens import tokenize
+from acebert.errors import UserError
 from acebert.evaluation import embed
 from acebert.models.dual import DualEncoder
 from acebert.training.finetune import new_model
 from acebert.training.pairs import InputStore, StagePaths
+from acebert.workdir import Stage
 
 SMALL = [
     *["--demo.products", "60", "--demo.searches_per_day", "200", "--demo.days", "4"],
@@ -107,6 +109,35 @@ def test_models_of_one_name_and_size_are_told_apart_and_copies_are_not(
     assert embed.model_digests(a) == embed.model_digests(c) != embed.model_digests(b)
     (c / "settings.yaml").write_text("seed: 1")
     assert embed.model_digests(a) != embed.model_digests(c)
+
+
+def test_a_model_directory_that_lacks_a_file_or_has_broken_weights_is_told_by_its_name(
+    settings: Settings, paths: StagePaths, model: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "model"
+    shutil.copytree(model, whole)
+    shutil.copytree(paths.tokens / "tokenizer", whole / "tokenizer")
+    (whole / "settings.yaml").write_text("seed: 0")
+    stages = [
+        Stage(p.parent.name, p, p.name, 0.0, reused=True) for p in (paths.ingest, paths.tokens)
+    ]
+
+    def refused(model: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            embed.embed(settings, model, *stages, None, ["shoe"])
+        return str(caught.value)
+
+    for name in embed.MODEL_FILES:
+        lacking = tmp_path / f"no {Path(name).name}"
+        shutil.copytree(whole, lacking)
+        (lacking / name).unlink()
+        assert (
+            refused(lacking) == f"--model {lacking}: not the directory of a model, it has no {name}"
+        )
+    weights = whole / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert refused(whole).startswith(f"{weights}: not the weights that config.json beside it")
+    assert not list((settings.workdir / "embed").glob("[!.]*"))
 
 
 def test_fewer_dimensions_are_the_first_ones_brought_to_length_one(

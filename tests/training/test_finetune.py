@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import mlflow
 import numpy as np
 import pandas as pd
@@ -17,9 +18,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from acebert.config import Settings
+from acebert.data.image import crop_resize, find_roi
+from acebert.data.patches import PatchCNN
 from acebert.errors import UserError
+from acebert.evaluation.embed import embed
 from acebert.models.dual import DualEncoder
-from acebert.models.encoder import TextInputs
+from acebert.models.encoder import ImageInputs, TextInputs
 from acebert.tracking import client, default_server
 from acebert.training.checkpoint import Progress
 from acebert.training.finetune import finetune, new_model
@@ -113,6 +117,57 @@ def test_the_registered_model_encodes_queries_as_the_directory_does(
         with torch.inference_mode():
             expected = model.encode_queries(text)[0].numpy()
         np.testing.assert_allclose(row, expected, atol=1e-5)
+
+
+def test_embedded_products_are_their_titles_hot_queries_and_photos_put_through_the_model_by_hand(
+    one_worker: Stage, settings: Settings, stages: dict[str, Stage]
+):
+    of_products = (stages[name] for name in ("ingested", "tokens", "features"))
+    embedded = embed(settings, one_worker.path, *of_products, ["red dress"])
+    found = pq.read_table(embedded.path / "products.parquet").to_pylist()
+    vectors = {row["product_id"]: row["embedding"] for row in found}
+    ingested = stages["ingested"].path
+    texts = pq.read_table(ingested / "queries.parquet")["text"].to_pylist()
+    lists = pq.read_table(ingested / "hot_lists.parquet")["queries"].to_pylist()
+    list_of = pq.read_table(ingested / "product_hot_lists.parquet")["test"].to_pylist()
+    hot = [[texts[query] for query in lists[row]] for row in list_of]
+    (file,) = (settings.workdir / "demo").glob("*/products.parquet")
+    products = pq.read_table(file).to_pylist()
+
+    model, image = DualEncoder.load(one_worker.path).eval(), settings.image
+    tokenizer = AutoTokenizer.from_pretrained(one_worker.path / "tokenizer")
+    cnn = PatchCNN(image.cnn, image.cnn_weights, image.cnn_side)
+
+    def text_of(row: int) -> TextInputs:
+        title = tokenizer(products[row]["title"].lower(), add_special_tokens=False)["input_ids"]
+        ids = [tokenizer.cls_token_id, *title[: settings.text.title_tokens], tokenizer.sep_token_id]
+        first = len(ids)
+        for query in hot[row]:
+            pieces = tokenizer(query, add_special_tokens=False)["input_ids"]
+            ids += [*pieces[: settings.text.query_tokens], tokenizer.sep_token_id]
+        segments = torch.tensor([[0] * first + [1] * (len(ids) - first)])
+        return TextInputs(torch.tensor([ids]), torch.ones_like(segments).bool(), segments)
+
+    def photo_of(row: int) -> ImageInputs:
+        decoded = cv2.imdecode(np.frombuffer(products[row]["image"], np.uint8), cv2.IMREAD_COLOR)
+        decoded = decoded[:, :, ::-1]
+        roi, _ = find_roi(decoded)
+        patches = cnn(crop_resize(decoded, roi, image.cnn_side)[None])
+        whole = (0, 0, decoded.shape[1], decoded.shape[0])
+        shown = {"roi": roi, "photo": whole}[image.pixel_source]
+        pixels = crop_resize(decoded, shown, image.pixel_side)[None]
+        return ImageInputs(
+            torch.ones(1).bool(), torch.from_numpy(patches), torch.from_numpy(pixels)
+        )
+
+    with torch.inference_mode():
+        listed = [row for row, queries in enumerate(hot) if queries and products[row]["image"]]
+        for row in (listed[0], listed[-1]):
+            expected = model.encode_products(text_of(row), photo_of(row))[0].numpy()
+            vector = np.array(vectors[products[row]["product_id"]])
+            np.testing.assert_allclose(vector, expected, atol=1e-3)
+            other = model.encode_products(text_of(row), photo_of(listed[1]))[0].numpy()
+            assert np.abs(vector - other).max() > 0.01  # so another's photo would be seen
 
 
 @pytest.mark.slow
