@@ -10,7 +10,7 @@ from acebert.cluster import connect
 from acebert.config import NO_FILES, Settings, weights_digest
 from acebert.data.cnn_labels import label_photos
 from acebert.data.demo import build_demo
-from acebert.data.earlier import Earlier
+from acebert.data.earlier import Earlier, stage_key
 from acebert.data.ingest import ingest
 from acebert.data.partitions import plan
 from acebert.data.plan_figure import draw_plan
@@ -24,15 +24,16 @@ from acebert.evaluation.mine import mine
 from acebert.evaluation.teach import teach
 from acebert.evaluation.testset import evaluation_queries
 from acebert.model_settings import model_settings
+from acebert.models.encoder import CEBertConfig, backbone_config
 from acebert.serving.bundle import build_bundle, hot_queries
 from acebert.serving.onnx_export import export
 from acebert.serving.student_table import TEACHER, students_table
-from acebert.tracking import finished_run, shared, start_run
+from acebert.tracking import DATA_TAG, finished_run, shared, start_run
 from acebert.training.distill import distill, student_layers
 from acebert.training.finetune import finetune
 from acebert.training.pretrain import pretrain
 from acebert.training.train_cnn import WEIGHTS, crop_settings, train_cnn
-from acebert.workdir import Stage, run_stage
+from acebert.workdir import STAGE_FILE, Stage, run_stage
 
 KEPT_WEIGHTS = "weights"
 """the one stage that is not made again when it is removed: models name its files"""
@@ -72,7 +73,13 @@ def ingest_stage(settings: Settings, refresh: Refresh | None = None) -> Stage:
 def catalogue_stages(
     settings: Settings, tokenizer: Path | None = None, refresh: Refresh | None = None
 ) -> Catalogue:
-    """`tokenizer`: a trained model's, for it alone."""
+    """`tokenizer`: a trained model's, for it alone.
+
+    Raises:
+        UserError: texts that are longer than the encoder's positions, before anything is read.
+    """
+    if tokenizer is None:
+        _refuse_too_long(settings)
     ingested = ingest_stage(shared(settings), refresh)
     if tokenizer is None and settings.model.backbone is None:
         tokenizer = tracked(shared(settings), vocabulary(settings, ingested)).path
@@ -81,9 +88,21 @@ def catalogue_stages(
     if settings.reads_images:
         settings = with_own_cnn(settings)
         connect()
-        earlier = refresh.earlier if refresh else None
-        features = tracked(settings, preprocess(settings, ingested, earlier))
+        features = tracked(settings, preprocess(settings, ingested))
     return Catalogue(ingested, tokens, features)
+
+
+def _refuse_too_long(settings: Settings) -> None:
+    backbone, text = settings.model.backbone, settings.text
+    config = backbone_config(backbone) if backbone else CEBertConfig()
+    lists = 0 if settings.model.hot_queries == "off" else settings.data.hot_queries
+    longest = 2 + max(text.title_tokens + lists * (text.query_tokens + 1), text.query_tokens)
+    if longest > config.max_position_embeddings:
+        raise UserError(
+            f"texts of up to {longest} tokens; the encoder has {config.max_position_embeddings} "
+            f"positions: lower --text.title_tokens {text.title_tokens}, --text.query_tokens "
+            f"{text.query_tokens}" + (f" or --data.hot_queries {lists}" if lists else "")
+        )
 
 
 def cnn_stage(settings: Settings) -> Stage:
@@ -281,13 +300,25 @@ def tracked(
     if stage.reused and finished_run(settings, stage.name, stage.digest, table):
         return stage
     started = time.time() - stage.seconds
-    with start_run(settings, stage.name, stage.digest, name=name, started=started) as run:
+    data = _data_of(stage)
+    tags = {DATA_TAG: data} if data else {}
+    with start_run(
+        settings, stage.name, stage.digest, name=name, tags=tags, started=started
+    ) as run:
         run.log_metrics({"seconds": stage.seconds, **_numbers(stage.path)})
         for path in sorted(stage.path.rglob("*")):
             if path.suffix in {".png", ".json", ".html"} and "tokenizer" not in path.parts:
                 below = path.parent.relative_to(stage.path)
                 run.log_artifact(path, None if below == Path(".") else str(below))
     return stage
+
+
+def _data_of(stage: Stage) -> str | None:
+    """Digest of the ingest that a stage, or the stage that it is a row of, was made of."""
+    if stage.name == "ingest":
+        return stage.digest
+    whole = stage.path if (stage.path / STAGE_FILE).is_file() else stage.path.parent
+    return stage_key(whole).get("ingest")
 
 
 def _numbers(directory: Path) -> dict[str, float]:

@@ -36,6 +36,8 @@ from acebert.errors import UserError
 log = logging.getLogger(__name__)
 
 STAGE_TAG = "acebert.stage"
+DATA_TAG = "acebert.data"
+"""digest of the ingest that a run is of"""
 DIGEST_TAG = "acebert.digest"
 WORKDIR_TAG = "acebert.workdir"
 TABLE_TAG = "table"

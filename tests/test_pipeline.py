@@ -196,6 +196,23 @@ def test_a_stages_pictures_reports_and_numbers_are_in_its_mlflow_run(
     assert len(client(settings).search_runs(["1"])) == 1
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--data.hot_queries", "40"], "554 tokens; .* 512 .*--data.hot_queries 40"),
+        (["--text.title_tokens", "500"], "632 tokens; .* 512 .*--text.title_tokens 500"),
+        (["--text.query_tokens", "511", "--model.hot_queries", "off"], "513 tokens.* 511$"),
+    ],
+)
+def test_texts_longer_than_the_encoder_are_refused_before_anything_is_read(
+    argv: list[str], words: str, tmp_path: Path
+) -> None:
+    settings = load_settings(["--recipe", "acebert_tiny", "--workdir", str(tmp_path), *argv])
+    with pytest.raises(UserError, match=words):
+        catalogue_stages(settings)
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_stage_that_is_built_is_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,3 +230,5 @@ def test_every_stage_that_is_built_is_a_run(
         assert run is not None, stage
         tags = client(settings).get_run(run.run_id).data.tags
         assert tags.get("table") == ("mine" if stage.parent.name == "plan_figure" else None)
+        ingested = built[names.index("ingest")].name
+        assert tags.get("acebert.data") == (None if stage.parent.name == "demo" else ingested)

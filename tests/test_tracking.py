@@ -154,6 +154,7 @@ def test_a_row_of_two_tables_has_a_run_in_each_and_what_is_no_row_has_no_tag(
 ):
     (tmp_path / "row").mkdir()
     (tmp_path / "row" / "metrics.json").write_text('{"overall": {"gauc": 0.5}}')
+    (tmp_path / "stage.json").write_text('{"key": {"ingest": "i1"}}')
     built = Stage("evaluate", tmp_path / "row", "d1", 1.0, reused=False)
     found = replace(built, reused=True)
     for one, table in ((built, "t1"), (found, "t2"), (found, "t1")):
@@ -164,6 +165,8 @@ def test_a_row_of_two_tables_has_a_run_in_each_and_what_is_no_row_has_no_tag(
     runs = mlflow.search_runs([experiment])
     tables = sorted((r.data.tags["acebert.stage"], r.data.tags.get("table")) for r in runs)
     assert tables == [("evaluate", "t1"), ("evaluate", "t2"), ("ingest", None)]
+    data = {(r.data.tags["acebert.stage"], r.data.tags["acebert.data"]) for r in runs}
+    assert data == {("evaluate", "i1"), ("ingest", "d1")}
 
 
 def test_a_server_that_does_not_answer_is_named(

@@ -31,23 +31,18 @@ class Earlier:
 
     bundle: Path
     embed: Path
-    ingest: Path
-    features: Path | None
-    """None: the model reads no photos"""
 
     @classmethod
     def of_bundle(cls, bundle: Path) -> "Earlier | None":
         """The stages that `bundle` was made of; None, with a line in the log, where it does not
         lie in its work directory or the stage of its vectors is gone."""
         try:
-            workdir = bundle.parents[1]
-            embed = workdir / "embed" / stage_key(bundle)["embed"]
-            key = stage_key(embed)
+            embed = bundle.parents[1] / "embed" / stage_key(bundle)["embed"]
+            stage_key(embed)
         except (OSError, LookupError) as error:
             log.warning("refresh: nothing can be taken over from %s: %s", bundle, error)
             return None
-        features = key["features"] and workdir / "features" / key["features"]
-        return cls(bundle, embed, workdir / "ingest" / key["ingest"], features)
+        return cls(bundle, embed)
 
 
 def stage_key(stage: Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ counts, so that neither photos nor features pass through the object store:
 * CNN on GPUs: tasks decode and crop; two actors a GPU run the CNN, one of them while the other
   writes. Only here blocks of crops (at most 128 MiB) pass through the object store.
 
-Photos that have not changed since an earlier catalogue are read, to tell that they have not, and
-neither decoded nor put through the CNN: their features are copied.
+Photos that a stage of an earlier catalogue or another log has already are read, to tell that they
+are the same, and neither decoded nor put through the CNN: their features are copied.
 
 Memory is bounded by the number of workers times the bytes of a run, whatever the catalogue's size.
 """
@@ -35,12 +35,18 @@ import ray
 
 from acebert.config import Settings, weights_digest
 from acebert.data.crops import Batch, CropSpec, Reuse, ShardReport, encode, prepare
-from acebert.data.earlier import OF_CATALOGUE, Earlier, earlier_rows, product_ids, same_key
+from acebert.data.earlier import (
+    OF_CATALOGUE,
+    earlier_rows,
+    product_ids,
+    same_key,
+    stage_key,
+)
 from acebert.data.features import FeatureStore, write_shard_list
 from acebert.data.image import decode, draw_roi
 from acebert.data.photos import PhotoStorage, Rows
 from acebert.errors import UserError
-from acebert.workdir import Stage, run_stage
+from acebert.workdir import STAGE_FILE, Stage, run_stage
 
 if TYPE_CHECKING:
     from acebert.data.patches import PatchCNN
@@ -57,9 +63,10 @@ REPORT_SECONDS = 5.0
 GRID_PHOTOS = 24
 
 
-def preprocess(settings: Settings, ingested: Stage, earlier: Earlier | None = None) -> Stage:
-    """Compute what the settings' model reads of the photos; reused when nothing has changed.
-    `earlier` saves work and changes no result beyond the CNN's rounding, so it is not in the key.
+def preprocess(settings: Settings, ingested: Stage) -> Stage:
+    """Compute what the settings' model reads of the photos; reused when nothing has changed. What
+    is copied from other stages changes no result beyond the CNN's rounding, so it is not in the
+    key.
 
     The key knows photos in the rows by ingest's digest, and those behind an `image_uri` by their
     size and time where they lie on a file system (`PhotoStorage.fingerprint`).
@@ -77,7 +84,7 @@ def preprocess(settings: Settings, ingested: Stage, earlier: Earlier | None = No
         key["photos"] = photos
 
     def build(out: Path) -> None:
-        reuse = _reuse(earlier, key, ingested, out)
+        reuse = _reuse(settings.workdir, key, ingested, out)
         _build(settings, spec, ingested, out, reuse)
         if reuse is not None:
             reuse.rows.unlink()
@@ -85,22 +92,25 @@ def preprocess(settings: Settings, ingested: Stage, earlier: Earlier | None = No
     return run_stage(settings.workdir, "features", key, build)
 
 
-def _reuse(
-    earlier: Earlier | None, key: dict[str, Any], ingested: Stage, out: Path
-) -> Reuse | None:
-    """What can be taken from `earlier` for a stage with this key, if anything."""
-    if earlier is None or earlier.features is None:
+def _reuse(workdir: Path, key: dict[str, Any], ingested: Stage, out: Path) -> Reuse | None:
+    """What can be taken for a stage with this key: of those made by the same settings from another
+    ingest, the one with most of its products, the newest of several."""
+    ids = product_ids(ingested.path)
+    most, best = 0, None
+    made = (workdir / "features").glob(f"[!.]*/{STAGE_FILE}")
+    for file in sorted(made, key=lambda file: file.stat().st_mtime, reverse=True):
+        if not same_key(file.parent, key, *OF_CATALOGUE):
+            continue
+        earlier = workdir / "ingest" / stage_key(file.parent)["ingest"]
+        if (earlier / "products").is_dir():
+            rows = earlier_rows(ids, product_ids(earlier))
+            if (known := int((rows >= 0).sum())) > most:
+                most, best = known, (file.parent, rows)
+    if best is None:
         return None
-    there = (
-        same_key(earlier.features, key, *OF_CATALOGUE) and (earlier.ingest / "products").is_dir()
-    )
-    if not there:
-        log.info("features: those of %s are gone or of other settings", earlier.features)
-        return None
-    rows = earlier_rows(product_ids(ingested.path), product_ids(earlier.ingest))
     path = out / ".earlier_rows.npy"
-    np.save(path, rows)
-    return Reuse(earlier.features, path)
+    np.save(path, best[1])
+    return Reuse(best[0], path)
 
 
 def crop_spec(settings: Settings) -> CropSpec:

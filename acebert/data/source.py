@@ -331,7 +331,9 @@ def _parquet(file: SourceFile, texts: dict[str, str]) -> Iterator[Rows]:
                 cells, those = valid_text(batch.column(theirs))
                 columns[ours] = as_text(cells)
                 broken |= those
-            problems = pa.array(np.where(broken, "not UTF-8", None), pa.string())
+            problems = _nulls(n)
+            if broken.any():
+                problems = pa.array(["not UTF-8" if b else None for b in broken], pa.string())
             yield np.arange(done + 1, done + n + 1), problems, columns
             done += n
 

@@ -95,7 +95,7 @@ def trained_stage(
     directory = settings.workdir / "train" / f"{stage}-{digest}"
 
     def build(out: Path) -> None:
-        from acebert.tracking import start_run  # MLflow: a second that no worker needs
+        from acebert.tracking import DATA_TAG, start_run  # MLflow: a second no worker needs
 
         identity = {"key": dict(key), "code": code_identity()}
         kept = settings.train.checkpoints_kept
@@ -105,7 +105,7 @@ def trained_stage(
         if not newest and settings.tracking.parent_run is None:  # a sweep has many side by side
             for other in begun_otherwise(directory, stage, key):
                 log.info("%s: begins anew. There is a checkpoint of another, %s", stage, other)
-        tags = {"acebert.data": data}
+        tags = {DATA_TAG: data}
         with start_run(settings, stage, digest, name=name, tags=tags, first_step=step) as mlrun:
             _train(settings, checkpoints, newest, identity, worker, config, mlrun)
             export(checkpoints, mlrun, out)

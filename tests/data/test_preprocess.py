@@ -18,7 +18,6 @@ import pytest
 
 from acebert.config import Settings, settings_from
 from acebert.data import preprocess as module
-from acebert.data.earlier import Earlier
 from acebert.data.features import FeatureStore
 from acebert.data.image import BrokenImage, crop_resize, decode, find_roi
 from acebert.data.photos import PhotoStorage, Rows
@@ -238,7 +237,7 @@ def test_a_photo_that_is_replaced_under_its_address_makes_new_features(tmp_path:
     uris: list[str | None] = ["a.jpg", None, (shop / "b.jpg").as_uri()]
     for name in ("a.jpg", "b.jpg"):
         (shop / name).write_bytes(photo(0))
-    source = ingested(tmp_path / "in", [None] * 3, uris)
+    source = ingested(tmp_path / "ingest" / "in", [None] * 3, uris)
     data = {"products": str(shop / "products.parquet"), "impressions": str(shop)}
     options = settings(tmp_path, data=data, model={"patches": False})
     first = preprocess(options, source)
@@ -250,8 +249,36 @@ def test_a_photo_that_is_replaced_under_its_address_makes_new_features(tmp_path:
     before, now = (FeatureStore(stage.path).pixels(np.array([0, 2])) for stage in (first, again))
     assert (before != now).any(axis=(1, 2, 3)).all()
     (shop / "a.jpg").write_bytes(photo(2))
-    third = preprocess(options, source, Earlier(tmp_path, tmp_path, source.path, again.path))
+    third = preprocess(options, source)
     assert json.loads((third.path / "report.json").read_text())["photos_as_before"] == 1
+
+
+def test_another_log_of_the_same_photos_takes_the_features_of_the_stage_that_has_most_of_them(
+    tmp_path: Path,
+) -> None:
+    """And none that other settings made; what is taken is what would be computed."""
+    photos = [photo(seed) for seed in range(6)]
+    of = {
+        name: ingested(tmp_path / "ingest" / name, pictures)
+        for name, pictures in {
+            "two": photos[:2],
+            "five": [*photos[:4], photo(9)],
+            "all": photos,
+        }.items()
+    }
+    options = settings(tmp_path, model={"patches": False})
+    preprocess(settings(tmp_path, image={"pixel_side": 42}, model={"patches": False}), of["all"])
+    reports = {}
+    for name in ("five", "two", "all"):
+        stage = preprocess(options, of[name])
+        reports[name] = json.loads((stage.path / "report.json").read_text())["photos_as_before"]
+    assert reports == {"five": 0, "two": 2, "all": 4}
+    scratch = preprocess(settings(tmp_path / "w", model={"patches": False}), of["all"])
+    assert json.loads((scratch.path / "report.json").read_text())["photos_as_before"] == 0
+    rows = np.arange(6)
+    taken, computed = (FeatureStore(s.path) for s in (stage, scratch))
+    np.testing.assert_array_equal(taken.pixels(rows), computed.pixels(rows))
+    np.testing.assert_array_equal(taken.rois(rows), computed.rois(rows))
 
 
 def test_photos_in_a_bucket_are_said_to_be_known_by_address_alone(

@@ -149,6 +149,8 @@ def test_a_comparison_ends_with_a_table_pictures_and_commands_and_is_a_table_in_
     experiment = mlflow.get_experiment_by_name(settings.tracking.experiment).experiment_id
     rows = mlflow.search_runs([experiment], "tags.table = 'compare'")
     scored = {run.info.run_name: run.data.metrics["overall/gauc"] for run in rows}
+    (ingested,) = (workdir / "ingest").glob("[!.]*")
+    assert {run.data.tags["acebert.data"] for run in rows} == {ingested.name}
     (ours,) = scored.keys() - set(BASELINES)
     assert ours.startswith("evaluate twinbert_tiny, seed 0, ")
 
