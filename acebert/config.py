@@ -78,6 +78,8 @@ def absolute(path: Path) -> Path:
 
 
 def _address(value: str | None) -> str | None:
+    if value == "":
+        raise ValueError("it is empty: a path or URI, or none")
     return value if value is None or "://" in value else str(absolute(Path(value)))
 
 
@@ -782,6 +784,8 @@ def load_settings(argv: Sequence[str] | None = None, *, recipe: str | None = Non
         raise UserError(_describe(error)) from error
     except SettingsError as error:
         said = str(error).removeprefix("error parsing CLI: ")
+        if unread := re.match(r"Parsing error encountered for ([\w.]+):", said):
+            raise UserError(f"--{unread[1]}: cannot be read. {HOW_TO_GIVE}") from error
         raise UserError(said + _did_you_mean(rest)) from error
 
 

@@ -281,3 +281,13 @@ def test_workers_that_cannot_share_the_batches_of_pre_training_are_refused():
     load_settings(fits)
     with pytest.raises(UserError, match=r"pretrain\.batch_size 32 is not divisible by 3 workers"):
         load_settings([*fits, "--model.start", "pretrain"])
+
+
+def test_a_mapping_without_an_equals_sign_is_told_how_one_is_given():
+    with pytest.raises(UserError, match=r"^--data\.columns: cannot be read\. .*product_id=sku"):
+        load_settings(["--data.columns", "a"])
+
+
+def test_an_empty_path_is_refused_by_its_setting():
+    with pytest.raises(UserError, match=r"--data\.impressions: it is empty: a path or URI"):
+        load_settings(["--data.products", "", "--data.impressions", ""])

@@ -154,26 +154,6 @@ def products(demo: DemoSettings, start: int) -> tuple[pa.Table, pa.Table]:
     return table, pa.Table.from_pylist(found, schema=BOXES)
 
 
-def sample_pictures(n: int, side: int, background: str, seed: int = 0) -> list[Picture]:
-    """`n` pictures with their true boxes, of all types, colours and patterns in turn, before one
-    kind of background ('plain', 'shaded', 'cluttered')."""
-    rng = np.random.default_rng([seed, 4])
-    kinds, colours = list(KINDS), list(COLOURS)
-    return [
-        draw(
-            Look(
-                kinds[i % len(kinds)],
-                colours[rng.integers(len(colours))],
-                PATTERNS[rng.integers(len(PATTERNS))],
-                background,
-            ),
-            side,
-            rng,
-        )
-        for i in range(n)
-    ]
-
-
 def _look(cat: Catalogue, row: int) -> Look:
     return Look(
         list(KINDS)[cat.kind[row]],

@@ -2,7 +2,7 @@
 
 D tells query embeddings (1) from product embeddings (0). Two players, two functions: `domain_loss`
 is D's step and sends no gradient to the embeddings, `encoder_term` is the encoder's and sends none
-to D. All losses are means over the rows given, so that DDP's average over equal shards is the mean
+to D. All losses are means over the rows given, so that the average over equal shards is the mean
 over the global batch.
 """
 
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
 
 QUERY, PRODUCT = 1.0, 0.0
 
@@ -36,7 +35,7 @@ def domain_loss(domain: nn.Module, v_q: Tensor, v_p: Tensor) -> Tensor:
     """L_adv of Eq. 6 for D's step (Eq. 8): its gradient reaches D alone.
 
     Args:
-        domain: D, possibly wrapped in DDP
+        domain: D
         v_q, v_p: embeddings of queries and products [b, d]
     """
     logits_q, logits_p = _logits(domain, v_q.detach(), v_p.detach())
@@ -52,11 +51,9 @@ def encoder_term(
     Args:
         form: 'minimax' is −L_adv (Eq. 7), which has no floor; 'confusion' is the cross-entropy of
             both domains to ½, which has one, 2·log 2
-        domain: D, possibly wrapped in DDP (whose hooks do not see this)
+        domain: D
         v_q, v_p: embeddings of queries and products [b, d]
     """
-    if isinstance(domain, DistributedDataParallel):
-        domain = domain.module
     frozen = {name: parameter.detach() for name, parameter in domain.named_parameters()}
     logits = functional_call(domain, frozen, (torch.cat([v_q, v_p]),))
     logits_q, logits_p = logits.split([len(v_q), len(v_p)])
@@ -68,14 +65,12 @@ def encoder_term(
 @torch.no_grad()
 def domain_accuracy(domain: nn.Module, v_q: Tensor, v_p: Tensor) -> Tensor:
     """Share of the rows that D puts on the right side; a scalar on the device."""
-    if isinstance(domain, DistributedDataParallel):
-        domain = domain.module
     logits_q, logits_p = _logits(domain, v_q, v_p)
     return torch.cat([logits_q > 0, logits_p <= 0]).float().mean()
 
 
 def _logits(domain: nn.Module, v_q: Tensor, v_p: Tensor) -> tuple[Tensor, Tensor]:
-    """One forward for both, as DDP wants it."""
+    """One forward for both."""
     logits_q, logits_p = domain(torch.cat([v_q, v_p])).split([len(v_q), len(v_p)])
     return logits_q, logits_p
 

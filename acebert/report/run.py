@@ -79,10 +79,6 @@ class Results:
             log.exception("report: %s is left out", name)
         self.left_out[name] = without_password(reason_of(error))
 
-    @property
-    def of_rows(self) -> dict[str, Row]:
-        return {name: measured.row for name, measured in self.rows.items()}
-
 
 def measure_untrained(settings: Settings, results: Results) -> None:
     baselines = baselines_stage(tagged(settings, UNTRAINED_PART))

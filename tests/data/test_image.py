@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from acebert.data.demo import sample_pictures
+from acebert.data.demo_catalogue import KINDS
+from acebert.data.demo_pictures import COLOURS, PATTERNS, Look, Picture, draw
 from acebert.data.image import Box, BrokenImage, crop_resize, decode, draw_roi, find_roi
 
 
@@ -205,6 +206,26 @@ def test_the_broken_photos_of_the_fashion_catalogue_are_found(fashion_small: Pat
 def non_white_box(image: np.ndarray) -> Box:
     x, y, w, h = cv2.boundingRect((image.min(axis=2) < 240).astype(np.uint8))
     return x, y, x + w, y + h
+
+
+def sample_pictures(n: int, side: int, background: str) -> list[Picture]:
+    """`n` pictures with their true boxes, of all types, colours and patterns in turn, before one
+    kind of background ('plain', 'shaded', 'cluttered')."""
+    rng = np.random.default_rng([0, 4])
+    kinds, colours = list(KINDS), list(COLOURS)
+    return [
+        draw(
+            Look(
+                kinds[i % len(kinds)],
+                colours[rng.integers(len(colours))],
+                PATTERNS[rng.integers(len(PATTERNS))],
+                background,
+            ),
+            side,
+            rng,
+        )
+        for i in range(n)
+    ]
 
 
 @pytest.mark.parametrize(("side", "pictures_drawn"), [(64, 240), (160, 240), (480, 60)])

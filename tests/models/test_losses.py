@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -254,7 +255,7 @@ def train_a_little(case: tuple[Any, Any, bool], rows: slice, wrap: Any) -> dict[
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     domain = DomainClassifier(d, 12)
-    encoders, D = wrap(model), wrap(domain)
+    encoders = wrap(model)
     sgd, sgd_D = (torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, domain))
     masks = false_negatives(QUERY, PRODUCT, negatives, CLICKED, rows)
     seen: dict[str, Tensor] = {}
@@ -264,16 +265,20 @@ def train_a_little(case: tuple[Any, Any, bool], rows: slice, wrap: Any) -> dict[
             main, _ = semantic_matching_loss(
                 v_q, v_p, model.gamma, query_mask=masks[0], product_mask=masks[1]
             )
-            loss = main + 0.7 * encoder_term(form, D, v_q, v_p)
+            loss = main + 0.7 * encoder_term(form, domain, v_q, v_p)
             sgd.zero_grad()
             frozen = {name: p.detach().clone() for name, p in domain.named_parameters()}
             loss.backward()
             sgd.step()
             assert all(torch.equal(p, frozen[name]) for name, p in domain.named_parameters())
             seen[f"loss.{turn}.{step}"] = loss.detach().reshape(1)
-        loss = domain_loss(D, v_q, v_p)
+        loss = domain_loss(domain, v_q, v_p)
         sgd_D.zero_grad()
         loss.backward()
+        if dist.is_initialized():  # as Finetuner.domain_step
+            for parameter in domain.parameters():
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
         sgd_D.step()
         seen[f"domain_loss.{turn}"] = loss.detach().reshape(1)
     for name, p in [*model.named_parameters(), *domain.named_parameters()]:

@@ -109,13 +109,17 @@ def test_every_row_with_a_number_of_the_papers_is_trained_and_compared(table: Ta
     assert set(names) <= beside
 
 
+def rows_of(made) -> dict[str, Row]:
+    return {name: measured.row for name, measured in made.results.rows.items()}
+
+
 def test_comparisons_are_those_of_measured_rows_with_seen_and_unseen_queries(made) -> None:
-    found = comparisons(TABLE_1, made.results.of_rows)
+    found = comparisons(TABLE_1, rows_of(made))
     steps = [comparison.step for comparison in found]
     assert steps == list(TABLE_1.steps)  # the rival is there, its zero-shot row is in no step
     groups = {(gain.metric, gain.group) for gain in found[0].gains}
     assert {("gauc", None), ("recall_100", "unseen"), ("gauc", "seen")} <= groups
-    without = {k: v for k, v in made.results.of_rows.items() if k != "ACE-BERT"}
+    without = {k: v for k, v in rows_of(made).items() if k != "ACE-BERT"}
     assert not [
         c for c in comparisons(TABLE_1, without) if "ACE-BERT" in (c.step.row, c.step.beside)
     ]
@@ -150,7 +154,7 @@ def test_a_sentence_names_gain_interval_and_the_papers_number() -> None:
 
 
 def test_the_order_is_told_only_where_every_step_is_shown(made) -> None:
-    found = comparisons(TABLE_1, made.results.of_rows)
+    found = comparisons(TABLE_1, rows_of(made))
     told = words.order_words(found, "gauc")
     assert "FashionBERT-Finetune over TwinBERT: not shown" in told  # of one level
     assert "CE-BERT-Finetune over FashionBERT-Finetune" not in told
