@@ -27,8 +27,8 @@ from acebert.models.encoder import TextInputs
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
 SMALL = [
-    *["--recipe", "twinbert_tiny", "--demo.products", "150", "--demo.searches_per_day", "300"],
-    *["--demo.days", "4", "--train.max_steps", "4", "--train.batch_size", "32"],
+    *["--demo.products", "150", "--demo.searches_per_day", "300", "--demo.days", "4"],
+    *["--demo.image_side", "64", "--train.max_steps", "4", "--train.batch_size", "32"],
     *["--model.width", "32", "--model.heads", "2", "--model.layers", "1"],
 ]
 
@@ -125,14 +125,16 @@ def model(cluster: dict[str, str], submitted: Any) -> str:
 
 
 @pytest.mark.slow
-def test_a_submitted_job_trains_and_its_last_line_is_the_model_directory(
+def test_a_submitted_job_trains_and_the_next_submission_and_plain_python_reuse_its_model(
     cluster: dict[str, str], submitted: Any, model: str
 ):
     workdir, _ = submitted
     assert model.startswith(f"{workdir}/finetune")
     assert json.loads((Path(model) / "report.json").read_text())["steps"] == 4
 
-    again = subprocess.run(  # the same job, by plain python, on the same work directory
+    copied = submit(cluster, "ray_jobs/finetune.py", "--workdir", str(workdir), *SMALL)
+    assert f"finetune: reused {model}" in copied.stdout
+    again = subprocess.run(
         [sys.executable, "ray_jobs/finetune.py", "--workdir", str(workdir), *SMALL],
         **{"cwd": ROOT, "env": cluster, "capture_output": True, "text": True, "timeout": 400},
     )
@@ -162,16 +164,14 @@ def test_embed_writes_vectors_that_others_can_score_with(
     vectors = np.array(products["embedding"].to_pylist(), dtype=np.float32)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
-    # The same by hand: one title through the model, without Ray, padding or bf16.
-    table = pq.read_table(next(workdir.glob("demo/*/products.parquet")), columns=["title"])
-    row = next(i for i, title in enumerate(table["title"].to_pylist()) if title)
+    # The same by hand: one query through the model, without Ray, padding or bf16.
     tokenizer = AutoTokenizer.from_pretrained(f"{model}/tokenizer")
-    pieces = tokenizer(table["title"][row].as_py(), add_special_tokens=False)["input_ids"]
+    pieces = tokenizer("red dress", add_special_tokens=False)["input_ids"]
     ids = torch.tensor([[tokenizer.cls_token_id, *pieces, tokenizer.sep_token_id]])
-    text = TextInputs(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids))
+    text = TextInputs(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids))
     with torch.inference_mode():
-        v = DualEncoder.load(Path(model)).eval().encode_products(text)[0]
-    assert float(v @ torch.from_numpy(vectors[row])) > 0.999
+        v = DualEncoder.load(Path(model)).eval().encode_queries(text)[0]
+    assert float(v @ torch.tensor(embedded["embedding"][0].as_py())) > 0.999
 
 
 @pytest.mark.slow
