@@ -14,13 +14,14 @@ from acebert.model_settings import settings_for, without_the_models
 
 
 def work(arguments: argparse.Namespace) -> None:
-    from acebert.cluster import leave
-    from acebert.pipeline import bundle_stage
-    from acebert.serving.bundle import publish
     from acebert.tracking import model_directory
 
     directory = model_directory(without_the_models(arguments.settings), arguments.model)
     settings = settings_for(directory, arguments.settings)
+    from acebert.cluster import leave
+    from acebert.pipeline import bundle_stage
+    from acebert.serving.bundle import publish
+
     stage = bundle_stage(settings, directory, arguments.query_encoder or directory)
     publish(settings.workdir, stage.path, arguments.arm)
     leave()

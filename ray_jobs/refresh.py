@@ -15,6 +15,7 @@ import json
 import logging
 import time
 
+from acebert.errors import UserError
 from acebert.job import bundle_arguments, run_job
 from acebert.model_settings import settings_for, without_the_models
 
@@ -22,12 +23,6 @@ log = logging.getLogger("acebert.refresh")
 
 
 def work(arguments: argparse.Namespace) -> None:
-    from acebert.cluster import leave
-    from acebert.data.earlier import Earlier, stage_key
-    from acebert.errors import UserError
-    from acebert.pipeline import Refresh, bundle_stage
-    from acebert.serving.bundle import publish, published
-    from acebert.serving.old_days import remove_old_days
     from acebert.tracking import model_directory
 
     if arguments.keep < 1:
@@ -35,6 +30,12 @@ def work(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     directory = model_directory(without_the_models(arguments.settings), arguments.model)
     settings = settings_for(directory, arguments.settings)
+    from acebert.cluster import leave
+    from acebert.data.earlier import Earlier, stage_key
+    from acebert.pipeline import Refresh, bundle_stage
+    from acebert.serving.bundle import publish, published
+    from acebert.serving.old_days import remove_old_days
+
     try:
         earlier = Earlier.of_bundle(published(settings.workdir, arguments.arm))
     except UserError:  # nothing is published: all is new
