@@ -38,7 +38,7 @@ class Earlier:
         lie in its work directory or the stage of its vectors is gone."""
         try:
             embed = bundle.parents[1] / "embed" / stage_key(bundle)["embed"]
-            stage_key(embed)
+            stage_key(embed)  # there is none where it is gone
         except (OSError, LookupError) as error:
             log.warning("refresh: nothing can be taken over from %s: %s", bundle, error)
             return None

@@ -258,7 +258,6 @@ def _complaints(error: ValidationError) -> Iterator[str]:
 
 def _leaf_type(leaf: str) -> set[Any]:
     """The types that a leaf takes, e.g. {int, NoneType}."""
-
     section, _, name = leaf.partition(".")
     if section not in Settings.model_fields:
         raise UserError(f"vary.{leaf}: there is no such setting (docs/settings.md lists them all)")

@@ -27,7 +27,7 @@ from acebert.workdir import Stage
 if TYPE_CHECKING:
     from acebert.tracking import Run
 
-VERSION = 3
+VERSION = 4
 SETTINGS_THAT_MATTER = ("model", "text", "loss", "adversary")
 """sections whose leaves can change the weights; the other sections act through their stage"""
 BY_THEIR_STAGE = {"hard_negative_ranks", "hard_negatives_from"}

@@ -50,18 +50,16 @@ class FineTuning(Training[TrainBatch]):
         self.sample = ValidationSample.draw(settings, paths)
         sample = self.sample
         self.validates_on = f"{len(sample.queries)} queries, {len(sample.products)} products"
-        if self._finds_all() and rank.rank == 0:
-            log.info(
-                "finetune: Recall@%d of %d products is always 1, so the best weights are those of "
-                "the best GAUC",
-                *(K, len(sample.products)),
-            )
+        self.metric: str = settings.train.valid_metric
+        if self.metric == "recall_100" and len(sample.products) <= K and sample.has_gauc:
+            self.metric = "gauc"
+            if rank.rank == 0:
+                log.info(
+                    "finetune: Recall@%d of %d products is always 1, so the best weights are those "
+                    "of the best GAUC",
+                    *(K, len(sample.products)),
+                )
         self.trainer: Finetuner = Finetuner(settings, model, rank.device, rank.rank, rank.world)
-
-    def _finds_all(self) -> bool:
-        """Whether what training goes by is the Recall of so few products that it says nothing."""
-        few = len(self.sample.products) <= K and self.sample.has_gauc
-        return self.settings.train.valid_metric == "recall_100" and few
 
     def stream(self, start: int, stop: int) -> Iterator[TrainBatch]:
         return self.batches.stream(start, stop)
@@ -81,12 +79,11 @@ class FineTuning(Training[TrainBatch]):
         here = self.sample.measure(queries, products)
         values = of_rank_zero(list(here.values()), self.trainer.world)
         measured = dict(zip(here, values, strict=True))
-        metric = "gauc" if self._finds_all() else self.settings.train.valid_metric
-        value = measured[metric]
+        value = measured[self.metric]
         if np.isnan(value):
             raise AgreedError(
-                f"--train.valid_metric {metric}: the validation day has no search to measure it "
-                "on (no clicks, or no row that was not clicked)"
+                f"--train.valid_metric {self.metric}: the validation day has no search to measure "
+                "it on (no clicks, or no row that was not clicked)"
             )
         if value > state.best:
             state.best, state.best_step, state.since_best = value, state.step, 0

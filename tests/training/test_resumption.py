@@ -281,6 +281,17 @@ def test_a_killed_node_costs_nothing_once_there_is_another(
     assert faults_in_mlflow(settings, stage) == []
 
 
+def assert_went_on_with_others(
+    settings: Settings, stage: Stage, before: Progress, undisturbed: Stage
+) -> None:
+    """After `before`, with another number of workers, which round otherwise."""
+    assert 0 < before.step < steps_of(stage)
+    assert done_again(stage, before) == []
+    ours, theirs = (pq.read_table(s.path / "history.parquet") for s in (stage, undisturbed))
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=2e-3)
+    assert faults_in_mlflow(settings, stage) == []
+
+
 @pytest.mark.slow
 def test_training_goes_on_with_the_workers_that_are_left(
     long: Settings, data: dict[str, Stage], undisturbed: Stage, cluster: Cluster
@@ -291,11 +302,7 @@ def test_training_goes_on_with_the_workers_that_are_left(
         before = checkpoint_after(settings, known, 12)
         kill_a_node(cluster)
         stage = finished(driver, settings)
-    assert 0 < before.step < steps_of(stage)
-    assert done_again(stage, before) == []
-    ours, theirs = (pq.read_table(s.path / "history.parquet") for s in (stage, undisturbed))
-    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=2e-3)
-    assert faults_in_mlflow(settings, stage) == []
+    assert_went_on_with_others(settings, stage, before, undisturbed)
 
 
 @pytest.mark.slow
@@ -309,8 +316,4 @@ def test_four_workers_go_on_for_two_whose_driver_was_killed_in_a_living_cluster(
     four = ("--train.num_workers=4", "--train.cpus_per_worker=0.5")
     with job(settings, *four, address=cluster.address) as driver:
         stage = finished(driver, settings)
-    assert 0 < before.step < steps_of(stage)
-    assert done_again(stage, before) == []
-    ours, theirs = (pq.read_table(s.path / "history.parquet") for s in (stage, undisturbed))
-    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=2e-3)
-    assert faults_in_mlflow(settings, stage) == []
+    assert_went_on_with_others(settings, stage, before, undisturbed)
