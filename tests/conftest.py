@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,29 +40,41 @@ def two_ranks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[list[dict[str, "Tensor"]]]:
     """What the module's `one_rank(case, rank)` returns on each of two gloo ranks, [case][rank]."""
+    return _of_ranks(2, request.module, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def three_ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[list[dict[str, "Tensor"]]]:
+    """The same of three."""
+    return _of_ranks(3, request.module, tmp_path_factory.mktemp("ranks"))
+
+
+def _of_ranks(world: int, module: ModuleType, directory: Path) -> list[list[dict[str, "Tensor"]]]:
     from safetensors.torch import load_file
 
     import acebert
 
-    directory = tmp_path_factory.mktemp("ranks")
+    assert module.__file__ is not None
     root = str(Path(acebert.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     script = str(Path(__file__).with_name("one_rank.py"))
     ranks = [
         subprocess.Popen(
-            [sys.executable, script, str(rank), str(directory), request.module.__file__],
+            [sys.executable, script, str(rank), str(world), str(directory), module.__file__],
             env=environment,
         )
-        for rank in range(2)
+        for rank in range(world)
     ]
     try:
-        assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=500) for rank in ranks] == world * [0]
     finally:
         for rank in ranks:
             rank.kill()
     return [
-        [load_file(directory / f"{rank}.{case}.safetensors") for rank in range(2)]
-        for case in range(len(request.module.CASES))
+        [load_file(directory / f"{rank}.{case}.safetensors") for rank in range(world)]
+        for case in range(len(module.CASES))
     ]
 
 

@@ -1,4 +1,4 @@
-"""One of two gloo ranks: `python one_rank.py RANK DIRECTORY TEST_FILE` (conftest.py, `two_ranks`).
+"""One of some gloo ranks: `python one_rank.py RANK WORLD DIRECTORY TEST_FILE` (conftest.py).
 
 Calls the test file's `one_rank(case, rank)` for each of its CASES and writes the tensors that it
 returns to DIRECTORY/RANK.CASE.safetensors.
@@ -12,14 +12,14 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 
-def main(rank: int, directory: Path, test_file: Path) -> None:
+def main(rank: int, world: int, directory: Path, test_file: Path) -> None:
     spec = importlib.util.spec_from_file_location(test_file.stem, test_file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world
     )
     for number, case in enumerate(module.CASES):
         save_file(module.one_rank(case, rank), directory / f"{rank}.{number}.safetensors")
@@ -27,4 +27,4 @@ def main(rank: int, directory: Path, test_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))

@@ -22,6 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,14 @@ class Progress:
 
 
 def code_identity() -> dict[str, str]:
-    """First 12 hex digits of the SHA-256 of each source file that trains, and torch's version."""
+    """First 12 hex digits of the SHA-256 of each source file that trains, and the versions of the
+    libraries that compute."""
     package = Path(__file__).parents[1]
     roots = [package / name for name in CODE_THAT_TRAINS]
     files = sorted(f for root in roots for f in ([root] if root.is_file() else root.rglob("*.py")))
     return {
         "torch": torch.__version__,
+        "transformers": version("transformers"),
         **{
             f"acebert/{f.relative_to(package)}": hashlib.sha256(f.read_bytes()).hexdigest()[:12]
             for f in files

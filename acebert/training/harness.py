@@ -9,6 +9,8 @@ checkpoint; a job that was stopped does the same when it is started again.
 
 * A step reaches MLflow when a checkpoint holds it, from the thread that wrote that; the actor drops
   what the run has already (`acebert.tracking.MetricsActor`). So no step is there twice or missing.
+* An error in our code is tried again like a death, for the survivors of a node that fell silent
+  report one too. It is raised when it has come again before a new checkpoint, and nobody died.
 * A UserError inside a worker is returned, not raised: Ray Train would restart what cannot succeed.
   One that a rank meets alone is raised, for the others wait for that rank: Ray Train stops them,
   and the ranks that it starts next return the message.
@@ -18,11 +20,13 @@ checkpoint; a job that was stopped does the same when it is started again.
 import logging
 import math
 import os
+import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -34,7 +38,10 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Wo
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.exceptions import (
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 
 from acebert.cluster import cores_here, node_resources, wait_for_nodes
 from acebert.config import Settings, settings_from
@@ -56,7 +63,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DEATHS = WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 MLFLOW_SECONDS = 60.0
+NODES_SECONDS = 5.0
 COLLECTIVE_SECONDS = 4 * 3600  # a node that joins late first copies the features to its disk
 
 
@@ -139,6 +148,7 @@ def _train(
         "%s: workers: %d, each %s, %s", directory.name, train.num_workers, each, train.precision
     )
     actor = metrics_actor(settings)
+    bundle = {"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
     trainer = TorchTrainer(
         _run_rank,  # type: ignore[arg-type]
         train_loop_config={
@@ -154,7 +164,7 @@ def _train(
         scaling_config=ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # Train V2's; the checker sees V1's
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
+            resources_per_worker=bundle,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # Train V2's
             name=directory.name,
@@ -163,7 +173,8 @@ def _train(
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    message = _fit(trainer, checkpoints, newest, train.max_failures)
+    with _nodes_watched(bundle, train.num_workers, train.min_workers or train.num_workers):
+        message = _fit(trainer, checkpoints, newest, train.max_failures)
     if message is not None:
         raise UserError(message)
     last = checkpoints.newest()
@@ -191,10 +202,10 @@ def _fit(
             if told.exists():
                 return told.read_text()
             failures = error.worker_failures.values()
-            if all(isinstance(failure, UserExceptionWithTraceback) for failure in failures):
-                raise
             newest = checkpoints.newest()
             if newest == before:
+                if not any(isinstance(failure, DEATHS) for failure in failures):
+                    raise
                 where = f"after {newest.name}" if newest else "before the first checkpoint"
                 raise UserError(
                     f"{checkpoints.directory.parent.name}: workers died {max_failures + 1} times "
@@ -211,9 +222,38 @@ def _told_by_a_rank(directory: Path) -> Path:
     return directory.parent / "error.txt"
 
 
-def _first_line(failures: Iterable[Exception]) -> str:
-    died = (f for f in failures if not isinstance(f, UserExceptionWithTraceback))
-    return str(next(died)).strip().partition("\n")[0]
+def _first_line(failures: Collection[Exception]) -> str:
+    """Of a death, where there is one: the others lost a rank that they waited for."""
+    told = min(failures, key=lambda failure: not isinstance(failure, DEATHS))
+    return str(told).strip().partition("\n")[0]
+
+
+@contextmanager
+def _nodes_watched(bundle: dict[str, float], workers: int, least: int) -> Iterator[None]:
+    """Says when the nodes that are left have no room for `workers` times `bundle` any more.
+
+    Ray Train waits for a place without a word, for as long as it takes.
+    """
+    done = Event()
+
+    def watch() -> None:
+        before = workers
+        while not done.wait(NODES_SECONDS):
+            room = min(workers, _room(bundle))
+            if room < before:
+                what = "goes on with fewer" if room >= least else "waits for a node"
+                log.warning("the nodes have room for %d of %d workers: %s", room, workers, what)
+            elif room > before:
+                log.info("the nodes have room for %d of %d workers again", room, workers)
+            before = room
+
+    thread = Thread(target=watch, name="nodes", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextmanager
@@ -243,7 +283,9 @@ def _resources(settings: Settings) -> tuple[float, bool]:
     least = train.min_workers or train.num_workers
     if train.wait_minutes:
         bundle = {"CPU": train.cpus_per_worker or 1.0} | ({"GPU": 1.0} if train.use_gpu else {})
-        wait_for_nodes(bundle, train.num_workers, train.wait_minutes, lambda: _fits(bundle, least))
+        wait_for_nodes(
+            bundle, train.num_workers, train.wait_minutes, lambda: _room(bundle) >= least
+        )
     nodes = node_resources()
     gpus = sum(node.get("GPU", 0) for node in nodes)
     use_gpu = gpus > 0 if train.use_gpu is None else train.use_gpu
@@ -283,12 +325,11 @@ def _resources(settings: Settings) -> tuple[float, bool]:
     return math.floor(100 * share) / 100, use_gpu
 
 
-def _fits(bundle: dict[str, float], count: int) -> bool:
-    """Whether the nodes that are there have room for `count` times `bundle`."""
-    room = (
+def _room(bundle: dict[str, float]) -> int:
+    """How many times `bundle` the nodes that are there have room for, were they free."""
+    return sum(
         min(int(node.get(k, 0) / v + 1e-9) for k, v in bundle.items()) for node in node_resources()
     )
-    return sum(room) >= count
 
 
 def _run_rank(loop: dict[str, Any]) -> str | None:
@@ -308,12 +349,13 @@ def _run_rank(loop: dict[str, Any]) -> str | None:
     checkpoints = Checkpoints(loop["directory"], loop["identity"], settings.train.checkpoints_kept)
     send = _in_the_background(_mlflow_sender(loop["actor"], loop["mlflow_run"]))
     path = broadcast_from_rank_zero(checkpoints.newest() if rank == 0 else None)
-    resume = None
-    if path is not None:
-        resume = load_tensors(path, device), load_progress(path)
-        if rank == 0:
-            log.info("goes on after step %d, with %d workers", resume[1].step, world)
-            send(resume[1])
+    if path is not None and rank == 0:
+        progress = load_progress(path)
+        log.info("goes on after step %d, with %d workers", progress.step, world)
+        send(progress)
+
+    def resume() -> tuple[Mapping[str, Any], Progress]:
+        return load_tensors(path, device), load_progress(path)
 
     def save(tensors: Mapping[str, Any], progress: Progress) -> None:
         validated = bool(progress.validations) and progress.validations[-1]["step"] == progress.step
@@ -332,7 +374,9 @@ def _run_rank(loop: dict[str, Any]) -> str | None:
 
     try:
         try:
-            loop["worker"](settings, loop["config"], Rank(rank, world, device, save, resume))
+            _refuse_other_code(loop["identity"]["code"])
+            own = Rank(rank, world, device, save, None if path is None else resume)
+            loop["worker"](settings, loop["config"], own)
         finally:
             checkpoints.wait()
     except UserError as error:
@@ -341,6 +385,21 @@ def _run_rank(loop: dict[str, Any]) -> str | None:
             raise
         return str(error)
     return None
+
+
+def _refuse_other_code(of_job: dict[str, str]) -> None:
+    """
+    Raises:
+        UserError: this node trains with other code than the job's, whose name checkpoints bear.
+    """
+    here = code_identity()
+    if other := sorted(name for name in here | of_job if here.get(name) != of_job.get(name)):
+        raise UserError(
+            f"node {platform.node()} has another {', '.join(other[:5])}"
+            + (f" and {len(other) - 5} more" if len(other) > 5 else "")
+            + " than the job. Install the same version on all nodes, or submit the job by "
+            "`ray job submit --working-dir`, which brings its source along"
+        )
 
 
 def _mlflow_sender(actor: Any, run_id: str) -> Callable[[Progress], None]:

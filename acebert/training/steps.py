@@ -45,14 +45,14 @@ class Rank:
         device: where to train
         save: `save(tensors, progress)` for a checkpoint; returns when the tensors are copied.
             Every rank calls it at the same steps
-        resume: what an earlier `save` was given, to go on from; None at the start
+        resume: loads what an earlier `save` was given, to go on from; None at the start
     """
 
     rank: int
     world: int
     device: torch.device
     save: Callable[[Mapping[str, Any], Progress], None]
-    resume: tuple[Mapping[str, Any], Progress] | None = None
+    resume: Callable[[], tuple[Mapping[str, Any], Progress]] | None = None
 
 
 class Batch(Protocol):
@@ -141,11 +141,20 @@ def train(training: Training[B], rank: Rank) -> Progress:
         UserError: what a batch or a validation raises.
     """
     state = Progress()
-    if rank.resume is not None:
-        tensors, state = rank.resume
-        training.trainer.load_state(tensors)
     own, world = training.own, rank.world
     total = min(own.max_steps or 10**12, own.epochs * training.steps_per_epoch)
+    training.trainer.model.train()
+    if rank.resume is not None:
+        tensors, state = rank.resume()
+        training.trainer.load_state(tensors)
+        if world > 2:
+            # DDP deals the gradients to its buckets anew after its first step. Where three or more
+            # are summed, the place in a bucket decides in which order: one step to be forgotten.
+            for batch in training.stream(state.step, min(state.step + 1, total)):
+                training.step(batch.to(rank.device), state.step, 0.0)
+            tensors, state = rank.resume()
+            training.trainer.load_state(tensors)
+        del tensors
     if rank.rank == 0:
         log.info(
             "%s: %d steps of %d %s (%d an epoch), validation on %s",
@@ -157,7 +166,6 @@ def train(training: Training[B], rank: Rank) -> Progress:
             training.validates_on,
         )
     pending: list[Metrics] = []
-    training.trainer.model.train()
     spoken = clock = time.perf_counter()
     for batch in training.stream(state.step, 0 if training.is_over(state) else total):
         share = progress(own, state.step, total, state.seconds)

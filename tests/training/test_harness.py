@@ -9,9 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch.distributed as dist
+from ray.train import WorkerGroupError
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
+from acebert.training import harness
 from acebert.training.checkpoint import Progress
 from acebert.training.harness import _mlflow_sender, trained_stage
 from acebert.training.steps import Rank
@@ -25,6 +27,14 @@ def alone(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
 
 def dies(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
     os._exit(1)
+
+
+def has_a_fault(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
+    raise ValueError("of our own making")
+
+
+def trains_nothing(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
+    return
 
 
 def nothing(*_: Any) -> None:
@@ -54,6 +64,27 @@ def test_deaths_that_leave_no_checkpoint_end_it_with_their_number(
     settings = settings_with(tmp_path, "--train.max_failures", "0")
     with pytest.raises(UserError, match=r"toy-\w+: workers died 1 times before the first check"):
         trained_stage(settings, "toy", {"of": "deaths"}, dies, {}, nothing, "data")
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_code_ends_it_with_its_traceback(tmp_path: Path, ray_cluster: None) -> None:
+    """And not as a death, which calls for another start."""
+    settings = settings_with(tmp_path, "--train.max_failures", "0")
+    with pytest.raises(WorkerGroupError, match=r"in has_a_fault[^$]*ValueError: of our own making"):
+        trained_stage(settings, "toy", {"of": "fault"}, has_a_fault, {}, nothing, "data")
+
+
+@pytest.mark.slow
+def test_a_node_with_other_code_than_the_jobs_does_not_train(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers are processes of their own, which this process's changes do not reach."""
+    other = harness.code_identity() | {"acebert/models/dual.py": "of the job"}
+    monkeypatch.setattr(harness, "code_identity", lambda: other)
+    with pytest.raises(UserError, match=r"^node \S+ has another acebert/models/dual\.py than"):
+        trained_stage(
+            settings_with(tmp_path), "toy", {"of": "code"}, trains_nothing, {}, nothing, "data"
+        )
 
 
 def test_steps_that_are_made_while_mlflow_is_told_of_others_are_told_later(

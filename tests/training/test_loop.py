@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 def train(settings: Settings, paths: StagePaths, save=lambda *_: None, resume=None):
     model = new_model(settings, paths)
-    state = run(settings, paths, model, Rank(0, 1, CPU, save, resume))
+    state = run(settings, paths, model, Rank(0, 1, CPU, save, resume and (lambda: resume)))
     return model, state
 
 

@@ -42,7 +42,7 @@ def with_pretrain(settings: Settings, **values: object) -> Settings:
 
 def train(settings: Settings, paths: StagePaths, save: Any = lambda *_: None, resume: Any = None):
     model = new_model(settings, paths)
-    state = run(settings, paths, model, Rank(0, 1, CPU, save, resume))
+    state = run(settings, paths, model, Rank(0, 1, CPU, save, resume and (lambda: resume)))
     return model, state
 
 

@@ -213,13 +213,13 @@ def end(process: subprocess.Popen, how: signal.Signals) -> None:
     psutil.wait_procs(left, timeout=10)
 
 
-def finished(process: subprocess.Popen, settings: Settings) -> Stage:
-    """The stage that a job leaves, whose path is the last line that it prints."""
+def finished(process: subprocess.Popen, settings: Settings) -> tuple[Stage, str]:
+    """The stage that a job leaves, whose path is the last line that it prints, and all of those."""
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     path = Path(out.splitlines()[-1])
     assert path.parent == settings.workdir / "finetune"
-    return Stage("finetune", path, path.name, seconds=0.0, reused=False)
+    return Stage("finetune", path, path.name, seconds=0.0, reused=False), out
 
 
 @pytest.mark.slow
@@ -235,7 +235,7 @@ def test_a_job_that_is_killed_then_stopped_goes_on_when_it_is_started_again(
         end(second, signal.SIGTERM)
     assert second.returncode != 0
     with job(settings) as third:
-        stage = finished(third, settings)
+        stage, _ = finished(third, settings)
     assert 0 < killed.step < stopped.step < steps_of(stage)
     assert done_again(stage, killed) == []
     assert done_again(stage, stopped) == []
@@ -274,7 +274,7 @@ def test_a_killed_node_costs_nothing_once_there_is_another(
         before = checkpoint_after(settings, known, 12)
         kill_a_node(cluster)
         cluster.add_node(num_cpus=1)
-        stage = finished(driver, settings)
+        stage, _ = finished(driver, settings)
     assert 0 < before.step < steps_of(stage)
     assert done_again(stage, before) == []
     assert differences(stage, undisturbed) == []
@@ -301,7 +301,8 @@ def test_training_goes_on_with_the_workers_that_are_left(
     with job(settings, *least, address=cluster.address) as driver:
         before = checkpoint_after(settings, known, 12)
         kill_a_node(cluster)
-        stage = finished(driver, settings)
+        stage, said = finished(driver, settings)
+    assert "the nodes have room for 1 of 2 workers: goes on with fewer" in said
     assert_went_on_with_others(settings, stage, before, undisturbed)
 
 
@@ -315,5 +316,5 @@ def test_four_workers_go_on_for_two_whose_driver_was_killed_in_a_living_cluster(
         end(driver, signal.SIGKILL)
     four = ("--train.num_workers=4", "--train.cpus_per_worker=0.5")
     with job(settings, *four, address=cluster.address) as driver:
-        stage = finished(driver, settings)
+        stage, _ = finished(driver, settings)
     assert_went_on_with_others(settings, stage, before, undisturbed)

@@ -54,7 +54,7 @@ def stage(small: Settings, stages: dict[str, Stage]) -> Stage:
 def train(settings: Settings, paths: CNNPaths, save=lambda *_: None, resume=None):
     batches = PhotoBatches(settings.cnn, paths, rank=0, world=1)
     model = new_model(settings, batches.labels)
-    state = run(settings, batches, model, Rank(0, 1, CPU, save, resume))
+    state = run(settings, batches, model, Rank(0, 1, CPU, save, resume and (lambda: resume)))
     return model, state
 
 
