@@ -120,8 +120,10 @@ class Finetuner:
 
         micro_batch, b = self.settings.train.micro_batch, len(batch.query.pair_row)
         parts = batch.parts(micro_batch)
-        # By b, which is the same on all ranks, not by the rows: the order of collectives must be.
-        cached = micro_batch is not None and micro_batch < b
+        # By the most rows that b pairs may have, which is the same on all ranks, and not by those
+        # they have: the order of collectives must be.
+        most = b * (1 + self.settings.loss.hard_negatives)
+        cached = micro_batch is not None and micro_batch < most
         if cached:
             queries, products = embed_parts(encode, self.encoders, parts)
         else:

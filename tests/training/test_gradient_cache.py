@@ -235,6 +235,7 @@ CASES: list[dict[str, Any]] = [
     {"micro_batch": 2, "shared_towers": False},
     {"micro_batch": 2, "hard_negatives": 2, "matryoshka_dims": (4,)},
     {"micro_batch": None, "hard_negatives": 2},
+    {"micro_batch": 6, "hard_negatives": 2},  # as many as a rank has pairs: fewer than rows
     {"micro_batch": 2, "hard_negatives": 2, "popularity_correction": True},
     {"micro_batch": None, "popularity_correction": True},
 ]
