@@ -17,8 +17,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from acebert.config import ImageSettings
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 
 STREAMS = 8  # files copied at a time: one stream does not fill a network file system's bandwidth
 SAY_EVERY = 10.0
+CGROUP = Path("/sys/fs/cgroup")
 SPARE = 1 << 30  # bytes of the disk or memory that a copy leaves free
 
 
@@ -57,6 +60,16 @@ def _place(image: ImageSettings) -> Path | None:
         return image.feature_cache_dir.expanduser().absolute()
     fast = Path("/dev/shm") if image.feature_cache == "node_memory" else Path(tempfile.gettempdir())
     return fast / f"acebert-{os.getuid()}"
+
+
+def free_memory() -> int:
+    """Bytes of memory that this node, or the container that this process is in, has left."""
+    rooms = [psutil.virtual_memory().available]
+    with suppress(OSError, ValueError):  # no cgroup of the second version, or "max": no limit
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        rooms.append(limit - used + int(stat["inactive_file"]))
+    return min(rooms)
 
 
 def local_copy(directory: Path, place: Path) -> Path:
@@ -111,6 +124,8 @@ def _fetch(directory: Path, copy: Path, shards: list[ShardEntry]) -> None:
     lacking = [shard for shard in shards if not _is_there(aside, shard)]
     total = sum(shard["bytes"] for shard in lacking)
     free = shutil.disk_usage(copy.parent).free
+    if _is_in_memory(copy.parent):  # its size is a limit, and no promise
+        free = min(free, free_memory())
     if total + SPARE > free:
         copies = ", ".join(str(path) for path in sorted(copy.parent.glob("features-*")))
         raise UserError(
@@ -131,13 +146,24 @@ def _fetch(directory: Path, copy: Path, shards: list[ShardEntry]) -> None:
                 pass
         shutil.copyfile(directory / SHARDS_FILE, aside / SHARDS_FILE)
     except OSError as error:
-        if is_disk_full(error):
-            shutil.rmtree(aside)
-        raise
+        if not is_disk_full(error):
+            raise
+        shutil.rmtree(aside)
+        raise UserError(
+            f"--image.feature_cache: {copy.parent} was filled up while {total / 1e9:.1f} GB of "
+            "features were copied there"
+        ) from error
     check_shards(aside, shards)
     aside.rename(copy)
     seconds = time.perf_counter() - start
     log.info("features: %.2f GB copied to %s in %.1f s", total / 1e9, copy, seconds)
+
+
+def _is_in_memory(directory: Path) -> bool:
+    """Whether it lies in a tmpfs."""
+    mounts = psutil.disk_partitions(all=True)
+    above = [m for m in mounts if directory.resolve().is_relative_to(m.mountpoint)]
+    return max(above, key=lambda m: len(m.mountpoint)).fstype == "tmpfs"
 
 
 def _is_there(directory: Path, shard: ShardEntry) -> bool:

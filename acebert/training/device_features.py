@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from acebert.data.feature_cache import free_memory
 from acebert.data.features import FeatureStore
 from acebert.errors import UserError
 from acebert.models.encoder import ImageInputs
@@ -30,7 +31,7 @@ class DeviceFeatures:
         """Copy them there; JPEGs are stored decoded.
 
         Raises:
-            UserError: they take more than 80 % of the device's free memory.
+            UserError: they take more than 80 % of the memory that is free on the device.
         """
         n, S = store.n_products, store.pixel_side
         self._store = store
@@ -63,12 +64,9 @@ class DeviceFeatures:
 
 
 def _check_room(size: int, device: torch.device) -> None:
-    if device.type != "cuda":
-        return
-    free, total = torch.cuda.mem_get_info(device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     if size > SHARE * free:
         raise UserError(
             f"--image.feature_cache device: {size / 1e9:.1f} GB of features leave no room on "
-            f"{device}, which has {free / 1e9:.1f} of {total / 1e9:.1f} GB free; use node_memory "
-            "or node_disk"
+            f"{device}, which has {free / 1e9:.1f} GB free; use node_memory or node_disk"
         )

@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +145,49 @@ def test_a_copy_that_does_not_fit_is_refused_with_the_sizes(
     monkeypatch.setattr(feature_cache, "SPARE", 1 << 60)
     with pytest.raises(UserError, match=r"GB of features do not fit in .*features-01234"):
         local_copy(other, tmp_path / "node")
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
+def test_a_copy_in_memory_has_the_room_of_its_container_and_not_of_the_tmpfs(
+    stage: Path, tmp_path: Path, in_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cgroup = tmp_path / "cgroup"
+    cgroup.mkdir()
+    (cgroup / "memory.max").write_text("3000000000\n")
+    (cgroup / "memory.current").write_text("2600000000\n")
+    (cgroup / "memory.stat").write_text("anon 2300000000\ninactive_file 300000000\n")
+    monkeypatch.setattr(feature_cache, "CGROUP", cgroup)
+    assert feature_cache.free_memory() == 700_000_000
+    with pytest.raises(UserError, match=r"do not fit in /dev/shm/\S+, which has 0\.7 GB free"):
+        local_copy(stage, in_memory)
+    local_copy(stage, tmp_path / "node")  # a disk has nothing to do with it
+    (cgroup / "memory.max").write_text("max\n")
+    local_copy(stage, in_memory)
+
+
+def test_a_disk_that_fills_up_during_the_copy_is_named_and_cleaned(
+    stage: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may take the room that was there before."""
+    monkeypatch.setattr(feature_cache, "SPARE", 0)
+    copyfile = feature_cache.shutil.copyfile
+
+    def beside_another(source: Path, target: Path) -> Path:
+        with suppress(OSError), (small_disk / "another").open("wb") as file:
+            while True:
+                file.write(bytes(1 << 20))
+        return copyfile(source, target)
+
+    monkeypatch.setattr(feature_cache.shutil, "copyfile", beside_another)
+    with pytest.raises(UserError, match=r"feature_cache: \S+/node was filled up while"):
+        local_copy(stage, small_disk / "node")
+    left = {path.suffix for path in (small_disk / "node").iterdir()}
+    assert left == {".lock"}
 
 
 def test_a_place_that_cannot_be_written_is_named(stage: Path, tmp_path: Path) -> None:

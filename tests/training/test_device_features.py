@@ -58,5 +58,14 @@ def test_batches_are_the_same_wherever_features_lie(
 def test_more_than_the_card_has_is_refused_with_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20_000_000_000, 24_000_000_000))
     device_features._check_room(15_000_000_000, torch.device("cuda", 0))
-    with pytest.raises(UserError, match=r"17\.0 GB of features .* 20\.0 of 24\.0 GB free"):
+    with pytest.raises(UserError, match=r"17\.0 GB of features .* 20\.0 GB free"):
         device_features._check_room(17_000_000_000, torch.device("cuda", 0))
+
+
+def test_on_a_cpu_the_hosts_memory_is_the_room(
+    paths: StagePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert paths.features is not None
+    monkeypatch.setattr(device_features, "free_memory", lambda: 100_000)
+    with pytest.raises(UserError, match=r"leave no room on cpu, which has 0\.0 GB free"):
+        DeviceFeatures(FeatureStore(paths.features), torch.device("cpu"), True, True)
