@@ -10,6 +10,7 @@
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -477,10 +478,13 @@ class TrainSettings(ScheduleSettings):
         """What is wrong where a number of workers that may come to be cannot share a batch."""
         for workers in range(self.min_workers or self.num_workers, self.num_workers + 1):
             if batch_size % workers:
+                problem = f"{name} {batch_size} is not divisible by {workers} workers (num_workers"
+                if self.min_workers is None:
+                    return f"{problem} {workers})"
+                step = math.lcm(*range(self.min_workers, self.num_workers + 1))
                 return (
-                    f"{name} {batch_size} is not divisible by {workers} workers "
-                    f"(num_workers {self.num_workers}"
-                    + (f", min_workers {self.min_workers})" if self.min_workers else ")")
+                    f"{problem} {self.num_workers}, min_workers {self.min_workers}); {step} and "
+                    "its multiples are by all that may be left"
                 )
         return None
 

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from filelock import FileLock
 from mlflow.entities import LifecycleStage, Metric, Param, RunTag
@@ -186,6 +187,8 @@ def start_run(
 ) -> Run:
     """The run of this stage and digest: the unfinished one that is there, else a new one. One that
     has steps although what comes now starts at the first is another training's, and is ended.
+    Where what comes goes on after `first_step`, a finished one is it too: its job was killed
+    before the stage had its name.
 
     Params are the flat settings; tags name stage, digest, code, machine and, where
     `tracking.tag` is set, the table that the run is a row of. `started` is a Unix time.
@@ -197,8 +200,8 @@ def start_run(
     own = {tag: value for tag, value in place.items() if value}
     known = mlflow_client.search_runs(
         [experiment],
-        f"tags.`{STAGE_TAG}` = '{stage}' AND tags.`{DIGEST_TAG}` = '{digest}' "
-        "AND attributes.status != 'FINISHED'",
+        f"tags.`{STAGE_TAG}` = '{stage}' AND tags.`{DIGEST_TAG}` = '{digest}'"
+        + ("" if first_step else " AND attributes.status != 'FINISHED'"),
         order_by=["attributes.start_time DESC"],
     )
     workdir = str(settings.workdir)  # another's may make the same stage, for the same server
@@ -378,9 +381,11 @@ class MetricsActor:
         if last is None:
             logged = self._client.get_run(run_id).to_proto().data.metrics
             last = {metric.key: metric.step for metric in logged}
+        names = [name for name in table.column_names if name != "step"]
+        oldest = min((last.get(name, -1) for name in names), default=-1)
         new = [
             (name, value, row["step"])
-            for row in table.to_pylist()
+            for row in table.filter(pc.field("step") > oldest).to_pylist()
             for name, value in row.items()
             if name != "step" and value is not None and row["step"] > last.get(name, -1)
         ]

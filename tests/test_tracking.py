@@ -74,6 +74,17 @@ def test_another_training_of_the_same_digest_is_another_run(settings: Settings):
     assert client(settings).get_run(first.run_id).info.status == "KILLED"
 
 
+def test_a_finished_run_whose_stage_was_never_named_is_gone_on_with(settings: Settings):
+    """Killed between the two, the job starts again from its last checkpoint."""
+    with start_run(settings, "finetune", "d1") as first:
+        first.log_metrics({"train/loss": 5.0}, step=20)
+    with start_run(settings, "finetune", "d1", first_step=20) as again:
+        pass
+    with start_run(settings, "finetune", "d1") as from_the_start:
+        pass
+    assert first.run_id == again.run_id != from_the_start.run_id
+
+
 def test_a_deleted_experiment_is_said_with_the_way_to_restore_it(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
