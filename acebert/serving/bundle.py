@@ -152,9 +152,11 @@ def _times(model: Path, ingested: Path) -> dict[str, str]:
     """Part of a bundle → as of when it is, where that is known (ISO 8601, UTC)."""
     report = json.loads((ingested / "report.json").read_text())
     trained = datetime.fromtimestamp((model / "model.safetensors").stat().st_mtime, UTC)
+    now = datetime.now(UTC).isoformat()
     times = {
-        "bundle": datetime.now(UTC).isoformat(),
-        "catalogue": report.get("products_written"),
+        "bundle": now,
+        # A file of the future would supersede all changes until then.
+        "catalogue": min(report.get("products_written") or "", now),  # "": not known
         "model": trained.isoformat(),
     }
     if report.get("log_until"):  # the log holds all of its last day
@@ -349,9 +351,9 @@ def create_words(db: sqlite3.Connection) -> None:
 
 
 def query_words(query: str) -> list[str]:
-    """The words of a query, as phrases of FTS5."""
-    words = ("".join(c for c in word if c.isalnum()) for word in query.split())
-    return [f'"{word}"' for word in words if word]
+    """The words of a query, as phrases of FTS5, which reads "t-shirt" as it does in titles."""
+    words = query.replace("\0", "").replace('"', '""').split()
+    return [f'"{word}"' for word in words if any(c.isalnum() for c in word)]
 
 
 def match_words(db: sqlite3.Connection, words: Sequence[str]) -> Iterator[tuple[int, float]]:

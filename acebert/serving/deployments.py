@@ -45,12 +45,13 @@ KEY_VARIABLE = "ACEBERT_API_KEY"
 BUNDLES = 2  # whose encoders are kept: the old and the new one of a swap
 # So that all of it fits on two cores; serve/config.yaml gives a cluster's replicas whole ones.
 SOME, LITTLE = {"num_cpus": 0.5}, {"num_cpus": 0.2}
+ONGOING = 1000  # by Serve's default of 5, slow photos keep replicas from what changed
 QUIET = {"enable_access_log": False}
 """No line in Ray's log for each request, of which replicas alone send two a second; requests are
 counted and timed by `acebert.serving.metrics`."""
 
 
-@serve.deployment(ray_actor_options=LITTLE, logging_config=QUIET)
+@serve.deployment(ray_actor_options=LITTLE, logging_config=QUIET, max_ongoing_requests=ONGOING)
 class ProductEncoding:
     """Products → vectors, by the model of the bundle that is asked for."""
 
@@ -65,7 +66,7 @@ class ProductEncoding:
             return await asyncio.to_thread(lambda: self._encoder(bundle).encode(sources))
 
 
-@serve.deployment(ray_actor_options=SOME, logging_config=QUIET)
+@serve.deployment(ray_actor_options=SOME, logging_config=QUIET, max_ongoing_requests=ONGOING)
 class QueryEncoding:
     """Queries → vectors, with the version of the model that made them."""
 
@@ -96,7 +97,7 @@ class QueryEncoding:
         return await self._batched((bundle, text))
 
 
-@serve.deployment(ray_actor_options=LITTLE, logging_config=QUIET)
+@serve.deployment(ray_actor_options=LITTLE, logging_config=QUIET, max_ongoing_requests=ONGOING)
 class Changes:
     """The one writer: `Catalogue` behind a handle."""
 

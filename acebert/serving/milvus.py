@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from pymilvus import DataType, MilvusClient
 from pymilvus.exceptions import MilvusException
@@ -56,8 +57,10 @@ class MilvusIndex:
         self._categories = {name for name in bundle.columns()[0] if name is not None}
         try:
             self._client = MilvusClient(uri)
-            if not self._client.has_collection(f"{self._name}_filled"):
-                self._fill(bundle)
+            lock = bundle.directory.with_name(f".{bundle.directory.name}.milvus.lock")
+            with FileLock(lock):  # replicas start together
+                if not self._client.has_collection(f"{self._name}_filled"):
+                    self._fill(bundle)
             self._client.load_collection(self._name)
         except MilvusException as error:
             raise UserError(f"serve.milvus_uri {uri}: {error}") from error
@@ -70,7 +73,7 @@ class MilvusIndex:
         schema.add_field("product_id", DataType.VARCHAR, is_primary=True, max_length=800)
         schema.add_field("title", DataType.VARCHAR, max_length=8000)
         schema.add_field("category", DataType.VARCHAR, max_length=800)
-        schema.add_field("price", DataType.FLOAT)
+        schema.add_field("price", DataType.DOUBLE)
         schema.add_field("in_stock", DataType.BOOL)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=d)
         index = self._client.prepare_index_params()

@@ -33,7 +33,7 @@ from acebert.experiment.event_log import Action, EventLog, Exposure, collect, fo
 from acebert.experiment.interleaving import team_draft
 from acebert.serving.batcher import Batcher
 from acebert.serving.bundle import Bundle, published
-from acebert.serving.catalogue import Products, Unavailable
+from acebert.serving.catalogue import LIMIT, Products, Unavailable
 from acebert.serving.changes import Source
 from acebert.serving.drift import QueryDrift
 from acebert.serving.live_index import LiveIndex, LiveProducts, fuse
@@ -180,8 +180,9 @@ class SearchService:
         with those that it has told."""
         loaded = await asyncio.to_thread(Loaded, directory, self.all_settings, self._pool)
         try:
-            while await asyncio.wait_for(self.catch_up(loaded), START_SECONDS if starts else None):
-                pass
+            seconds = START_SECONDS if starts else None
+            while await asyncio.wait_for(self.catch_up(loaded), seconds) == LIMIT:
+                pass  # not until nothing comes any more: something always may
         except (Unavailable, TimeoutError) as error:
             if not starts:
                 raise
@@ -225,7 +226,7 @@ class SearchService:
     async def _follow(self) -> None:
         try:
             loaded = self.current()
-            while await self.catch_up(loaded):
+            while await self.catch_up(loaded) == LIMIT:
                 pass
         finally:
             self.metrics.behind.set(self.behind)
@@ -396,7 +397,7 @@ class Trial:
     async def follow(self) -> None:
         """Take over changes of products."""
         for loaded in {id(arm): arm for arm in self._arms.values()}.values():
-            while await self._service.catch_up(loaded):
+            while await self._service.catch_up(loaded) == LIMIT:
                 pass
 
     def swaps(self) -> list[Step]:

@@ -47,11 +47,11 @@ class Children:
             self.parent.client.set_terminated(run.info.run_id, "KILLED")
         return [run.data.tags[DIGEST_TAG] for run in found]
 
-    def note(self, outcome: Outcome, settings: Settings) -> Outcome:
+    def note(self, outcome: Outcome, base: Settings) -> Outcome:
         """Log a finished trial's numbers in its run, which is then the outcome's `mlflow_run`.
 
         A trial that found its model trained gets a run of its own here, for the run that trained
-        the model may belong to another sweep. `settings` are the trial's.
+        the model may belong to another sweep.
         """
         trained_by = outcome.result.get("mlflow_run")
         if trained_by is None:
@@ -61,7 +61,7 @@ class Children:
         if tags.get(MLFLOW_PARENT_RUN_ID) != self.parent.run_id:
             digest = f"{self.sweep}-{outcome.trial.digest}"
             tags = {"acebert.trained_by": trained_by}
-            with start_run(settings, "trial", digest, tags=tags) as run:
+            with start_run(outcome.trial.settings(base), "trial", digest, tags=tags) as run:
                 pass
         run.log_metrics(run_metrics(outcome.result))
         return replace(outcome, result={**outcome.result, "mlflow_run": run.run_id})

@@ -164,7 +164,7 @@ class _Sweep:
 
         def on_end(outcome: Outcome) -> None:
             children.end(outcome.trial.name)
-            self.records.put(children.note(outcome, outcome.trial.settings(base)))
+            self.records.put(children.note(outcome, base))
             self._say(outcome, total, at_once)
 
         for listed in (self._to_do(trials), None):
@@ -206,7 +206,9 @@ class _Sweep:
             settings = outcome.trial.settings(base)
             _, row = evaluate_stage(settings, Path(outcome.result["model"]))
             overall = read_metrics(row.path)["overall"]
-            test = {f"test_{name}": overall[name] for name in METRICS if overall.get(name)}
+            test = {
+                f"test_{name}": overall[name] for name in METRICS if overall.get(name) is not None
+            }
             result = {**outcome.result, **test, "test_row": str(row.path)}
             Run(run.client, result["mlflow_run"]).log_metrics(run_metrics(result))
             self.records.put(replace(outcome, result=result))

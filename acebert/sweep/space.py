@@ -101,9 +101,9 @@ class Space(Section):
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: must be at least one, each once")
-        if self.asha and self.search == "optuna" and len(self.seeds) > 1:
+        if self.asha and len(self.seeds) > 1:
             raise ValueError(
-                "asha: Optuna is told a point's mean over the seeds, which a stopped trial has "
+                "asha: a point is judged by its mean over the seeds, which a stopped trial has "
                 "not; take one seed, or leave asha out"
             )
         return self

@@ -202,6 +202,15 @@ def test_new_titles_rank_among_the_bundles_as_in_one_table_of_all(bundle: Bundle
     assert index.by_words(new[0].title, bundle.vectors[0], 5, Filter())[0].product == new[0]
 
 
+@pytest.mark.parametrize("query", ["t-shirt", "T-Shirt 1/2", "V-neck", 'a 12" record', "हिन्दी"])
+def test_words_that_are_more_than_letters_are_found(bundle: Bundle, query: str) -> None:
+    index, (vector,) = LiveIndex(bundle), unit(5, 1, bundle.vectors.shape[1])
+    new = Product("new", f"qqqq {query} zzzz")
+    index.apply([Change(1, "new", new, vector)])
+    for word in query.split()[-1:]:
+        assert [h.product for h in index.by_words(word, vector, 5, Filter())] == [new]
+
+
 @pytest.mark.parametrize("query", ['"', "a OR", "NEAR(", "title:x", "*", "", "()", "x' --", "日本"])
 def test_words_take_any_text(bundle: Bundle, query: str) -> None:
     assert isinstance(LiveIndex(bundle).by_words(query, bundle.vectors[0], 5, Filter()), list)

@@ -33,6 +33,7 @@ def test_milvus_answers_as_faiss_does_also_after_changes_and_when_opened_again(
         Filter(category='odd " name'),
         Filter(min_price=10.0, max_price=50.0),
         Filter(max_price=30.0),
+        Filter(min_price=45.9, max_price=45.9),
         Filter(in_stock=False),
     ]
     changes = [
@@ -43,7 +44,7 @@ def test_milvus_answers_as_faiss_does_also_after_changes_and_when_opened_again(
     second = bundle.products([1])[0].product_id
     patched = [
         Change(4, second, None, None, Patch(12.5, in_stock=False)),
-        Change(5, "new", None, None, Patch(price=45.0)),
+        Change(5, "new", None, None, Patch(price=45.9)),
         Change(6, first.product_id, None, None, Patch(price=1.0)),  # which is deleted
         Change(7, "nobody", None, None, Patch(price=1.0)),
     ]

@@ -85,6 +85,21 @@ def test_failed_trials_are_reported_and_tried_again_and_the_others_go_on(
     assert len(runs(settings)) == 5  # each goes on in its own run
 
 
+def test_a_point_that_no_model_has_fails_and_the_search_goes_on(
+    settings: Settings, toy, ray_cluster: None
+):
+    """Both ends of the range are divisible by four heads, most of what lies between is not."""
+    space = Space(vary={"model.width": {"low": 32, "high": 64}}, search="optuna", points=6)
+    directory = sweep(settings, "toy", space, **toy.parts)
+    table = pq.read_table(directory / "trials.parquet").to_pylist()
+    assert len(table) == 6
+    failed = [row for row in table if row["model.width"] % 4]
+    assert failed
+    for row in table:
+        assert row["status"] == ("failed" if row in failed else "finished")
+        assert row not in failed or "is not divisible by heads 4" in row["reason"]
+
+
 DRIVER = """
 import sys
 sys.path.insert(0, sys.argv[2])

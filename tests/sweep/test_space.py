@@ -126,9 +126,9 @@ def test_a_trials_settings_are_the_bases_but_for_its_point_and_seed(base: Settin
         (
             {
                 "vary": {"train.lr": [1e-3]},
-                **{"search": "optuna", "points": 3, "seeds": [0, 1], "asha": {"first_rung": 5}},
+                **{"seeds": [0, 1], "asha": {"first_rung": 5}},
             },
-            "asha: Optuna is told a point's mean",
+            "asha: a point is judged by its mean",
         ),
         (
             {
