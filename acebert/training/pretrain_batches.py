@@ -87,6 +87,7 @@ class Texts:
         train: texts to train on [n]
         held_out: product rows kept back [h], ascending
         category: category code of each product, int32 [n_products]
+        title: hash of each product's title, uint64 [n_products]
     """
 
     def __init__(self, settings: Settings, paths: StagePaths) -> None:
@@ -101,7 +102,8 @@ class Texts:
         self.n_products = len(rows)
         self.category: NDArray[np.int32] = np.concatenate(categories)
         titled = self.store.titles.lengths(rows) > 0
-        kept_back = np.concatenate(hashes) / 2.0**64 < settings.pretrain.held_out
+        self.title: NDArray[np.uint64] = np.concatenate(hashes)
+        kept_back = self.title / 2.0**64 < settings.pretrain.held_out
         self.held_out = rows[titled & kept_back]
         self.train = rows[titled & ~kept_back]
         if settings.pretrain.queries:
@@ -256,7 +258,7 @@ class PretrainBatches:
         wanted = rng.random((len(pictured), r)) < self.settings.same_category_negatives
         alike = np.where(wanted, alike, NO_PHOTO)[mine]
         photos = self.photos(np.concatenate([product, next_ones.ravel(), alike.ravel()]))
-        lent, differs = lend(texts[pictured[mine]], next_ones, alike, photos)
+        lent, differs = lend(texts[pictured[mine]], next_ones, alike, photos, self.texts.title)
         matched.paired[pictured[mine] - self.rows.start] &= differs.any(axis=1)
         copies = np.tile(np.arange(1, r + 1), len(mine))
         mismatched = Rows(np.repeat(pictured[mine], r), copies, lent.ravel(), differs.ravel())

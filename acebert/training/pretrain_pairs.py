@@ -5,6 +5,7 @@
   photo is read twice. By setting, a share is drawn from the title's own category instead.
 * The same picture is told by what the model reads of it. Photos that are equal byte for byte have
   equal pixels and patch features.
+* Products of one title lend each other no photo: it would fit.
 """
 
 import zlib
@@ -82,24 +83,27 @@ def lend(
     likely: NDArray[np.int64],
     close: NDArray[np.int64],
     photos: Photos,
+    titles: NDArray[np.uint64],
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Another picture for each pair of a product.
+    """Another picture for each pair of a product, of a product with another title.
 
     Args:
         products: whose titles they are [p]
         likely: products that may lend their photo, the first ones first [p, r + SPARE]
         close: a product of the same category that is to lend it instead, or NO_PHOTO [p, r]
         photos: holds all of them
+        titles: a number a product of the catalogue, equal for the same title
 
     Returns:
-        The lenders [p, r], and whether it is another picture at all [p, r]: a batch of one picture
+        The lenders [p, r], and whether it is such a picture at all [p, r]: a batch of one picture
         has no other.
     """
     own = photos.picture[photos.row(products)][:, None]
 
     def differs(lenders: NDArray[np.int64]) -> NDArray[np.bool_]:
         found = np.where(lenders == NO_PHOTO, products[:, None], lenders)
-        return photos.picture[photos.row(found)] != own
+        other_title = titles[found] != titles[products][:, None]
+        return other_title & (photos.picture[photos.row(found)] != own)
 
     valid = differs(likely)
     first = np.argsort(~valid, axis=1, kind="stable")[:, : close.shape[1]]

@@ -74,10 +74,11 @@ class HeldOut:
             pictures = self._pictures(batches)
             everywhere = np.zeros(len(self.products), np.int32)
             category = batches.texts.category[self.products]
+            titles = batches.texts.title[self.products]
             self.photos = {
                 OWN: self.products,
-                OTHER: _others(rng, self.products, pictures, everywhere),
-                SAME_CATEGORY: _others(rng, self.products, pictures, category),
+                OTHER: _others(rng, self.products, pictures, titles, everywhere),
+                SAME_CATEGORY: _others(rng, self.products, pictures, titles, category),
                 NONE: none,
             }
             if batches.patches:
@@ -155,6 +156,8 @@ class HeldOut:
         parts = []
         for rows in _chunks(len(asked)):
             mine = asked[rows][trainer.rank :: trainer.world]
+            if not len(mine):  # fewer rows than ranks
+                continue
             arrays = batches.texts.arrays(self.products[mine])
             photo = self.photos[kind][mine]
             photos = None if kind == NONE else batches.photos(photo)
@@ -197,10 +200,11 @@ def _others(
     rng: np.random.Generator,
     products: NDArray[np.int64],
     pictures: NDArray[np.uint64],
+    titles: NDArray[np.uint64],
     group: NDArray[np.int32],
 ) -> NDArray[np.int64]:
-    """For each product [h] another of its group with another picture, or NO_PHOTO [h]: the next
-    one in a random order."""
+    """For each product [h] another of its group with another picture and another title, or
+    NO_PHOTO [h]: the next one in a random order."""
     order = np.lexsort((rng.random(len(products)), group))
     _, start, count = np.unique(group[order], return_index=True, return_counts=True)
     first, size = np.repeat(start, count), np.repeat(count, count)
@@ -208,7 +212,7 @@ def _others(
     chosen = np.full(len(products), NO_PHOTO)
     for ahead in range(SPARE, 0, -1):
         other = order[first + (place + ahead) % size]
-        differs = pictures[other] != pictures[order]
+        differs = (pictures[other] != pictures[order]) & (titles[other] != titles[order])
         chosen[order[differs]] = products[other[differs]]
     return chosen
 

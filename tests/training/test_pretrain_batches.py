@@ -74,9 +74,9 @@ def test_a_title_without_another_picture_in_reach_asks_nothing(
 def test_a_matched_photo_is_the_titles_own_and_a_mismatched_one_never_shows_the_same(
     paths: StagePaths,
 ) -> None:
-    seen_twins = 0
+    seen_twins = seen_titles = 0
     for share in (0.0, 1.0):
-        for batch in epochs(make(paths, same_category_negatives=share), 6):
+        for batch in epochs(make(paths, same_category_negatives=share, held_out=0.05), 6):
             title = handmade.titles_of(paths, batch.inputs)
             shown = handmade.pictures_of(batch.inputs)
             matched, paired = batch.matched.bool().numpy(), batch.paired.bool().numpy()
@@ -86,7 +86,31 @@ def test_a_matched_photo_is_the_titles_own_and_a_mismatched_one_never_shows_the_
             assert (shown != own)[~matched & paired & single].all()
             assert (shown[paired] > 0).all()
             seen_twins += int(np.isin(title, [20, 21, 22, 40, 60, 100]).sum())
+            of_one_title = ~matched & paired & ~single
+            assert not np.isin(shown[of_one_title], handmade.picture(handmade.SAME_TITLE)).any()
+            seen_titles += int(of_one_title.sum())
     assert seen_twins > 50
+    assert seen_titles > 50
+
+
+def test_held_out_titles_are_asked_about_photos_of_other_titles_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All in one category, so that half of the neighbours have the same title."""
+    monkeypatch.setattr(handmade, "SAME_TITLE", tuple(range(30, 110)))
+    monkeypatch.setattr(handmade, "CATEGORIES", 1)
+    settings = settings_with(held_out=0.7)
+    batches = PretrainBatches(settings, handmade.build(tmp_path), 0, 1)
+    sample = HeldOut(batches)
+    titles = np.array([handmade._title(product) for product in range(handmade.PRODUCTS)])
+    assert np.isin(handmade.SAME_TITLE, sample.products).any()
+    for kind in (OTHER, SAME_CATEGORY):
+        other = sample.photos[kind]
+        asked = other >= 0
+        assert asked.sum() > 50
+        own, other = sample.products[asked], other[asked]
+        assert (titles[own] != titles[other]).all()
+        assert (handmade.picture(own) != handmade.picture(other)).all()
 
 
 def test_every_photo_is_once_matched_and_three_times_mismatched(paths: StagePaths) -> None:
@@ -94,7 +118,7 @@ def test_every_photo_is_once_matched_and_three_times_mismatched(paths: StagePath
     for batch in epochs(make(paths), 2):
         shown = handmade.pictures_of(batch.inputs)
         matched, paired = batch.matched.bool().numpy(), batch.paired.bool().numpy()
-        if {21, 41} & set(shown[matched]):
+        if {21, 41, *handmade.picture(handmade.SAME_TITLE)} & set(shown[matched]):
             continue
         once = Counter(shown[matched & paired])
         assert Counter(shown[~matched & paired]) == Counter({p: R * n for p, n in once.items()})
