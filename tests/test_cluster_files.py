@@ -146,6 +146,12 @@ JOB_SPEC = OBJECT | {
 SERVICE_SPEC = OBJECT | {
     "properties": {
         "serveConfigV2": {"type": "string"},
+        "upgradeStrategy": {
+            **OBJECT,
+            "properties": {
+                "type": {"enum": ["None", "NewCluster", "NewClusterWithIncrementalUpgrade"]}
+            },
+        },
         "excludeHeadPodFromServeSvc": {"type": "boolean"},
         "rayClusterConfig": CLUSTER_SPEC,
     }

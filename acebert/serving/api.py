@@ -317,6 +317,11 @@ def _problems(app: FastAPI) -> None:
     async def refused(request: HttpRequest, error: UserError) -> Response:
         return JSONResponse({"error": str(error)}, 422)
 
+    @app.exception_handler(Exception)
+    async def failed(request: HttpRequest, error: Exception) -> Response:
+        """The server logs the traceback."""
+        return JSONResponse({"error": "the service failed"}, 500)
+
     @app.exception_handler(Unavailable)
     async def unavailable(request: HttpRequest, error: Unavailable) -> Response:
         return JSONResponse({"error": str(error)}, 503, headers={"retry-after": str(RETRY_SECONDS)})

@@ -7,11 +7,14 @@ after a swap, are encoded then. Changes of price or stock alone need no encoding
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +24,7 @@ from acebert.serving.changes import ChangeLog, Logged, Source
 from acebert.serving.products import Change, Patch
 
 LIMIT = 500  # changes in one answer
+TOGETHER = 32  # products encoded at a time, so that others get their turn
 
 Encode = Callable[[Path, Sequence[Source]], Awaitable[NDArray[np.float32]]]
 """bundle, products [n] → vectors [n, d]"""
@@ -69,7 +73,8 @@ class Catalogue:
         self.encode = encode
         self._bundle = bundle
         self._max_megapixels = max_megapixels
-        self._encoding = asyncio.Lock()
+        self._encoding: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by model
+        self._busy: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._table = lru_cache(2)(ProductTable)
 
     async def put(self, sources: Sequence[Source]) -> int:
@@ -79,17 +84,28 @@ class Catalogue:
         Raises:
             BrokenImage: a photo is none, or too large; none of the products is taken then.
         """
-        bundle, version = await asyncio.to_thread(self._bundle)
-        table = self._table(bundle)
-        sources = await asyncio.to_thread(lambda: [self._with_photo(table, s) for s in sources])
-        vectors = await self.encode(bundle, sources)
+        async with self._alone(source.product.product_id for source in sources):
+            bundle, version = await asyncio.to_thread(self._bundle)
+            table = self._table(bundle)
+            whole = await asyncio.to_thread(lambda: [self._with_photo(table, s) for s in sources])
+            vectors = await self.encode(bundle, whole)
 
-        def write() -> int:
-            small = (s.photo and small_photo(s.photo, self._max_megapixels) for s in sources)
-            kept = [Source(s.product, photo) for s, photo in zip(sources, small, strict=True)]
-            return self._log.put(kept, vectors, version)
+            def write() -> int:
+                small = (s.photo and small_photo(s.photo, self._max_megapixels) for s in whole)
+                kept = [Source(s.product, photo) for s, photo in zip(whole, small, strict=True)]
+                return self._log.put(kept, vectors, version)
 
-        return await asyncio.to_thread(write)
+            return await asyncio.to_thread(write)
+
+    @asynccontextmanager
+    async def _alone(self, product_ids: Iterable[str]) -> AsyncIterator[None]:
+        """Until the end nobody else puts or deletes these: who comes without a photo reads the one
+        that there is, and writes it again."""
+        async with AsyncExitStack() as stack:
+            for name in sorted(set(product_ids)):
+                lock = self._busy.setdefault(name, asyncio.Lock())
+                await stack.enter_async_context(lock)
+            yield
 
     def _with_photo(self, table: ProductTable, source: Source) -> Source:
         if source.photo is not None:
@@ -120,16 +136,18 @@ class Catalogue:
 
     async def delete(self, product_id: str) -> int:
         """Durable when it returns; `seq`."""
-        return await asyncio.to_thread(self._log.delete, product_id)
+        async with self._alone([product_id]):
+            return await asyncio.to_thread(self._log.delete, product_id)
 
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]:
         """What comes after `since`, with vectors of `version`, the model of `bundle`."""
-        async with self._encoding:  # replicas that ask at once wait for the first one's vectors
-            lacking = await asyncio.to_thread(self._log.lacking, since, version, LIMIT)
-            if lacking:
-                vectors = await self.encode(bundle, [source for _, source in lacking])
-                seqs = [seq for seq, _ in lacking]
-                await asyncio.to_thread(self._log.add_vectors, seqs, vectors, version)
+        if await asyncio.to_thread(self._log.lacking, since, version, LIMIT):
+            async with self._encoding[version]:  # who asks meanwhile waits for the first's vectors
+                lacking = await asyncio.to_thread(self._log.lacking, since, version, LIMIT)
+                for start in range(0, len(lacking), TOGETHER):
+                    seqs, sources = zip(*lacking[start : start + TOGETHER], strict=True)
+                    vectors = await self.encode(bundle, sources)
+                    await asyncio.to_thread(self._log.add_vectors, seqs, vectors, version)
         return await asyncio.to_thread(self._log.since, since, version, LIMIT)
 
     async def begin(self, catalogue: datetime | None) -> tuple[int, list[str]]:

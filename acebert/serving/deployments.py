@@ -45,6 +45,7 @@ KEY_VARIABLE = "ACEBERT_API_KEY"
 BUNDLES = 2  # whose encoders are kept: the old and the new one of a swap
 # So that all of it fits on two cores; serve/config.yaml gives a cluster's replicas whole ones.
 SOME, LITTLE = {"num_cpus": 0.5}, {"num_cpus": 0.2}
+QUICK, ENCODING = 5.0, 60.0  # seconds to wait for an answer, and for one that may encode products
 ONGOING = 1000  # by Serve's default of 5, slow photos keep replicas from what changed
 QUIET = {"enable_access_log": False}
 """No line in Ray's log for each request, of which replicas alone send two a second; requests are
@@ -110,7 +111,7 @@ class Changes:
             return path, self._version(path)
 
         async def encode(*arguments: Any) -> NDArray[np.float32]:
-            return await _asked(encoding.encode.remote(*arguments))
+            return await _asked(encoding.encode.remote(*arguments), ENCODING)
 
         bundles = BUNDLES + len(settings.experiment.arms)
         self._version = lru_cache(bundles)(lambda path: product_side_version(path / "model"))
@@ -146,7 +147,7 @@ class RemoteProducts:
         self._changes, self._encoding = changes, encoding
 
     async def put(self, sources: Sequence[Source]) -> int:
-        return await _asked(self._changes.put.remote(sources))
+        return await _asked(self._changes.put.remote(sources), ENCODING)
 
     async def patch(self, product_id: str, patch: Patch) -> int | None:
         return await _asked(self._changes.patch.remote(product_id, patch))
@@ -155,7 +156,7 @@ class RemoteProducts:
         return await _asked(self._changes.delete.remote(product_id))
 
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]:
-        return await _asked(self._changes.changes.remote(since, bundle, version))
+        return await _asked(self._changes.changes.remote(since, bundle, version), ENCODING)
 
     async def begin(self, catalogue: datetime | None) -> tuple[int, list[str]]:
         return await _asked(self._changes.begin.remote(catalogue))
@@ -164,18 +165,20 @@ class RemoteProducts:
         return await _asked(self._changes.photo.remote(product_id))
 
     async def encode(self, bundle: Path, sources: Sequence[Source]) -> NDArray[np.float32]:
-        return await _asked(self._encoding.encode.remote(bundle, sources))
+        return await _asked(self._encoding.encode.remote(bundle, sources), ENCODING)
 
 
-async def _asked(response: Any) -> Any:
+async def _asked(response: Any, seconds: float = QUICK) -> Any:
     """What a deployment answered, with its own exceptions and not Ray's around them.
 
     Raises:
         BrokenImage, UserError: as the deployment raised them.
-        Unavailable: it is not there, or has too much to do.
+        Unavailable: it is not there (a handle would wait for it), or has too much to do.
     """
     try:
-        return await response
+        return await asyncio.wait_for(response, seconds)
+    except TimeoutError as error:
+        raise Unavailable(f"a part of the service did not answer in {seconds:g} s") from error
     except RayTaskError as error:
         cause: BaseException = error
         while isinstance(cause, RayTaskError) and cause.cause is not None:

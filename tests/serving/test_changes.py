@@ -9,7 +9,9 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import ClassVar
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 from acebert.errors import UserError
 from acebert.serving import changes as module
-from acebert.serving.catalogue import Catalogue
+from acebert.serving.catalogue import TOGETHER, Catalogue
 from acebert.serving.changes import ChangeLog, Source
 from acebert.serving.products import Change, Patch, Product
 
@@ -189,6 +191,56 @@ def test_a_new_model_encodes_no_superseded_change_and_each_other_one_once_for_al
     for found in asyncio.run(replicas()):
         assert [change.product_id for change in found] == ["b"]
     assert encoded == ["last"]
+
+
+def test_a_photo_that_comes_while_a_put_without_one_is_encoded_stays(log: ChangeLog) -> None:
+    picture = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    bundle = Bundles()
+    order: list[bool] = []
+
+    async def encode(bundle: Path, sources: Sequence[Source]) -> np.ndarray:
+        order.append(sources[0].photo is not None)
+        await asyncio.sleep(0.05 if sources[0].photo is None else 0)
+        return np.ones((len(sources), 4), np.float32)
+
+    catalogue = Catalogue(log, encode, lambda: (Path(), "v"), 1.0)
+    catalogue._table = lambda path: bundle  # type: ignore[assignment]
+
+    async def both() -> None:
+        await catalogue.put([source("a")])
+        first = asyncio.create_task(catalogue.put([source("a", "without")]))
+        await asyncio.sleep(0.01)
+        await catalogue.put([source("a", "with", picture), source("b")])
+        await first
+
+    asyncio.run(both())
+    assert order == [False, False, True]
+    assert log.photo("a") is not None
+    assert not catalogue._busy
+
+
+class Bundles:
+    """A bundle's table without the product."""
+
+    made: ClassVar[dict[str, datetime]] = {}
+
+    def photo_of(self, product_id: str) -> None:
+        return None
+
+
+def test_many_products_without_vectors_are_encoded_a_few_at_a_time(log: ChangeLog) -> None:
+    sizes: list[int] = []
+
+    async def encode(bundle: Path, sources: Sequence[Source]) -> np.ndarray:
+        sizes.append(len(sources))
+        return np.ones((len(sources), 4), np.float32)
+
+    n = 2 * TOGETHER + 5
+    log.put([source(str(i)) for i in range(n)], np.ones((n, 4), np.float32), "old")
+    catalogue = Catalogue(log, encode, lambda: (Path(), "old"), 1.0)
+    found = asyncio.run(catalogue.changes(0, Path(), "new"))
+    assert [change.product_id for change in found] == [str(i) for i in range(n)]
+    assert sizes == [TOGETHER, TOGETHER, 5]
 
 
 WRITER = """
