@@ -25,8 +25,11 @@ log = logging.getLogger("acebert.refresh")
 def work(arguments: argparse.Namespace) -> None:
     from acebert.tracking import model_directory
 
-    if arguments.keep < 1:
-        raise UserError(f"--keep {arguments.keep}: one at least, the one that is published")
+    if arguments.keep < 2:
+        raise UserError(
+            f"--keep {arguments.keep}: two at least, for services serve the one before until they "
+            "have taken over the new one"
+        )
     start = time.perf_counter()
     directory = model_directory(without_the_models(arguments.settings), arguments.model)
     settings = settings_for(directory, arguments.settings)
