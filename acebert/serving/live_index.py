@@ -5,7 +5,8 @@
   stands in `changed`, which is searched exactly; both lists of hits are merged.
 * `apply` makes a new state beside the old one and puts it in place at once; a search works on the
   state that it began with, and needs no lock. Rows of what changed are only ever added, so states
-  share them; what a state has of its own is a bit a row.
+  share them; what a state has of its own is a bit a row. When most rows are no product's any more,
+  the next state begins with rows of its own.
 
 Changes are few beside the catalogue: a new bundle, made of a newer catalogue, takes them in.
 """
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 
 from acebert.serving.bundle import Bundle, create_words, match_words, query_words
 from acebert.serving.products import Change, Filter, Hit, Product
+
+DEAD_FROM = 1000  # rows of what changed, before it pays to leave dead ones out
 
 
 class LiveProducts(Protocol):
@@ -100,6 +103,60 @@ class _Columns:
         return allowed
 
 
+class _Changed:
+    """Products that are not the bundle's, a row each; one that changes again gets another row."""
+
+    def __init__(self, d: int) -> None:
+        self.place: dict[str, int | None] = {}
+        """what changed: its row, or None where it is deleted"""
+        self.products: list[Product] = []
+        """by row; a row that another came after is no product's any more"""
+        self._vectors = _Growing((d,), np.float32)
+        self._category, self._price = _Growing((), np.int32), _Growing((), np.float64)
+        self._in_stock = _Growing((), np.bool_)
+        self._reading = threading.Lock()  # of `_words`
+        self._words = sqlite3.connect(":memory:", check_same_thread=False)
+        create_words(self._words)
+
+    def __len__(self) -> int:
+        return len(self.products)
+
+    @property
+    def vectors(self) -> NDArray[np.float32]:
+        """[n, d]"""
+        return self._vectors.rows
+
+    @property
+    def columns(self) -> _Columns:
+        return _Columns(self._category.rows, self._price.rows, self._in_stock.rows)
+
+    def add(
+        self,
+        rows: Sequence[tuple[Product, NDArray[np.float32]]],
+        code: dict[str | None, int],
+    ) -> None:
+        """New rows, which no state has yet; categories without a code get one."""
+        if not rows:
+            return
+        products = [product for product, _ in rows]
+        first = len(self.products)
+        self._vectors.add([vector for _, vector in rows])
+        self._category.add([code.setdefault(p.category, len(code)) for p in products])
+        self._price.add([np.nan if p.price is None else p.price for p in products])
+        self._in_stock.add([p.in_stock for p in products])
+        with self._reading:
+            self._words.executemany(
+                "INSERT INTO words (rowid, title) VALUES (?, ?)",
+                ((first + i, product.title) for i, product in enumerate(products)),
+            )
+            self.products += products
+
+    def with_words(self, words: Sequence[str]) -> tuple[int, list[list[tuple[int, float]]]]:
+        """How many rows there are, and for each word the rows that have it, with scores."""
+        with self._reading:
+            return len(self), [list(match_words(self._words, [word])) for word in words]
+
+
 @dataclass(frozen=True)
 class _State:
     in_base: NDArray[np.bool_]
@@ -107,6 +164,8 @@ class _State:
     all_in_base: bool
     base: _Columns
     """[n], as patched"""
+    changed: _Changed
+    """more rows than `live` has where a later state has added some"""
     vectors: NDArray[np.float32]
     """of what changed, [changed, d]"""
     columns: _Columns
@@ -126,25 +185,9 @@ class LiveIndex:
         n, d = bundle.vectors.shape
         codes = np.array([self._code[name] for name in categories], np.int32)
         self._applying = threading.Lock()
-        self._changed: dict[str, int | None] = {}
-        """what changed: its row, or None where it is deleted"""
-        self._products: list[Product] = []
-        """by row; a row that another came after is no product's any more"""
-        self._vectors = _Growing((d,), np.float32)
-        self._category, self._price = _Growing((), np.int32), _Growing((), np.float64)
-        self._in_stock = _Growing((), np.bool_)
         base = _Columns(codes, prices, np.ones(n, bool))
-        self._state = self._state_of(np.ones(n, bool), base, np.zeros(0, bool))
+        self._state = _state_of(np.ones(n, bool), base, _Changed(d), np.zeros(0, bool))
         self._titles_with = lru_cache(100_000)(bundle.titles_with)
-        self._reading = threading.Lock()  # of `_words`
-        self._words = sqlite3.connect(":memory:", check_same_thread=False)
-        create_words(self._words)
-
-    def _state_of(
-        self, in_base: NDArray[np.bool_], base: _Columns, live: NDArray[np.bool_]
-    ) -> _State:
-        columns = _Columns(self._category.rows, self._price.rows, self._in_stock.rows)
-        return _State(in_base, bool(in_base.all()), base, self._vectors.rows, columns, live)
 
     def _base_products(self, state: _State, rows: list[int]) -> list[Product]:
         """Products of the bundle, as patched."""
@@ -174,7 +217,7 @@ class LiveIndex:
                     )
                 ],
                 [
-                    Hit(self._products[row], float(others[q, row]))
+                    Hit(state.changed.products[row], float(others[q, row]))
                     for row in _first_rows(others[q], k)
                 ],
             )
@@ -187,28 +230,30 @@ class LiveIndex:
         changed = self._allowed_changed(state, where)
         own = _first(k, self._bundle.by_words(query), lambda row: among is None or bool(among[row]))
         new = _first(
-            k, self._changed_by_words(query), lambda row: row < len(changed) and bool(changed[row])
+            k,
+            self._changed_by_words(state.changed, query),
+            lambda row: row < len(changed) and bool(changed[row]),
         )
         base = self._base_products(state, [row for row, _ in own])
         vectors = self._bundle.vectors[[row for row, _ in own]]
         found = [
             *zip([score for _, score in own], base, vectors, strict=True),
-            *((score, self._products[row], state.vectors[row]) for row, score in new),
+            *((score, state.changed.products[row], state.vectors[row]) for row, score in new),
         ]
         best = sorted(found, key=lambda one: -one[0])[:k]
         return [Hit(product, float(own_vector @ vector)) for _, product, own_vector in best]
 
-    def _changed_by_words(self, query: str) -> list[tuple[int, float]]:
+    def _changed_by_words(self, changed: _Changed, query: str) -> list[tuple[int, float]]:
         """Rows of what changed and their BM25 scores, best first. How rare a word is, is told by
         the bundle's titles and these, so that the scores stand beside the bundle's."""
         scores: dict[int, float] = defaultdict(float)
-        with self._reading:
-            for word in query_words(query):
-                rows = list(match_words(self._words, [word]))
-                n, found = len(self._products), len(rows)
-                both = _rarity(len(self._bundle.vectors) + n, self._titles_with(word) + found)
-                for row, score in rows:
-                    scores[row] += score / _rarity(n, found) * both
+        words = query_words(query)
+        n, rows_with = changed.with_words(words)
+        for word, rows in zip(words, rows_with, strict=True):
+            found = len(rows)
+            both = _rarity(len(self._bundle.vectors) + n, self._titles_with(word) + found)
+            for row, score in rows:
+                scores[row] += score / _rarity(n, found) * both
         return sorted(scores.items(), key=lambda found: -found[1])
 
     def _allowed(self, state: _State, where: Filter) -> NDArray[np.bool_] | None:
@@ -227,21 +272,23 @@ class LiveIndex:
         return self._code.get(where.category, -1)
 
     def product(self, product_id: str) -> Product | None:
-        if product_id in self._changed:
-            changed = self._changed[product_id]
-            return None if changed is None else self._products[changed]
+        state = self._state
+        if product_id in state.changed.place:
+            place = state.changed.place[product_id]
+            return None if place is None else state.changed.products[place]
         row = self._bundle.row_of(product_id)
-        return None if row is None else self._base_products(self._state, [row])[0]
+        return None if row is None else self._base_products(state, [row])[0]
 
     def vector(self, product_id: str) -> NDArray[np.float32] | None:
-        if product_id in self._changed:
-            changed = self._changed[product_id]
-            return None if changed is None else self._vectors.rows[changed]
+        changed = self._state.changed
+        if product_id in changed.place:
+            place = changed.place[product_id]
+            return None if place is None else changed.vectors[place]
         row = self._bundle.row_of(product_id)
         return None if row is None else np.asarray(self._bundle.vectors[row])
 
     def is_changed(self, product_id: str) -> bool:
-        return product_id in self._changed
+        return product_id in self._state.changed.place
 
     def categories(self) -> list[str]:
         state, names = self._state, list(self._code)
@@ -252,18 +299,19 @@ class LiveIndex:
         if not changes:
             return
         with self._applying:
-            old, start = self._state, len(self._products)
+            old, rows = self._state, self._state.changed
+            start = len(rows)
             in_base, price, in_stock = old.in_base.copy(), old.base.price, old.base.in_stock
             if any(change.patch for change in changes):
                 price, in_stock = price.copy(), in_stock.copy()
             added: list[tuple[Product, NDArray[np.float32]]] = []
-            last: dict[str, int | None] = {}  # of these changes, as `self._changed`
+            last: dict[str, int | None] = {}  # of these changes, as `rows.place`
             dead: list[int] = []
             for change in changes:
                 name, patch = change.product_id, change.patch
                 base = self._bundle.row_of(name)
-                changed = name in last or name in self._changed
-                row = last.get(name, self._changed.get(name))
+                changed = name in last or name in rows.place
+                row = last.get(name, rows.place.get(name))
                 new = None
                 if patch is None:
                     if change.product is not None and change.vector is not None:
@@ -272,7 +320,7 @@ class LiveIndex:
                     if row >= start:
                         product, vector = added[row - start]
                     else:
-                        product, vector = self._products[row], old.vectors[row]
+                        product, vector = rows.products[row], old.vectors[row]
                     new = patch.of(product), vector
                 else:
                     if base is not None and not changed:
@@ -289,30 +337,31 @@ class LiveIndex:
                 if new is not None:
                     last[name] = start + len(added)
                     added.append(new)
-            self._add(added)
-            live = np.ones(len(self._products), bool)
+            rows.add(added, self._code)
+            live = np.ones(len(rows), bool)
             live[:start] = old.live
             live[dead] = False
-            self._changed |= last
+            rows.place |= last
+            if len(live) > DEAD_FROM and 2 * int(live.sum()) < len(live):
+                rows, live = self._without_dead(rows, live)
             base_columns = _Columns(old.base.category, price, in_stock)
-            self._state = self._state_of(in_base, base_columns, live)
+            self._state = _state_of(in_base, base_columns, rows, live)
 
-    def _add(self, rows: Sequence[tuple[Product, NDArray[np.float32]]]) -> None:
-        """New rows, which no state has yet."""
-        if not rows:
-            return
-        products = [product for product, _ in rows]
-        first = len(self._products)
-        self._vectors.add([vector for _, vector in rows])
-        self._category.add([self._code.setdefault(p.category, len(self._code)) for p in products])
-        self._price.add([np.nan if p.price is None else p.price for p in products])
-        self._in_stock.add([p.in_stock for p in products])
-        with self._reading:
-            self._words.executemany(
-                "INSERT INTO words (rowid, title) VALUES (?, ?)",
-                ((first + i, product.title) for i, product in enumerate(products)),
-            )
-            self._products += products
+    def _without_dead(
+        self, old: _Changed, live: NDArray[np.bool_]
+    ) -> tuple[_Changed, NDArray[np.bool_]]:
+        place = {row: i for i, row in enumerate(np.flatnonzero(live).tolist())}
+        rows = _Changed(old.vectors.shape[1])
+        rows.add([(old.products[row], old.vectors[row]) for row in place], self._code)
+        rows.place = {name: row if row is None else place[row] for name, row in old.place.items()}
+        return rows, np.ones(len(place), bool)
+
+
+def _state_of(
+    in_base: NDArray[np.bool_], base: _Columns, changed: _Changed, live: NDArray[np.bool_]
+) -> _State:
+    vectors, columns = changed.vectors, changed.columns
+    return _State(in_base, bool(in_base.all()), base, changed, vectors, columns, live)
 
 
 def _rarity(titles: int, with_it: int) -> float:

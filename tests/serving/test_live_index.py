@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from acebert.serving import live_index
 from acebert.serving.bundle import Bundle, create_words, match_words, query_words
 from acebert.serving.live_index import LiveIndex, fuse
 from acebert.serving.products import Change, Filter, Hit, Patch, Product
@@ -104,8 +105,12 @@ def some_filters(bundle: Bundle) -> list[Filter]:
     ]
 
 
+@pytest.mark.parametrize("dead_from", [0, 1000])
 @pytest.mark.parametrize("seed", range(4))
-def test_hits_are_those_of_numpy_on_the_catalogue_as_changed(bundle: Bundle, seed: int) -> None:
+def test_hits_are_those_of_numpy_on_the_catalogue_as_changed(
+    bundle: Bundle, seed: int, dead_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_index, "DEAD_FROM", dead_from)
     index, truth = LiveIndex(bundle), Truth(bundle)
     queries = unit(100 + seed, 5, bundle.vectors.shape[1])
     changes = random_changes(bundle, seed, 60)
@@ -147,6 +152,25 @@ def test_a_search_goes_on_with_the_state_that_it_began_with(bundle: Bundle) -> N
     index.apply([Change(302, "new", None, None)])
     assert began.live.tolist() == [True]
     np.testing.assert_array_equal(began.vectors, vectors[:1])
+
+
+def test_rows_that_are_no_products_any_more_do_not_pile_up(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_index, "DEAD_FROM", 50)
+    index, vectors = LiveIndex(bundle), unit(3, 10, bundle.vectors.shape[1])
+    for day in range(40):
+        products = [Product(f"n{i}", f"zebra{i} of day {day}", price=float(day)) for i in range(10)]
+        index.apply([Change(1, p.product_id, p, v) for p, v in zip(products, vectors, strict=True)])
+        index.apply([Change(1, f"n{i}", None, None, Patch(price=0.5)) for i in range(5)])
+        assert len(index._state.vectors) <= 50 + 20
+    expected = [
+        Product(f"n{i}", f"zebra{i} of day 39", price=0.5 if i < 5 else 39.0) for i in range(10)
+    ]
+    assert [index.product(f"n{i}") for i in range(10)] == expected
+    assert [h.product for h in index.by_words("zebra7", vectors[0], 9, Filter())] == [expected[7]]
+    (hits,) = index.search(vectors[3:4], 1, Filter())
+    assert hits[0].product == expected[3]
 
 
 def test_the_rows_before_are_not_copied_for_every_batch_of_changes(bundle: Bundle) -> None:
