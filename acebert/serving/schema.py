@@ -1,12 +1,13 @@
 """Requests and answers of the search API, as OpenAPI describes them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, model_validator
 
 MAX_QUERY = 256
 MAX_K = 500
 MAX_BATCH = 256  # queries, or products, in one request
+MAX_HITS = 10_000  # of a batch: they are made into JSON while nobody else is served
 
 Query = Annotated[str, Field(min_length=1, max_length=MAX_QUERY)]
 """what a shopper types"""
@@ -33,6 +34,12 @@ class BatchIn(Request):
     queries: list[Query] = Field(min_length=1, max_length=MAX_BATCH)
     k: K = 10
     filter: FilterIn = FilterIn()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (hits := len(self.queries) * self.k) > MAX_HITS:
+            raise ValueError(f"queries times k is {hits:,}, {MAX_HITS:,} at most")
+        return self
 
 
 class PhotoIn(Request):

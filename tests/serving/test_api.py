@@ -468,6 +468,11 @@ def test_bodies_that_are_not_what_they_should_be_are_refused(world, with_service
             assert answer.status_code in (400, 422), content
             assert answer.json()["error"]
 
+        asked = {"queries": 101 * ["shoe"], "k": 100}
+        answer = await client.post("/search/batch", json=asked)
+        assert answer.status_code == 422
+        assert "queries times k is 10,100, 10,000 at most" in answer.json()["error"]
+
         async def endless():  # no content-length
             for _ in range(64):
                 yield b"x" * 2**16
