@@ -111,7 +111,7 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_has_the_same_losses_and_weights
     with pytest.raises(KeyboardInterrupt):
         run(distiller(settings, targets, teacher), Rank(0, 1, CPU, save))
     trainer = distiller(settings, targets, teacher)
-    resumed = run(trainer, Rank(0, 1, CPU, lambda *_: None, kept[0]))
+    resumed = run(trainer, Rank(0, 1, CPU, lambda *_: None, lambda: kept[0]))
     assert resumed.step == whole.step == 20
     for name in ("loss", "kl", "cosine", "grad_norm", "lr"):
         assert resumed.history[name].to_pylist() == whole.history[name].to_pylist(), name
