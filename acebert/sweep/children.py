@@ -40,9 +40,8 @@ class Children:
         wanted = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent.run_id}'"
         wanted += f" AND attributes.status {'!=' if stopped else '='} "
         wanted += "'FINISHED'" if stopped else "'RUNNING'"
-        if name is not None:
-            wanted += f" AND attributes.run_name = '{name}'"
-        found = self.parent.client.search_runs([self.experiment], wanted, ViewType.ALL)
+        runs = self.parent.client.search_runs([self.experiment], wanted, ViewType.ALL)
+        found = [run for run in runs if name in (None, run.info.run_name)]
         for run in found:
             self.parent.client.set_terminated(run.info.run_id, "KILLED")
         return [run.data.tags[DIGEST_TAG] for run in found]

@@ -115,6 +115,7 @@ class _Sweep:
             "sweep",
             self.digest,
             name=f"sweep {self.name}",
+            first_step=len(self.records.ended()),  # it goes on, if only to evaluate
         ) as run:
             children = Children(run, self.digest, tracking.tag or self.name)
             children.end()  # of a try that was killed

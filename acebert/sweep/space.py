@@ -134,9 +134,16 @@ def point_words(point: Point) -> list[str]:
     """`leaf=value`, with the leaf's section where two leaves are called alike."""
     names = [leaf.split(".")[-1] for leaf in point]
     return [
-        f"{name if names.count(name) == 1 else leaf}={short(value)}"
+        f"{name if names.count(name) == 1 else leaf}={_exact(value)}"
         for name, (leaf, value) in zip(names, point.items(), strict=True)
     ]
+
+
+def _exact(value: object) -> str:
+    """Short, and still another word for another value."""
+    return (
+        short(value) if not isinstance(value, float) or float(short(value)) == value else str(value)
+    )
 
 
 def short(value: object) -> str:
@@ -171,6 +178,11 @@ def check_space(space: Space, base: Settings) -> None:
     Raises:
         UserError: it names the leaf and the value.
     """
+    if "train.valid_metric" not in space.vary and base.train.valid_metric != space.metric:
+        raise UserError(
+            f"metric: {space.metric}, but a trial keeps the checkpoint that is best by "
+            f"--train.valid_metric {base.train.valid_metric}: give both the same"
+        )
     for leaf, values in space.vary.items():
         field = _leaf_type(leaf)
         if isinstance(values, Range):
@@ -197,10 +209,10 @@ def trials_of(space: Space, base: Settings) -> list[Trial]:
         rng = np.random.RandomState(base.seed)  # what Tune's domains take
         domains = tune_domains(space)
         rows = [
-            tuple(_plain(domain.sample(random_state=rng)) for domain in domains.values())
+            tuple(domain.sample(random_state=rng) for domain in domains.values())
             for _ in range(space.points or 0)
         ]
-    points = [dict(zip(space.vary, row, strict=True)) for row in rows]
+    points = [drawn(space, dict(zip(space.vary, row, strict=True))) for row in rows]
     return [Trial(point, seed) for point in points for seed in space.seeds]
 
 
@@ -289,6 +301,13 @@ def _ends(values: list[Any] | Range) -> list[Any]:
     return [int(v) if v == int(v) else v for v in (values.low, values.high)]
 
 
-def _plain(value: Any) -> Any:
-    """numpy scalars as Python's own, which YAML and JSON know."""
-    return value.item() if isinstance(value, np.generic) else value
+def drawn(space: Space, point: Point) -> Point:
+    """A point that a search drew: four digits of what comes from a range, in Python's own numbers,
+    which YAML and JSON know."""
+
+    def plain(leaf: str, value: Any) -> Any:
+        value = value.item() if isinstance(value, np.generic) else value
+        is_drawn = isinstance(space.vary[leaf], Range) and isinstance(value, float)
+        return float(short(value)) if is_drawn else value
+
+    return {leaf: plain(leaf, value) for leaf, value in point.items()}

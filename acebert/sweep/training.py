@@ -8,6 +8,7 @@ model, or find it there, and a trial that was stopped goes on from its last chec
 import json
 import logging
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from acebert.config import Settings
 from acebert.data.partitions import count_pairs
 from acebert.data.plan_arithmetic import Layout, layout_of
+from acebert.data.tokens import backbone_digest
 from acebert.errors import UserError
 from acebert.pipeline import (
     before_finetuning,
@@ -29,6 +31,7 @@ from acebert.pipeline import (
 from acebert.sweep.space import Space, Trial, corner_trials, trials_of
 from acebert.tracking import shared
 from acebert.training import finetune
+from acebert.workdir import Stage, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +56,15 @@ def prepare(base: Settings, space: Space) -> Prepared:
             the stages of every trial raise.
     """
     ingested = ingest_stage(shared(base))
-    identity = f"{ingested.digest} {finetune.VERSION}"
     pairs = count_pairs(ingested.path / "pairs.parquet")
     if space.search == "optuna":
-        for corner in corner_trials(space):
+        corners = corner_trials(space)
+        for corner in corners:
             _layout(pairs, corner, base)
-        catalogue_stages(shared(base))
-        if base.model.start == "pretrain":
-            pretrain_stage(shared(base))
-        return Prepared(identity, [])
+        data = catalogue_stages(shared(base))
+        pretrained = pretrain_stage(shared(base)) if base.model.start == "pretrain" else None
+        stages: list[Stage | None] = [data.ingested, data.tokens, data.features, pretrained]
+        return Prepared(_identity(stages, corners, base), [])
 
     trials: list[Trial] = []
     seen: dict[str, Trial] = {}
@@ -74,16 +77,31 @@ def prepare(base: Settings, space: Space) -> Prepared:
             continue
         seen[same] = trial
         trials.append(trial)
-    failed = []
+    failed: list[UserError] = []
+    stages = [ingested]
     for trial in trials:
         try:
-            before_finetuning(trial.settings(base))
+            made = before_finetuning(trial.settings(base))
+            data = made.data
+            stages += [data.tokens, data.features, made.planned, made.pretrained, made.mined]
         except UserError as error:  # the trial will meet it again, and be noted as failed
             log.warning("sweep: what comes before %s cannot be made: %s", trial.name, error)
             failed.append(error)
     if len(failed) == len(trials):
         raise failed[0]
-    return Prepared(identity, trials)
+    return Prepared(_identity(stages, trials, base), trials)
+
+
+def _identity(stages: Iterable[Stage | None], trials: Sequence[Trial], base: Settings) -> str:
+    """Of what is in the files that the settings only name."""
+    backbones = {name for trial in trials if (name := trial.settings(base).model.backbone)}
+    return digest_of(
+        {
+            "finetune": finetune.VERSION,
+            "stages": sorted({stage.digest for stage in stages if stage}),
+            "backbones": [backbone_digest(name) for name in sorted(backbones)],
+        }
+    )
 
 
 def _layout(pairs: int, trial: Trial, base: Settings) -> Layout:

@@ -26,7 +26,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 
 from acebert.config import Settings, settings_from
 from acebert.errors import UserError, reason_of
-from acebert.sweep.space import Space, Trial, tune_domains
+from acebert.sweep.space import Space, Trial, drawn, tune_domains
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def run_trials(
 def _trial_of(config: dict[str, Any], space: Space) -> Trial:
     if "trial" in config:
         return Trial(**config["trial"])
-    return Trial(dict(config["point"]), space.seeds[config.get(TRIAL_INDEX, 0)])
+    return Trial(drawn(space, config["point"]), space.seeds[config.get(TRIAL_INDEX, 0)])
 
 
 def _asha(space: Space) -> ASHAScheduler | None:

@@ -349,10 +349,13 @@ def _run_rank(loop: dict[str, Any]) -> str | None:
     checkpoints = Checkpoints(loop["directory"], loop["identity"], settings.train.checkpoints_kept)
     send = _in_the_background(_mlflow_sender(loop["actor"], loop["mlflow_run"]))
     path = broadcast_from_rank_zero(checkpoints.newest() if rank == 0 else None)
-    if path is not None and rank == 0:
+    if path is not None:
         progress = load_progress(path)
-        log.info("goes on after step %d, with %d workers", progress.step, world)
-        send(progress)
+        for validation in progress.validations:
+            ray.train.report(validation)  # a sweep that was stopped has forgotten them
+        if rank == 0:
+            log.info("goes on after step %d, with %d workers", progress.step, world)
+            send(progress)
 
     def resume() -> tuple[Mapping[str, Any], Progress]:
         return load_tensors(path, device), load_progress(path)

@@ -165,6 +165,13 @@ def train(training: Training[B], rank: Rank) -> Progress:
             training.steps_per_epoch,
             training.validates_on,
         )
+        if own.warmup_steps >= total:
+            log.warning(
+                "%s: the learning rate never reaches --%s.lr: its warm-up is %d steps long",
+                training.stage,
+                training.section,
+                own.warmup_steps,
+            )
     pending: list[Metrics] = []
     spoken = clock = time.perf_counter()
     for batch in training.stream(state.step, 0 if training.is_over(state) else total):

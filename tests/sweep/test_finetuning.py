@@ -3,20 +3,27 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from ray import tune
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
 from acebert.pipeline import finetune_stage
 from acebert.sweep import training
 from acebert.sweep.run import sweep
-from acebert.sweep.space import Space
+from acebert.sweep.space import Space, trials_of
 from acebert.sweep.training import prepare
 from acebert.tracking import client
+from acebert.training.checkpoint import Progress
+from acebert.training.harness import trained_stage
+from acebert.training.steps import Rank
 
 TINY = [
     *["--recipe", "twinbert_tiny", "--demo.products", "120", "--demo.searches_per_day", "300"],
@@ -53,6 +60,7 @@ def test_a_trial_trains_as_the_job_alone_does_and_asha_stops_one_that_is_behind(
     long = [
         *["--train.max_steps", "500", "--train.epochs", "40"],
         *["--train.validate_every", "50", "--train.patience", "99"],
+        *["--train.valid_metric", "gauc"],
     ]
     base = tiny(tmp_path / "sweep", *long)
     space = Space(
@@ -155,3 +163,51 @@ def test_values_that_make_the_same_partitions_are_one_point(tmp_path: Path, ray_
     ]
     plans = [path.name for path in (tmp_path / "plan").glob("[!.]*")]
     assert len(plans) == 4
+
+
+@pytest.mark.slow
+def test_a_training_that_goes_on_tells_tune_of_its_earlier_validations(
+    tmp_path: Path, ray_cluster: None
+):
+    """ASHA compares at its rungs, of which a sweep that was started again knows nothing."""
+    settings = tiny(tmp_path, "--train.cpus_per_worker", "0.4")
+    told = tmp_path / "told.txt"
+
+    def step(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
+        state = rank.resume()[1] if rank.resume else Progress()
+        state.step += 1
+        state.add_steps([{"step": state.step, "loss": 1.0}])
+        state.validations.append({"step": state.step, "recall_100": 0.25 * state.step})
+        rank.save({"weight": torch.zeros(1)}, state)
+        if rank.resume is None:
+            while not list(settings.workdir.glob("train/*/checkpoints/step-*1/*")):
+                time.sleep(0.1)
+            time.sleep(1)  # until the report has gone through
+            os._exit(1)
+
+    def trial(config: dict[str, Any]) -> None:
+        os.environ["RAY_TRAIN_CALLBACKS"] = "acebert.sweep.training.ReportToTune"
+        trained_stage(settings, "toy", {"of": "reports"}, step, {}, lambda *_: None, "data")
+
+    class Hear(tune.Callback):
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any):
+            if "step" in result:
+                with told.open("a") as file:
+                    file.write(f"{result['step']} {result['recall_100']}\n")
+
+    run_config = tune.RunConfig(storage_path=str(tmp_path / "tune"), verbose=0, callbacks=[Hear()])
+    tune.Tuner(trial, run_config=run_config).fit()
+    assert told.read_text().splitlines() == ["1 0.25", "1 0.25", "2 0.5"]
+
+
+def test_start_weights_that_are_replaced_in_their_directory_make_another_sweep(tmp_path: Path):
+    backbone = tmp_path / "bert"
+    backbone.mkdir()
+    weights = backbone / "model.safetensors"
+    weights.write_bytes(b"first")
+    base = load_settings(["--recipe", "twinbert_tiny", "--model.backbone", str(backbone)])
+    trials = trials_of(Space(vary={"train.lr": [1e-3]}), base)
+    before = training._identity([], trials, base)
+    assert training._identity([], trials, base) == before
+    weights.write_bytes(b"second")
+    assert training._identity([], trials, base) != before

@@ -19,6 +19,7 @@ from acebert.sweep import run as sweep_run
 from acebert.sweep.run import sweep
 from acebert.sweep.space import Space, with_leaves
 from acebert.tracking import client
+from acebert.workdir import Stage
 
 WIDE = {"loss.gamma": {"low": 1.5, "high": 90, "log": True}}
 
@@ -347,3 +348,27 @@ def test_an_evaluation_that_fails_leaves_the_table_and_the_best_recipe(
         sweep(settings, "toy", space, evaluate=True, prepare=toy.prepare, train=train)
     (directory,) = (settings.workdir / "sweep").iterdir()
     assert {"trials.parquet", "best.yaml"} <= {path.name for path in directory.iterdir()}
+
+
+def test_a_finished_sweep_that_is_evaluated_later_goes_on_in_its_run(
+    settings: Settings, toy, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    run_toy, evaluated = toy.train, settings.workdir / "evaluated"
+
+    def train(settings: Settings) -> dict[str, Any]:
+        return {**run_toy(settings), "model": str(settings.workdir)}
+
+    monkeypatch.setattr(sweep_run, "log_model", lambda *_: None)
+    row = Stage("evaluate", evaluated, "0", 0.0, reused=False)
+    monkeypatch.setattr(sweep_run, "evaluate_stage", lambda *_: (None, row))
+    space = Space(vary={"loss.gamma": [10, 20]})
+    parts = {"prepare": toy.prepare, "train": train}
+    sweep(settings, "toy", space, **parts)
+    before = {run.info.run_id for run in runs(settings)}
+    evaluated.mkdir()
+    (evaluated / "metrics.json").write_text('{"overall": {"gauc": 0.7, "recall_100": 0.0}}')
+    sweep(settings, "toy", space, evaluate=True, **parts)
+    assert {run.info.run_id for run in runs(settings)} == before
+    assert statuses(settings) == {"FINISHED"}
+    tested = [run.data.metrics.get("test/recall_100") for run in runs(settings)]
+    assert sorted(tested, key=str) == [0.0, 0.0, None]

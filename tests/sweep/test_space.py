@@ -69,6 +69,7 @@ def test_random_points_lie_in_their_ranges_and_come_from_the_seed(base: Settings
     other = trials_of(space, base.model_copy(update={"seed": 1}))
     assert trials != other
     gamma = np.array([t.point["loss.gamma"] for t in trials])
+    assert {float(f"{value:.4g}") for value in gamma} == set(gamma)  # as names and recipes say it
     assert gamma.min() >= 1
     assert gamma.max() <= 100
     # Even in the logarithm: half of the draws below 10; ±0.1 is four standard deviations.
@@ -137,6 +138,10 @@ def test_a_trials_settings_are_the_bases_but_for_its_point_and_seed(base: Settin
             },
             "new text stages between trials",
         ),
+        (
+            {"vary": {"train.lr": [1e-3]}, "metric": "gauc"},
+            r"metric: gauc, but a trial keeps .* by --train\.valid_metric recall_100",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -161,3 +166,8 @@ def test_a_space_that_is_not_there_or_no_yaml_is_said_so(tmp_path: Path):
 def test_a_trials_name_tells_two_leaves_of_one_name_apart():
     trial = Trial({"train.lr": 0.001, "adversary.lr": 0.01, "loss.gamma": 20}, seed=0)
     assert trial.name == "train.lr=0.001 adversary.lr=0.01 gamma=20 seed=0"
+
+
+def test_two_values_have_two_names_however_close_they_are():
+    names = {Trial({"train.lr": lr}, seed=0).name for lr in (0.00012345, 0.00012346)}
+    assert names == {"lr=0.00012345 seed=0", "lr=0.00012346 seed=0"}

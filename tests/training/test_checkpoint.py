@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from acebert.config import Settings
 from acebert.errors import UserError
 from acebert.training.checkpoint import (
     HISTORY,
@@ -23,6 +24,8 @@ from acebert.training.checkpoint import (
     load_tensors,
     why_broken,
 )
+from acebert.training.finetune import _export
+from acebert.training.pairs import StagePaths
 
 CPU = torch.device("cpu")
 IDENTITY = {"key": {"train": {"lr": 0.001}, "plan": "ab12"}, "code": {"models/losses.py": "ff00"}}
@@ -134,6 +137,18 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before_it(
     checkpoints.save(state(2), progress(2))  # and its place is taken again
     checkpoints.wait()
     assert checkpoints.newest() == checkpoints.at(2)
+
+
+def test_a_torn_best_checkpoint_is_no_models_weights(checkpoints: Checkpoints, tmp_path: Path):
+    """The newest is whole, but the model is that of the best validation."""
+    for step in (1, 2):
+        checkpoints.save(state(step), progress(step, best_step=1))
+    checkpoints.wait()
+    one_bit(checkpoints.at(1))
+    config = {"paths": StagePaths(tmp_path, tmp_path, None, tmp_path)}
+    with pytest.raises(UserError, match=r"step-0*1, the best checkpoint, is broken: .* Remove"):
+        _export(Settings(), config, checkpoints, None, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_without_any_whole_checkpoint_there_is_none(checkpoints: Checkpoints):

@@ -281,15 +281,12 @@ def test_a_killed_node_costs_nothing_once_there_is_another(
     assert faults_in_mlflow(settings, stage) == []
 
 
-def assert_went_on_with_others(
-    settings: Settings, stage: Stage, before: Progress, undisturbed: Stage
-) -> None:
-    """After `before`, with another number of workers, which round otherwise."""
-    assert 0 < before.step < steps_of(stage)
-    assert done_again(stage, before) == []
-    ours, theirs = (pq.read_table(s.path / "history.parquet") for s in (stage, undisturbed))
-    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=2e-3)
-    assert faults_in_mlflow(settings, stage) == []
+def largest_difference(stage: Stage, undisturbed: Stage) -> float:
+    """Of the losses, as a share: another number of workers rounds otherwise."""
+    ours, theirs = (
+        pq.read_table(s.path / "history.parquet")["loss"].to_numpy() for s in (stage, undisturbed)
+    )
+    return float(np.abs(ours / theirs - 1).max()) if len(ours) == len(theirs) else np.inf
 
 
 @pytest.mark.slow
@@ -303,7 +300,10 @@ def test_training_goes_on_with_the_workers_that_are_left(
         kill_a_node(cluster)
         stage, said = finished(driver, settings)
     assert "the nodes have room for 1 of 2 workers: goes on with fewer" in said
-    assert_went_on_with_others(settings, stage, before, undisturbed)
+    assert 0 < before.step < steps_of(stage)
+    assert done_again(stage, before) == []
+    assert largest_difference(stage, undisturbed) < 2e-3
+    assert faults_in_mlflow(settings, stage) == []
 
 
 @pytest.mark.slow
@@ -317,4 +317,7 @@ def test_four_workers_go_on_for_two_whose_driver_was_killed_in_a_living_cluster(
     four = ("--train.num_workers=4", "--train.cpus_per_worker=0.5")
     with job(settings, *four, address=cluster.address) as driver:
         stage, _ = finished(driver, settings)
-    assert_went_on_with_others(settings, stage, before, undisturbed)
+    assert 0 < before.step < steps_of(stage)
+    assert done_again(stage, before) == []
+    assert largest_difference(stage, undisturbed) < 2e-3
+    assert faults_in_mlflow(settings, stage) == []

@@ -5,6 +5,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Self
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -100,3 +101,20 @@ def test_three_ranks_that_are_resumed_sum_their_gradients_in_the_same_order(
         assert undisturbed.keys() == resumed.keys()
         for name, tensor in undisturbed.items():
             assert torch.equal(tensor, resumed[name]), name
+
+
+class Alone(Toy):
+    def __init__(self) -> None:
+        self.model = self.parallel = nn.Embedding(1000, 10)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-2)
+
+
+@pytest.mark.parametrize(("warmup", "said"), [(STEPS, True), (STEPS - 1, False)])
+def test_a_warm_up_that_takes_the_whole_budget_is_said(
+    warmup: int, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = ToyTraining.__new__(ToyTraining)
+    training.rank, training.trainer = 0, Alone()
+    training.own = TrainSettings(max_steps=STEPS, warmup_steps=warmup)
+    train(training, Rank(0, 1, CPU, lambda *_: None))
+    assert ("the learning rate never reaches --train.lr" in caplog.text) == said
