@@ -5,10 +5,12 @@ machine, else starts a local one that ends with the process (see acebert/__init_
 listens on).
 """
 
+import importlib
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import ray
@@ -41,8 +43,7 @@ def connect() -> None:
             "Ray did not start in time: the machine is busy, or short of memory. Give the same "
             "command again, what is done is reused"
         ) from error
-    for chatty in ("ray.data", "ray.train"):  # after their import, which sets the level
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    _quieten()
     # It says that there are no progress bars: our stages say themselves how far they are.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     data_context = ray.data.DataContext.get_current()
@@ -55,6 +56,24 @@ def connect() -> None:
         total.get("CPU", 0),
         total.get("GPU", 0),
     )
+
+
+def connect_and_load() -> None:
+    """`connect`, and import the stages meanwhile: each takes a core several seconds.
+
+    Raises:
+        UserError: as `connect`.
+    """
+    with ThreadPoolExecutor(1) as other:
+        loading = other.submit(importlib.import_module, "acebert.pipeline")
+        connect()
+        loading.result()
+    _quieten()
+
+
+def _quieten() -> None:
+    for chatty in ("ray.data", "ray.train"):  # after their import, which sets the level
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def wait_for_nodes(

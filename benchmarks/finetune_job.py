@@ -6,9 +6,10 @@ The stages before fine-tuning are made first; then the same job, over and over, 
 one core, one on all, two on a machine, and two on two simulated nodes, in turns. `--layouts` takes
 some of them by their number.
 
-To the first step, by the job's own lines as they arrive: `ray` is the start of Python, the modules
-and Ray; `stages` those found ready; `mlflow` the run's start; `workers` Ray Train's, a worker's
-modules, its inputs and the model; `step` the first step with its batch. Then, of the steps from the
+To the first step, by the job's own lines as they arrive: `ray` is the start of Python and of Ray;
+`stages` the rest of the modules, which are imported meanwhile, and the stages found ready; `mlflow`
+the run's start; `workers` Ray Train's, a worker's modules, its inputs and the model; `step` the
+first step with its batch. Then, of the steps from the
 fourth on, medians: pairs a second, that against one worker on one core, and the seconds of a step
 by part (two workers wait for each other in `forward`, where embeddings are gathered, and in
 `backward`, where gradients are summed).

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 from plan import W, descendants, measure, memory, start_ray, start_workers, write_pairs
 from worker_memory import demo_files
 
@@ -106,6 +107,8 @@ def vectors(sizes: list[int], scratch: Path) -> Iterator[Measured]:
         tokens = tokenize(settings, ingested)
         model = work / "model"
         new_model(settings, StagePaths(ingested.path, tokens.path, None)).save(model)
+        tree = settings.model_dump(mode="json", exclude={"tracking"})
+        (model / "settings.yaml").write_text(yaml.safe_dump(tree))
         (model / "tokenizer").symlink_to(tokens.path / "tokenizer")
         texts = pq.read_table(ingested.path / "queries.parquet")["text"][:100].to_pylist()
         yield (

@@ -37,6 +37,9 @@ STAGES = (
 
 def work(arguments: argparse.Namespace) -> None:
     settings = shared_settings(arguments.recipes, arguments.settings)
+    from acebert.cluster import connect_and_load
+
+    connect_and_load()
     from acebert.evaluation.evaluate import BASELINES
     from acebert.evaluation.figures import curves_figure, rows_figure
     from acebert.evaluation.tables import Row, differences_table, rows_table

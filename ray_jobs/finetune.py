@@ -5,7 +5,9 @@ from acebert.job import run_job
 
 
 def work(settings: Settings) -> None:
-    from acebert.cluster import leave
+    from acebert.cluster import connect_and_load, leave
+
+    connect_and_load()
     from acebert.pipeline import finetune_stage
 
     model = finetune_stage(settings)

@@ -5,7 +5,9 @@ from acebert.job import run_job
 
 
 def work(settings: Settings) -> None:
-    from acebert.cluster import leave
+    from acebert.cluster import connect_and_load, leave
+
+    connect_and_load()
     from acebert.pipeline import look_inside_stage, pretrain_stage
 
     pretrained = pretrain_stage(settings)

@@ -16,12 +16,15 @@ from acebert.job import run_job
 
 def work(arguments: argparse.Namespace) -> None:
     settings = load_settings(arguments.settings)
-    from acebert.cluster import leave
-    from acebert.sweep.run import sweep
+    from acebert.cluster import connect_and_load, leave
     from acebert.sweep.space import read_space
 
     path = arguments.space
-    directory = sweep(settings, path.stem, read_space(path), evaluate=arguments.evaluate)
+    space = read_space(path)
+    connect_and_load()
+    from acebert.sweep.run import sweep
+
+    directory = sweep(settings, path.stem, space, evaluate=arguments.evaluate)
     leave()
     print(directory)
 

@@ -149,17 +149,20 @@ def _train(
     )
     actor = metrics_actor(settings)
     bundle = {"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
+    loop = {
+        "settings": settings.model_dump(mode="json"),
+        "worker": worker,
+        "config": config,
+        "directory": checkpoints.directory,
+        "identity": identity,
+        "actor": actor,
+        "mlflow_run": mlrun.run_id,
+    }
     trainer = TorchTrainer(
         _run_rank,  # type: ignore[arg-type]
-        train_loop_config={
-            "settings": settings.model_dump(mode="json"),
-            "worker": worker,
-            "config": config,
-            "directory": checkpoints.directory,
-            "identity": identity,
-            "actor": actor,
-            "mlflow_run": mlrun.run_id,
-        },
+        # As bytes, or Ray Train's controller imports torch and transformers to unpickle it, for
+        # seconds in which no worker starts.
+        train_loop_config={"loop": ray.cloudpickle.dumps(loop)},
         torch_config=TorchConfig(timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # Train V2's; the checker sees V1's
@@ -332,8 +335,9 @@ def _room(bundle: dict[str, float]) -> int:
     )
 
 
-def _run_rank(loop: dict[str, Any]) -> str | None:
+def _run_rank(given: dict[str, bytes]) -> str | None:
     """One rank, inside Ray Train. Returns the message of a UserError."""
+    loop: dict[str, Any] = ray.cloudpickle.loads(given["loop"])
     told = _told_by_a_rank(loop["directory"])
     if told.exists():
         return told.read_text()
