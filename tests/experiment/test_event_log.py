@@ -237,6 +237,7 @@ FORGETTER = """
 import sys
 from pathlib import Path
 from acebert.experiment.event_log import forget
+print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(50):
     forget(Path(sys.argv[1]), 10)
@@ -250,10 +251,13 @@ def test_several_processes_may_delete_the_same_days_at_once(tmp_path: Path) -> N
         for i in range(20):
             (folder / f"{i}.parquet").touch()
     command = [sys.executable, "-c", FORGETTER, str(tmp_path)]
-    started = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for _ in range(3)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    started = [subprocess.Popen(command, text=True, **pipes) for _ in range(3)]
+    assert [process.stdout.readline() for process in started] == ["ready\n"] * 3
     for process in started:
-        process.communicate("go\n", timeout=120)
-    assert [process.returncode for process in started] == [0, 0, 0]
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.wait(120) for process in started] == [0, 0, 0]
     assert list((tmp_path / "exposure").iterdir()) == []
 
 
