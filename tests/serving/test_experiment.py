@@ -277,13 +277,15 @@ def test_products_of_an_arm_alone_have_a_page_a_photo_and_a_price(start, world, 
     bundle = tmp_path / "with-a-product-more"
     shutil.copytree(world.other_bundle, bundle)
     with closing(sqlite3.connect(bundle / "products.sqlite")) as db, db:
-        changed = "UPDATE product SET product_id = 'arms-own', price = 77.5 WHERE row = 5"
-        assert db.execute(changed).rowcount == 1
+        ((row,),) = db.execute("SELECT min(row) FROM product WHERE photo IS NOT NULL").fetchall()
+        changed = "UPDATE product SET product_id = 'arms-own', price = 77.5 WHERE row = ?"
+        assert db.execute(changed, (row,)).rowcount == 1
     server = start(replace(world, other_bundle=bundle))
     found = server.client.get("/products/arms-own")
     assert (found.status_code, found.json().get("price")) == (200, 77.5)
     photo = server.client.get("/photos/arms-own")
-    assert photo.content == server.client.get(f"/photos/{world.ids[5]}").content
+    assert photo.status_code == 200
+    assert photo.content == server.client.get(f"/photos/{world.ids[row]}").content
     assert server.client.get("/products/nobodys").status_code == 404
     name = server.search("u1")["search_id"]
     event = {"search_id": name, "action": "purchase", "product_id": "arms-own"}
