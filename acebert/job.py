@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from acebert.config import Settings, absolute, load_settings, print_help
 from acebert.errors import UserError
@@ -54,17 +54,20 @@ def model_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def bundle_arguments() -> argparse.ArgumentParser:
-    """Of the jobs that make a bundle for the service and publish it."""
+def bundle_arguments(action: Literal["store", "append"] = "store") -> argparse.ArgumentParser:
+    """Of the jobs that make a bundle for the service, or with `append` several, and publish it."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--model",
+        action=action,
         type=lambda text: text if text.startswith("models:/") else path(text),
         required=True,
         help="directory that finetune printed, or models:/",
     )
-    parser.add_argument("--query_encoder", type=path, help="directory that distill printed")
-    parser.add_argument("--arm", help="of an experiment (docs/experiments.md)")
+    parser.add_argument(
+        "--query_encoder", action=action, type=path, help="directory that distill printed"
+    )
+    parser.add_argument("--arm", action=action, help="of an experiment (docs/experiments.md)")
     return parser
 
 

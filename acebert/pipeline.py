@@ -10,7 +10,7 @@ from acebert.cluster import connect
 from acebert.config import NO_FILES, Settings, weights_digest
 from acebert.data.cnn_labels import label_photos
 from acebert.data.demo import build_demo
-from acebert.data.earlier import Earlier, stage_key
+from acebert.data.earlier import Earlier, product_ids, stage_key
 from acebert.data.ingest import ingest
 from acebert.data.partitions import plan
 from acebert.data.plan_figure import draw_plan
@@ -25,7 +25,7 @@ from acebert.evaluation.teach import teach
 from acebert.evaluation.testset import evaluation_queries
 from acebert.model_settings import model_settings
 from acebert.models.encoder import CEBertConfig, backbone_config
-from acebert.serving.bundle import build_bundle, hot_queries
+from acebert.serving.bundle import ProductTable, build_bundle, hot_queries
 from acebert.serving.onnx_export import export
 from acebert.serving.student_table import TEACHER, students_table
 from acebert.tracking import DATA_TAG, finished_run, shared, start_run
@@ -279,6 +279,35 @@ def bundle_stage(
     earlier = refresh.earlier.bundle if refresh and refresh.earlier else None
     stages = ingested, embedded
     return tracked(settings, build_bundle(settings, model, query_encoder, *stages, earlier))
+
+
+def refreshed_bundle_stage(
+    settings: Settings,
+    model: Path,
+    query_encoder: Path,
+    before: Path | None,
+    max_gone_share: float,
+) -> Stage:
+    """A new day's bundle in place of `before`, the one that is published, if one is.
+
+    Raises:
+        UserError: more than this share of the products of `before` is not in the new catalogue: it
+            is told before a bundle is made, for a service may take the newest bundle of a model.
+    """
+    refresh = Refresh(Earlier.of_bundle(before) if before else None)
+    if before is not None and before.is_dir():
+        ingested = ingest_stage(shared(model_settings(settings, model)), refresh)
+        known = ProductTable(before).product_ids()
+        now = set(product_ids(ingested.path).to_pylist())
+        gone = sum(name not in now for name in known)
+        if gone > max_gone_share * len(known):
+            raise UserError(
+                f"{settings.data.products or 'the demo'}: {gone:,} of the {len(known):,} products "
+                "that are published are not in this catalogue; is the export whole? Nothing was "
+                f"published. If they are gone, --max_gone_share {gone / len(known) + 0.01:.2f} "
+                f"allows it (now {max_gone_share:g})"
+            )
+    return bundle_stage(settings, model, query_encoder, refresh)
 
 
 def baselines_stage(settings: Settings) -> Stage:

@@ -3,10 +3,13 @@
     python ray_jobs/ab_report.py --workdir W --experiment.name N --experiment.arms control,new
 
 Reads the log under W/serving/events, or `--logs DIR`, a copy of one; settings are those that the
-service runs with. docs/experiments.md describes the log and what is computed from it.
+service runs with. `--from` and `--until` (UTC days) choose the searches that count, and `--lift`
+the lift in CTR whose searches are told. Days of the service's log that are too old are deleted.
+docs/experiments.md describes the log and what is computed from it.
 """
 
 import argparse
+from datetime import date
 from pathlib import Path
 
 from acebert.config import load_settings
@@ -18,7 +21,13 @@ from acebert.workdir import digest_of, run_stage
 def work(arguments: argparse.Namespace) -> None:
     settings = load_settings(arguments.settings)
     from acebert.experiment.assignment import Experiment
-    from acebert.experiment.event_log import collect, compact
+    from acebert.experiment.event_log import (
+        collect,
+        compact,
+        events_directory,
+        tend,
+        unchanging,
+    )
     from acebert.experiment.readout import read_out, write_report
     from acebert.pipeline import tracked
 
@@ -27,21 +36,28 @@ def work(arguments: argparse.Namespace) -> None:
         raise UserError(
             "--experiment.name: which experiment to report; --experiment.arms: its arms"
         )
-    events = arguments.logs or settings.workdir / "serving" / "events"
-    collect(events)
+    if not arguments.lift > -1 or arguments.lift == 0:
+        raise UserError(f"--lift {arguments.lift:g}: a relative lift above -1, and not 0")
+    events = arguments.logs or events_directory(settings.workdir)
     if arguments.logs is None:
+        tend(events, settings.experiment.retention_days)
         compact(events)
-    files = {
-        str(path.relative_to(events)): (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(events.glob("*/*/*.parquet"))
-    }
-    dealt = settings.experiment.model_dump(include={"name", "arms", "shares", "design", "salt"})
-    stage = run_stage(
-        settings.workdir,
-        "ab_report",
-        {"version": 1, "files": digest_of(files), **dealt},
-        lambda out: write_report(read_out(experiment, events, settings.data.memory_limit), out),
-    )
+    else:
+        collect(events)
+    asked = {"first": arguments.first, "last": arguments.last, "looked_for": arguments.lift}
+
+    def build(out: Path) -> None:
+        limit = settings.data.memory_limit
+        write_report(read_out(experiment, events, limit, scratch=out, **asked), out)
+
+    with unchanging(events):
+        files = {
+            str(path.relative_to(events)): (path.stat().st_size, path.stat().st_mtime_ns)
+            for path in sorted(events.glob("*/*/*.parquet"))
+        }
+        dealt = settings.experiment.model_dump(include={"name", "arms", "shares", "design", "salt"})
+        key = {"version": 2, "files": digest_of(files), **dealt, **asked}
+        stage = run_stage(settings.workdir, "ab_report", key, build)
     tracked(settings, stage, name=f"A/B {experiment.name}")
     print((stage.path / "report.txt").read_text())
     print(stage.path)
@@ -50,4 +66,10 @@ def work(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--logs", type=Path, help="directory of a log (none: the service's)")
+    day = date.fromisoformat
+    parser.add_argument("--from", dest="first", type=day, default=date.min, help="first UTC day")
+    parser.add_argument("--until", dest="last", type=day, default=date.max, help="last UTC day")
+    parser.add_argument(
+        "--lift", type=float, default=0.05, help="lift in CTR to be seen (default: 0.05)"
+    )
     run_job(work, __doc__, parser)

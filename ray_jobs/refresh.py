@@ -7,7 +7,14 @@ published has already, of the same model, is taken over: photos that are the sam
 through the CNN again, and products are embedded again only where their title, photo or hot queries
 changed. A run that is stopped leaves the old bundle published; the same command goes on.
 
-What earlier refreshes made is deleted, but for the `--keep` newest and what is published.
+The arms of an experiment are refreshed together, so that none has newer products than another: all
+bundles are made before the first is published.
+
+    python ray_jobs/refresh.py --workdir W --arm old --model OLD --arm new --model NEW ...
+
+What earlier refreshes made is deleted, but for the `--keep` newest and what is published or in use;
+so are searches and clicks that are too old. A catalogue that lacks more than `--max_gone_share` of
+the products that are published is refused.
 """
 
 import argparse
@@ -18,6 +25,7 @@ import time
 from acebert.errors import UserError
 from acebert.job import bundle_arguments, run_job
 from acebert.model_settings import settings_for, without_the_models
+from acebert.workdir import Stage
 
 log = logging.getLogger("acebert.refresh")
 
@@ -30,42 +38,63 @@ def work(arguments: argparse.Namespace) -> None:
             f"--keep {arguments.keep}: two at least, for services serve the one before until they "
             "have taken over the new one"
         )
+    arms = arguments.arm or [None]
+    encoders = arguments.query_encoder or [None] * len(arms)
+    if not len(arms) == len(arguments.model) == len(encoders):
+        raise UserError("--arm, --model and --query_encoder: give each once for every arm")
     start = time.perf_counter()
-    directory = model_directory(without_the_models(arguments.settings), arguments.model)
-    settings = settings_for(directory, arguments.settings)
+    where = without_the_models(arguments.settings)
+    models = [model_directory(where, model) for model in arguments.model]
+    chosen = [settings_for(model, arguments.settings) for model in models]
     from acebert.cluster import leave
-    from acebert.data.earlier import Earlier, stage_key
-    from acebert.pipeline import Refresh, bundle_stage
-    from acebert.serving.bundle import publish, published
+    from acebert.experiment.event_log import events_directory, tend
+    from acebert.pipeline import refreshed_bundle_stage
+    from acebert.serving.bundle import publish, published_or_none
     from acebert.serving.old_days import remove_old_days
 
-    try:
-        earlier = Earlier.of_bundle(published(settings.workdir, arguments.arm))
-    except UserError:  # nothing is published: all is new
-        earlier = None
-    query_encoder = arguments.query_encoder or directory
-    stage = bundle_stage(settings, directory, query_encoder, Refresh(earlier))
-    publish(settings.workdir, stage.path, arguments.arm)
-    removed = remove_old_days(settings.workdir, arguments.keep)
+    stages = []
+    for arm, model, encoder, settings in zip(arms, models, encoders, chosen, strict=True):
+        before = published_or_none(settings.workdir, arm)
+        share = arguments.max_gone_share
+        stages.append(refreshed_bundle_stage(settings, model, encoder or model, before, share))
+    for arm, stage in zip(arms, stages, strict=True):
+        publish(settings.workdir, stage.path, arm)
+    removed = remove_old_days(settings.workdir, arguments.keep, settings.serve.bundle)
+    tend(events_directory(settings.workdir), settings.experiment.retention_days)
     if settings.serve.milvus_uri is not None:
         from acebert.serving.milvus import drop_collections
 
         bundles = [path for path in removed if path.parent.name == "bundle"]
         drop_collections(settings.serve.milvus_uri, bundles)
     leave()
-    embedded = settings.workdir / "embed" / stage_key(stage.path)["embed"]
+    for arm, stage in zip(arms, stages, strict=True):
+        _tell(arm, stage)
+    log.info("refresh: published after %.0f s", time.perf_counter() - start)
+    for stage in stages:
+        print(stage.path)
+
+
+def _tell(arm: str | None, bundle: Stage) -> None:
+    from acebert.data.earlier import stage_key
+
+    embedded = bundle.path.parents[1] / "embed" / stage_key(bundle.path)["embed"]
     products = json.loads((embedded / "report.json").read_text())["products"]
     log.info(
-        "refresh: %s products new, %s changed, %s as before, %s gone; published after %.0f s",
+        "refresh: %s%s products new, %s changed, %s as before, %s gone",
+        f"arm {arm}: " if arm else "",
         *(f"{products[name]:,}" for name in ("new", "changed", "as_before", "gone")),
-        time.perf_counter() - start,
     )
-    print(stage.path)
 
 
 if __name__ == "__main__":
-    parser = bundle_arguments()
+    parser = bundle_arguments("append")
     parser.add_argument(
         "--keep", type=int, default=3, help="refreshes whose stages stay (default: 3)"
+    )
+    parser.add_argument(
+        "--max_gone_share",
+        type=float,
+        default=0.2,
+        help="of the published products that the new catalogue may lack (default: 0.2)",
     )
     run_job(work, __doc__, parser)

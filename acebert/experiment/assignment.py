@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Literal
 
 from acebert.config import ExperimentSettings
+from acebert.workdir import digest_of
 
 Design = Literal["split", "interleave"]
 
@@ -49,6 +50,12 @@ class Experiment:
     @property
     def control(self) -> str:
         return self.arms[0]
+
+    @property
+    def dealing(self) -> str:
+        """Of how users are dealt, 16 hex digits: another one where salt, arms, shares or design
+        differ."""
+        return digest_of([self.salt, self.arms, self.shares, self.design])
 
     def seed(self, *parts: str) -> str:
         """Of whatever is drawn for `parts`: another one in every experiment and for every salt."""

@@ -9,6 +9,8 @@ transactions before a power failure may be lost) and moves what is there to Parq
 Its file is locked for as long as it lives: whoever finds one unlocked knows that its replica is
 dead, and moves what it left. A kill between the rename and the deletion leaves events twice, with
 one id: readers drop the second. Days are UTC days; whole days are deleted when they are too old.
+Files are deleted and put together by one process at a time, the one that holds the log's lock; who
+reads many of them holds it too.
 """
 
 import hmac
@@ -20,8 +22,8 @@ import shutil
 import sqlite3
 import threading
 import uuid
-from collections.abc import Iterable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,11 +32,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
 ROWS = 100_000  # of a row group
+DAY_SECONDS = 24 * 3600
 TIME = pa.timestamp("ms", tz="UTC")
 SCHEMAS = {
     "exposure": pa.schema(
@@ -47,6 +50,7 @@ SCHEMAS = {
             "query": pa.string(),
             "products": pa.list_(pa.string()),
             "teams": pa.list_(pa.string()),
+            "dealing": pa.string(),
         }
     ),
     "action": pa.schema(
@@ -75,9 +79,11 @@ class Exposure:
     query: str
     products: list[str]
     """as shown, best first"""
-    teams: list[str] | None = None
-    """interleaved, or two lists side by side (the left one first): the arm that each product came
-    from"""
+    dealing: str
+    """how users were dealt to arms, see `Experiment.dealing`"""
+    teams: Sequence[str | None] | None = None
+    """interleaved, or two lists side by side (the left one first): the arm that a click on each
+    product counts for; None: for no arm"""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,11 @@ Row = tuple[int, str, str]
 """seq, kind, event as JSON"""
 
 
+def events_directory(workdir: Path) -> Path:
+    """Where the services of a work directory log."""
+    return workdir / "serving" / "events"
+
+
 class EventLog:
     """One replica's part of the log; safe for several threads."""
 
@@ -109,9 +120,13 @@ class EventLog:
         self._path = directory / "hot" / f"{uuid.uuid4().hex}.sqlite"
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
-        self._db = _open(self._path, "rwc", wait=5)  # a collector may look at it
-        self._db.execute("CREATE TABLE event (seq INTEGER PRIMARY KEY, kind TEXT, body TEXT)")
-        self._db.commit()
+        try:
+            self._db = _open(self._path, "rwc", wait=5)  # a collector may look at it
+            self._db.execute("CREATE TABLE event (seq INTEGER PRIMARY KEY, kind TEXT, body TEXT)")
+            self._db.commit()
+        except sqlite3.Error:  # a full disk: whoever tries again has a file of another name
+            _unlink(self._path)
+            raise
 
     def append(self, events: Sequence[Event]) -> list[None]:
         """Durable when it returns; a None for each event."""
@@ -161,13 +176,29 @@ def collect(directory: Path) -> int:
     return moved
 
 
+def tend(directory: Path, days: int) -> None:
+    """`collect` and `forget`, the second also where the disk has no room for the first."""
+    try:
+        collect(directory)
+    finally:
+        forget(directory, days)
+
+
 def forget(directory: Path, days: int) -> None:
-    """Delete the days that ended more than `days` days ago."""
-    first = f"{datetime.now(UTC) - timedelta(days=days):%Y-%m-%d}"
-    for kind in SCHEMAS:
-        for folder in (directory / kind).glob("????-??-??"):
-            if folder.name < first:
-                shutil.rmtree(folder)
+    """Delete the days that ended more than `days` days ago, and what was set aside before that.
+    Where another process holds the log's lock it is left for the next time."""
+    if not directory.is_dir():
+        return
+    now = datetime.now(UTC)
+    first = f"{now - timedelta(days=days):%Y-%m-%d}"
+    with suppress(Timeout), _lock(directory).acquire(timeout=0):
+        for kind in SCHEMAS:
+            for folder in (directory / kind).glob("????-??-??"):
+                if folder.name < first:
+                    shutil.rmtree(folder)
+        for aside in (directory / "hot").glob("*.broken*"):
+            if aside.stat().st_mtime < now.timestamp() - (days + 1) * DAY_SECONDS:
+                aside.unlink()
 
 
 def compact(directory: Path) -> int:
@@ -180,7 +211,7 @@ def compact(directory: Path) -> int:
     if not directory.is_dir():
         return replaced
     today = f"{datetime.now(UTC):%Y-%m-%d}"
-    with FileLock(directory / ".compact.lock"):
+    with _lock(directory):
         for kind, schema in SCHEMAS.items():
             for folder in sorted((directory / kind).glob("????-??-??")):
                 files = sorted(folder.glob("*.parquet"))
@@ -192,6 +223,21 @@ def compact(directory: Path) -> int:
                     file.unlink()
                 replaced += len(files)
     return replaced
+
+
+@contextmanager
+def unchanging(directory: Path) -> Iterator[None]:
+    """No file of the log is deleted or replaced in this block, though some may come. A log that
+    cannot be written, which is a copy, is read without the lock."""
+    if not os.access(directory, os.W_OK):
+        yield
+        return
+    with _lock(directory):
+        yield
+
+
+def _lock(directory: Path) -> FileLock:
+    return FileLock(directory / ".lock")
 
 
 def user_key(directory: Path, user: str) -> str:

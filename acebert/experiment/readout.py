@@ -3,6 +3,8 @@
     readout = read_out(Experiment(...), workdir / "serving" / "events")
 
 Read from the log's Parquet files by DuckDB, which spills to disk; only sums by user come to memory.
+Of the searches in the days that are asked for, those of the newest dealing count: users whom other
+shares or another salt dealt otherwise are another experiment's.
 A search, and an action on one product of a search, count once however often they were logged.
 Actions on searches or products that the log does not show count as strays and nowhere else; users
 who were in two arms are left out and counted.
@@ -12,6 +14,8 @@ import io
 import json
 import math
 from dataclasses import asdict, dataclass
+from datetime import date
+from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,10 +34,12 @@ from acebert.errors import UserError
 from acebert.experiment.assignment import Experiment
 from acebert.experiment.event_log import SCHEMAS
 from acebert.experiment.statistics import (
+    BUYERS,
     MISMATCH,
     Effect,
     PerUser,
     lift,
+    needed,
     preference,
     sample_ratio,
     sign_test,
@@ -41,12 +47,22 @@ from acebert.experiment.statistics import (
 
 COLOUR = "#1f5fa8"
 METRICS = {"ctr": "CTR", "revenue": "revenue a search"}
+LIFT = 0.05
 
 _SEARCHES = """
 CREATE TABLE searches AS
-SELECT search_id, arm, "user", products, teams
-FROM read_parquet({exposures}) WHERE experiment = {name}
+SELECT search_id, arm, "user", products, teams, "at", coalesce(dealing, '') AS dealing
+FROM {exposures}
+WHERE experiment = {name} AND CAST("at" AS DATE) BETWEEN {first} AND {last}
 QUALIFY row_number() OVER (PARTITION BY search_id ORDER BY "at") = 1
+"""
+
+_OTHER_DEALINGS = """
+DELETE FROM searches WHERE dealing <> (SELECT dealing FROM searches ORDER BY "at" DESC LIMIT 1)
+"""
+
+_DAYS = """
+SELECT CAST(min(CAST("at" AS DATE)) AS TEXT), CAST(max(CAST("at" AS DATE)) AS TEXT) FROM searches
 """
 
 _ACTIONS = """
@@ -54,14 +70,22 @@ CREATE TABLE actions AS
 SELECT search_id, action, product_id, revenue, "at",
     teams[list_position(products, product_id)] AS team,
     list_contains(products, product_id) AS shown
-FROM (FROM read_parquet({actions})
+FROM (FROM {actions}
       QUALIFY row_number() OVER (PARTITION BY search_id, action, product_id ORDER BY "at") = 1)
-JOIN searches USING (search_id)
+JOIN (SELECT search_id, products, teams FROM searches) USING (search_id)
 """
 
 _WITHOUT_SEARCH = """
-SELECT count(*) FROM (SELECT DISTINCT search_id, action, product_id FROM read_parquet({actions}))
-ANTI JOIN read_parquet({exposures}) USING (search_id)
+SELECT count(*) FROM (SELECT DISTINCT search_id, action, product_id FROM {actions})
+ANTI JOIN {exposures} USING (search_id)
+"""
+
+_NOT_SHOWN = """
+SELECT count(*) FROM actions WHERE NOT shown AND action <> 'vote'
+"""
+
+_WITHOUT_REVENUE = """
+SELECT count(*) FROM actions WHERE shown AND action = 'purchase' AND revenue IS NULL
 """
 
 _ARMS = """
@@ -69,12 +93,16 @@ SELECT arm FROM searches UNION SELECT unnest(teams) FROM searches
 """
 
 _USERS = """
-SELECT min(arm), count(DISTINCT arm), count(*), sum(len(products)), sum(clicks), sum(spent)
+SELECT min(arm), count(*), sum(len(products)), sum(clicks), sum(spent)
 FROM searches LEFT JOIN (
     SELECT search_id, count(*) FILTER (action = 'click') AS clicks,
         sum(revenue) FILTER (action = 'purchase') AS spent
     FROM actions WHERE shown GROUP BY search_id
-) USING (search_id) WHERE arm IS NOT NULL GROUP BY "user"
+) USING (search_id) WHERE arm IS NOT NULL GROUP BY "user" HAVING count(DISTINCT arm) = 1
+"""
+
+_IN_TWO_ARMS = """
+SELECT count(*) FROM (SELECT "user" FROM searches GROUP BY "user" HAVING count(DISTINCT arm) > 1)
 """
 
 _WINS = """
@@ -113,12 +141,18 @@ class Votes:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm of a split; `lifts` against the control, by metric, none for itself."""
+    """One arm of a split."""
 
     users: int
     searches: int
+    buyers: int
+    """users with revenue"""
     values: dict[str, float]
     lifts: dict[str, Effect]
+    """against the control, by metric; none for itself"""
+    needed: float
+    """searches of this arm, the control's growing likewise, at which the lift in CTR that is looked
+    for is found with 80 % power; NaN of the control"""
 
 
 @dataclass(frozen=True)
@@ -130,6 +164,15 @@ class Readout:
     """as they were dealt, the control first"""
     arms: dict[str, ArmResult]
     """of a split; those that have users"""
+    pairs: dict[str, dict[str, Effect]]
+    """of a split with several treatments: lift in CTR of one (first key) over an earlier one"""
+    looked_for: float
+    """lift that `ArmResult.needed` is of"""
+    first_day: str
+    """of the searches that count, UTC, ISO 8601"""
+    last_day: str
+    other_dealings: int
+    """searches in these days that do not count, for users were dealt otherwise then"""
     mismatch_p: float
     """of the users by arm under the planned shares; below MISMATCH no lift is to be believed"""
     preference: Effect | None
@@ -144,16 +187,31 @@ class Readout:
     """actions on products that their search did not show"""
     without_search: int
     """actions on searches that are not in the log, whatever their experiment"""
+    without_revenue: int
+    """purchases whose revenue nobody told, which count as 0"""
 
 
-def read_out(experiment: Experiment, events: Path, memory_limit: str = "2GB") -> Readout:
+def read_out(
+    experiment: Experiment,
+    events: Path,
+    memory_limit: str = "2GB",
+    *,
+    first: date = date.min,
+    last: date = date.max,
+    looked_for: float = LIFT,
+    scratch: Path | None = None,
+) -> Readout:
     """
     Args:
-        events: the directory of the log; what does not fit in `memory_limit` is spilled there.
+        events: the directory of the log, whose files stay while it is read.
+        first, last: days of the searches that count, UTC, both included.
+        looked_for: relative lift in CTR that `ArmResult.needed` is of.
+        scratch: where what does not fit in `memory_limit` is spilled (none: the system's directory
+            of temporary files).
 
     Raises:
-        UserError: the log has no search of this experiment, or other arms; or a file of it cannot
-            be read.
+        UserError: the log has no search of this experiment in these days, or other arms; or a file
+            of it cannot be read.
     """
     exposures, actions = (
         sorted(events.glob(f"{kind}/*/*.parquet")) for kind in ("exposure", "action")
@@ -164,44 +222,76 @@ def read_out(experiment: Experiment, events: Path, memory_limit: str = "2GB") ->
             "now and then)"
         )
     with (
-        TemporaryDirectory(prefix=".readout-", dir=events) as scratch,
-        open_database(Path(scratch) / "database", memory_limit) as con,
+        TemporaryDirectory(prefix="readout-", dir=scratch) as spill,
+        open_database(Path(spill) / "database", memory_limit) as con,
     ):
         try:
-            without_search = _load(con, experiment, exposures, actions)
+            con.execute(
+                _SEARCHES.format(
+                    exposures=_read(exposures),
+                    name=_text(experiment.name),
+                    first=f"DATE '{first}'",
+                    last=f"DATE '{last}'",
+                )
+            )
+            ((other_dealings,),) = con.execute(_OTHER_DEALINGS).fetchall()
+            without_search = _load_actions(con, exposures, actions)
         except duckdb.BinderException as error:
             lacking = _lacking("exposure", exposures) + _lacking("action", actions)
             raise UserError("; ".join(lacking) or f"{events}: {error}") from error
         except (duckdb.IOException, duckdb.InvalidInputException) as error:
             raise UserError(f"{events}: a file of the log cannot be read: {error}") from error
         arms = {arm for (arm,) in con.sql(_ARMS).fetchall() if arm is not None}
-        if not con.sql("SELECT count(*) FROM searches").fetchall()[0][0]:
-            raise UserError(f"{events}: no search of an experiment {experiment.name!r}")
+        ((first_day, last_day),) = con.sql(_DAYS).fetchall()
+        if first_day is None:
+            raise UserError(
+                f"{events}: no search of an experiment {experiment.name!r}"
+                + (f" from {first} to {last}" if (first, last) != (date.min, date.max) else "")
+            )
         if unknown := arms - set(experiment.arms):
             raise UserError(
                 f"--experiment.arms: {', '.join(experiment.arms)} are given, but the log of "
                 f"{experiment.name!r} has {', '.join(sorted(unknown))} too"
             )
-        return _read_out(con, experiment, without_search)
+        per_user = _per_user(con, experiment)
+        won, won_p, judges = _interleaved(con, experiment)
+        return Readout(
+            name=experiment.name,
+            arm_names=experiment.arms,
+            arms=_arms(experiment, per_user, looked_for),
+            pairs=_pairs(experiment, per_user),
+            looked_for=looked_for,
+            first_day=first_day,
+            last_day=last_day,
+            other_dealings=other_dealings,
+            mismatch_p=_mismatch(experiment, per_user),
+            preference=won,
+            preference_p=won_p,
+            interleaved_users=judges,
+            votes=_votes(con, experiment),
+            users_in_two_arms=_count(con, _IN_TWO_ARMS),
+            not_shown=_count(con, _NOT_SHOWN),
+            without_search=without_search,
+            without_revenue=_count(con, _WITHOUT_REVENUE),
+        )
 
 
-def _load(
-    con: duckdb.DuckDBPyConnection,
-    experiment: Experiment,
-    exposures: list[Path],
-    actions: list[Path],
+def _load_actions(
+    con: duckdb.DuckDBPyConnection, exposures: list[Path], actions: list[Path]
 ) -> int:
-    """Make the tables `searches` and `actions`; how many actions have no search in the log."""
-    con.execute(_SEARCHES.format(exposures=_files(exposures), name=_text(experiment.name)))
+    """Make the table `actions` beside `searches`; how many actions have no search in the log."""
     if not actions:
         con.execute(
             "CREATE TABLE actions (search_id TEXT, action TEXT, product_id TEXT, revenue DOUBLE, "
             '"at" TIMESTAMPTZ, team TEXT, shown BOOLEAN)'
         )
         return 0
-    con.execute(_ACTIONS.format(actions=_files(actions)))
-    counted = _WITHOUT_SEARCH.format(actions=_files(actions), exposures=_files(exposures))
-    return int(con.sql(counted).fetchall()[0][0])
+    con.execute(_ACTIONS.format(actions=_read(actions)))
+    return _count(con, _WITHOUT_SEARCH.format(actions=_read(actions), exposures=_read(exposures)))
+
+
+def _count(con: duckdb.DuckDBPyConnection, sql: str) -> int:
+    return int(con.sql(sql).fetchall()[0][0])
 
 
 def _lacking(kind: str, paths: list[Path]) -> list[str]:
@@ -213,52 +303,64 @@ def _lacking(kind: str, paths: list[Path]) -> list[str]:
     ]
 
 
-def _read_out(
-    con: duckdb.DuckDBPyConnection, experiment: Experiment, without_search: int
-) -> Readout:
+PerArm = dict[str, dict[str, PerUser]]
+"""arm → metric → sums by user"""
+
+
+def _per_user(con: duckdb.DuckDBPyConnection, experiment: Experiment) -> PerArm:
+    """Of the arms that have users, users in two arms left out."""
     rows = con.sql(_USERS).fetchnumpy()
-    arm, arms_of_user, searches, shown, clicks, spent = (
+    arm, searches, shown, clicks, spent = (
         np.ma.filled(column, 0) if column.dtype.kind in "fiu" else np.asarray(column)
         for column in rows.values()
     )
-    per_user = {
+    return {
         name: {
             "ctr": PerUser(clicks[own].astype(float), shown[own].astype(float)),
             "revenue": PerUser(spent[own].astype(float), searches[own].astype(float)),
         }
         for name in experiment.arms
-        if len(own := np.flatnonzero((arm == name) & (arms_of_user == 1)))
+        if len(own := np.flatnonzero(arm == name))
     }
-    result = {
-        name: ArmResult(
-            len(metrics["ctr"].numerator),
-            int(metrics["revenue"].denominator.sum()),
-            {metric: of.value for metric, of in metrics.items()},
-            {m: lift(of, per_user[experiment.control][m]) for m, of in metrics.items()}
-            if name != experiment.control and experiment.control in per_user
-            else {},
+
+
+def _buyers(metrics: dict[str, PerUser]) -> int:
+    return int((metrics["revenue"].numerator > 0).sum())
+
+
+def _arms(experiment: Experiment, per_user: PerArm, looked_for: float) -> dict[str, ArmResult]:
+    control = per_user.get(experiment.control)
+    found = {}
+    for name, metrics in per_user.items():
+        searches = int(metrics["revenue"].denominator.sum())
+        lifts: dict[str, Effect] = {}
+        if control is not None and name != experiment.control:
+            lifts = {metric: lift(of, control[metric]) for metric, of in metrics.items()}
+            if min(_buyers(metrics), _buyers(control)) < BUYERS:
+                lifts["revenue"] = lifts["revenue"].unclaimed
+        found[name] = ArmResult(
+            users=len(metrics["ctr"].numerator),
+            searches=searches,
+            buyers=_buyers(metrics),
+            values={metric: of.value for metric, of in metrics.items()},
+            lifts=lifts,
+            needed=needed(lifts["ctr"], looked_for) * searches if lifts else float("nan"),
         )
-        for name, metrics in per_user.items()
-    }
-    users = np.array(
-        [len(per_user[a]["ctr"].numerator) if a in per_user else 0 for a in experiment.arms]
-    )
-    won, won_p, judges = _interleaved(con, experiment)
-    return Readout(
-        experiment.name,
-        experiment.arms,
-        result,
-        sample_ratio(users, np.array(experiment.shares)),
-        won,
-        won_p,
-        judges,
-        _votes(con, experiment),
-        int((arms_of_user > 1).sum()),
-        con.sql("SELECT count(*) FROM actions WHERE NOT shown AND action <> 'vote'").fetchall()[0][
-            0
-        ],
-        without_search,
-    )
+    return found
+
+
+def _pairs(experiment: Experiment, per_user: PerArm) -> dict[str, dict[str, Effect]]:
+    found: dict[str, dict[str, Effect]] = {}
+    for first, second in combinations(experiment.arms[1:], 2):
+        if first in per_user and second in per_user:
+            effect = lift(per_user[second]["ctr"], per_user[first]["ctr"])
+            found.setdefault(second, {})[first] = effect
+    return found
+
+
+def _mismatch(experiment: Experiment, per_user: PerArm) -> float:
+    users = [len(per_user[a]["ctr"].numerator) if a in per_user else 0 for a in experiment.arms]
+    return sample_ratio(np.array(users), np.array(experiment.shares))
 
 
 def _interleaved(
@@ -293,27 +395,25 @@ def report_text(readout: Readout, width: int = 128) -> str:
     """Table 2 of the paper, with intervals."""
     table = Table(
         title=f"{readout.name}: lifts over {readout.arm_names[0]} with 95 % interval, * where it "
-        "excludes 0; last, an arm's searches for 80 % power at its lift",
+        "excludes 0; CTR decides, revenue is beside it",
         title_justify="left",
     )
     table.add_column("arm", no_wrap=True)
     for name in (
         *("users", "searches", "CTR", "CTR lift", "revenue\na search", "revenue lift"),
-        "searches to\nsee CTR lift",
+        f"searches to\nsee {readout.looked_for:+.1%} CTR",
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for name, arm in readout.arms.items():
-        found = arm.lifts.get("ctr")
-        enough = found is not None and math.isfinite(found.needed)
         table.add_row(
             name,
             f"{arm.users:,}",
             f"{arm.searches:,}",
             f"{arm.values['ctr']:.2%}",
-            _cell(found),
+            _cell(arm.lifts.get("ctr")),
             f"{arm.values['revenue']:.3f}",
             _cell(arm.lifts.get("revenue")),
-            f"{found.needed * arm.searches:,.0f}" if found and enough else "-",
+            f"{arm.needed:,.0f}" if math.isfinite(arm.needed) else "-",
         )
     text = io.StringIO()
     if readout.arms:
@@ -322,7 +422,12 @@ def report_text(readout: Readout, width: int = 128) -> str:
 
 
 def _remarks(readout: Readout) -> list[str]:
-    lines = []
+    lines = [f"searches of {readout.first_day} to {readout.last_day} (UTC days)"]
+    if readout.other_dealings:
+        lines.append(
+            f"{readout.other_dealings:,} searches in these days are left out: users were dealt by "
+            "another salt, other arms, shares or another design then"
+        )
     if readout.arms and readout.mismatch_p < MISMATCH:
         lines.append(
             f"SAMPLE-RATIO MISMATCH (p = {readout.mismatch_p:.1e}): users are not as planned; "
@@ -330,6 +435,13 @@ def _remarks(readout: Readout) -> list[str]:
         )
     elif readout.arms:
         lines.append(f"users are dealt as planned (chi-square p = {readout.mismatch_p:.3f})")
+    if few := [f"{name} has {arm.buyers:,}" for name, arm in readout.arms.items() if _few(arm)]:
+        lines.append(
+            f"no interval of a lift in revenue where an arm has fewer than {BUYERS} buyers "
+            f"({', '.join(few)}): it would miss the truth too often"
+        )
+    for name, others in readout.pairs.items():
+        lines += [f"CTR lift of {name} over {other} {_cell(o)}" for other, o in others.items()]
     if readout.users_in_two_arms:
         lines.append(f"{readout.users_in_two_arms:,} users were in two arms and are left out")
     if readout.preference is not None:
@@ -353,7 +465,16 @@ def _remarks(readout: Readout) -> list[str]:
             f"{readout.without_search:,} clicks or purchases belong to no search in the log: "
             "searches were lost, were deleted for their age, or are not in Parquet yet"
         )
+    if readout.without_revenue:
+        lines.append(
+            f"{readout.without_revenue:,} purchases have no revenue, neither told nor the price of "
+            "a product, and count as 0"
+        )
     return lines
+
+
+def _few(arm: ArmResult) -> bool:
+    return arm.buyers < BUYERS
 
 
 def effects_figure(readout: Readout, path: Path) -> None:
@@ -413,13 +534,15 @@ def _cell(found: Effect | None) -> str:
     if found is None or math.isnan(found.value):
         return "-"
     if math.isnan(found.low):
-        return f"{found.value:+.2%} [unknown]  "
+        return f"{found.value:+.2%} (no interval)  "
     mark = " *" if found.found else "  "
     return f"{found.value:+.2%} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]{mark}"
 
 
-def _files(paths: list[Path]) -> str:
-    return "[" + ", ".join(_text(str(path)) for path in paths) + "]"
+def _read(paths: list[Path]) -> str:
+    """A table of Parquet files alone: nothing of their paths, such as user=alice, is a column."""
+    files = ", ".join(_text(str(path)) for path in paths)
+    return f"read_parquet([{files}], hive_partitioning = false)"
 
 
 def _text(value: str) -> str:

@@ -8,10 +8,12 @@ once.
 import asyncio
 import io
 import logging
+import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -21,6 +23,7 @@ from rich.table import Table
 
 from acebert.errors import UserError
 from acebert.experiment.shoppers import PURCHASE, Search
+from acebert.experiment.statistics import PerUser, lift, needed
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +38,30 @@ class Sent:
     """What one arm's shoppers saw and did; `arm` None: drafts of both."""
 
     searches: int = 0
-    shown: int = 0
-    clicks: int = 0
     purchases: int = 0
+    shown: Counter[str] = field(default_factory=Counter)
+    """products by user"""
+    clicks: Counter[str] = field(default_factory=Counter)
+    """by user"""
     expected: float = 0.0
     """clicks that the click model expects on what was shown"""
 
-    def add(self, more: "Sent") -> None:
-        for name, value in vars(more).items():
-            setattr(self, name, getattr(self, name) + value)
+    def add(self, user: str, shown: int, clicks: int, purchases: int, expected: float) -> None:
+        """One search more."""
+        self.searches += 1
+        self.purchases += purchases
+        self.shown[user] += shown
+        self.clicks[user] += clicks
+        self.expected += expected
+
+    @property
+    def ctr(self) -> PerUser:
+        shown = np.array(list(self.shown.values()), float)
+        return PerUser(np.array([self.clicks[user] for user in self.shown], float), shown)
+
+    @property
+    def expected_ctr(self) -> float:
+        return self.expected / max(self.shown.total(), 1)
 
 
 async def send(
@@ -79,7 +97,7 @@ async def send(
             nonlocal told
             for number, search in todo:
                 arm, seen = await _shop(service, search, shown, f"{run}-{number}", [seed, number])
-                sent.setdefault(arm, Sent()).add(seen)
+                sent.setdefault(arm, Sent()).add(search.user, *seen)
                 if time.monotonic() - told > PROGRESS_SECONDS:
                     told = time.monotonic()
                     done = sum(of.searches for of in sent.values())
@@ -122,15 +140,19 @@ class _Service:
 
 async def _shop(
     service: _Service, search: Search, k: int, name: str, seed: list[int]
-) -> tuple[str | None, Sent]:
-    """One search, and the events that follow from it."""
+) -> tuple[str | None, tuple[int, int, int, float]]:
+    """One search, and the events that follow from it.
+
+    Returns:
+        arm; products shown, clicks, purchases, clicks that the click model expects.
+    """
     headers = {"X-User-Id": search.user, "X-Search-Id": name}
     asked = {"q": search.query, "k": str(k)}
     answer = await service.ask("GET", "/search", params=asked, headers=headers)
     if answer["search_id"] is None:
         raise UserError(
-            f"{service.url} runs no experiment: start it with experiment.name=NAME "
-            "experiment.arms=CONTROL,TREATMENT (docs/serving.md, Experiments)"
+            f"{service.url} runs no experiment, or cannot log it: start it with "
+            "experiment.name=NAME experiment.arms=CONTROL,TREATMENT (docs/serving.md, Experiments)"
         )
     ids = [hit["product_id"] for hit in answer["hits"]]
     chances = search.chances(ids)
@@ -141,30 +163,37 @@ async def _shop(
         for row in rows:
             event = {"search_id": name, "action": action, "product_id": ids[row]}
             await service.ask("POST", "/events", json=event)
-    return answer["arm"], Sent(1, len(ids), len(clicked), len(bought), float(chances.sum()))
+    return answer["arm"], (len(ids), len(clicked), len(bought), float(chances.sum()))
 
 
 def sent_text(sent: dict[str | None, Sent], arms: Sequence[str]) -> str:
     """A table by arm, those in `arms` first; CTR beside what the click model expects, which has
-    less noise: the lift that a long experiment would find."""
+    less noise: the lift that a long experiment would find, and how many searches an arm needs to
+    find it with 80 % power."""
     known = [arm for arm in arms if arm in sent]
     others = sorted((arm for arm in sent if arm not in known), key=str)
     table = Table("arm", title="sent", title_justify="left")
-    for name in ("searches", "clicks", "purchases", "CTR", "expected CTR", "expected lift"):
+    for name in (
+        *("searches", "clicks", "purchases", "CTR", "expected CTR", "expected lift"),
+        "searches\nto see it",
+    ):
         table.add_column(name, justify="right")
-    first: float | None = None
-    for arm in [*known, *others]:
+    in_order = [*known, *others]
+    control = sent[in_order[0]]
+    for arm in in_order:
         of = sent[arm]
-        shown = max(of.shown, 1)
-        expected = of.expected / shown
-        lift = f"{expected / first - 1:+.2%}" if first else "-"
-        first = expected if first is None else first
+        expected, enough = "-", float("nan")
+        if of is not control and control.expected:
+            size = of.expected_ctr / control.expected_ctr - 1
+            expected = f"{size:+.2%}"
+            enough = of.searches * needed(lift(of.ctr, control.ctr), size) if size else enough
         table.add_row(
             arm or "interleaved",
-            *(f"{count:,}" for count in (of.searches, of.clicks, of.purchases)),
-            f"{of.clicks / shown:.2%}",
-            f"{expected:.2%}",
-            lift,
+            *(f"{count:,}" for count in (of.searches, of.clicks.total(), of.purchases)),
+            f"{of.ctr.value:.2%}",
+            f"{of.expected_ctr:.2%}",
+            expected,
+            f"{enough:,.0f}" if math.isfinite(enough) else "-",
         )
     text = io.StringIO()
     Console(width=100, file=text).print(table)

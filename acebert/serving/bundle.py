@@ -46,12 +46,13 @@ from acebert.errors import UserError
 from acebert.index import TUNE_QUERIES, IndexInfo, Kind, ProductIndex
 from acebert.serving.products import Product
 from acebert.serving.query_encoder import product_side_version
-from acebert.workdir import Stage, run_stage
+from acebert.workdir import Stage, run_stage, sync
 
 log = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 FLAT_UP_TO = 10_000  # products up to which exact search takes less than a millisecond
+OF_HOT_LISTS = ("train", "valid")  # days whose clicks are in the lists that are served
 PHOTO_SIDE = 320  # photos of hits are not shown larger [px]
 PHOTO_BYTES = 40_000  # smaller files are kept as they are
 CNN_WEIGHTS = "cnn.safetensors"
@@ -159,8 +160,9 @@ def _times(model: Path, ingested: Path) -> dict[str, str]:
         "catalogue": min(report.get("products_written") or "", now),  # "": not known
         "model": trained.isoformat(),
     }
-    if report.get("log_until"):  # the log holds all of its last day
-        end = date.fromisoformat(report["log_until"]) + timedelta(days=1)
+    if report.get("log_until"):  # its days are days of the calendar
+        last = max(report["splits"][split]["last"] or "" for split in OF_HOT_LISTS)
+        end = date.fromisoformat(last) + timedelta(days=1)  # the log holds all of that day
         times["hot_lists"] = datetime.combine(end, datetime.min.time(), UTC).isoformat()
     return {part: time for part, time in times.items() if time}
 
@@ -190,27 +192,57 @@ def hot_queries(ingested: Stage, count: int) -> list[str]:
 
 def publish(workdir: Path, bundle: Path, arm: str | None = None) -> None:
     """Make `bundle` the one that services of this work directory serve, from their next look on; or
-    the one that they serve to an arm of an experiment."""
+    the one that they serve to an arm of an experiment. It is on the disk when this returns."""
     pointer = _pointer(workdir, arm)
     pointer.parent.mkdir(parents=True, exist_ok=True)
     aside = pointer.with_suffix(f".{os.getpid()}")
     aside.write_text(json.dumps({"bundle": str(bundle)}) + "\n")
+    sync(aside)
     aside.replace(pointer)
+    sync(pointer.parent)
 
 
 def published(workdir: Path, arm: str | None = None) -> Path:
     """The bundle that `publish` named last, for all or for an arm.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or its file cannot be read.
     """
     try:
-        return Path(json.loads(_pointer(workdir, arm).read_text())["bundle"])
+        return _bundle_of(_pointer(workdir, arm))
     except FileNotFoundError as error:
         raise UserError(
             f"{workdir}: nothing to serve{f' as arm {arm}' if arm else ''} there; "
             f"`python ray_jobs/publish.py --model MODEL_DIR --workdir {workdir}"
             f"{f' --arm {arm}' if arm else ''}` makes a bundle of a model"
+        ) from error
+
+
+def published_or_none(workdir: Path, arm: str | None) -> Path | None:
+    """`published`; None where nothing is, or its file cannot be read, which is told."""
+    try:
+        return published(workdir, arm)
+    except UserError as error:
+        log.info("nothing is taken over: %s", error)
+        return None
+
+
+def all_published(workdir: Path) -> list[Path]:
+    """The bundles that `publish` named last, for all and for every arm.
+
+    Raises:
+        UserError: a file that names one cannot be read.
+    """
+    return [_bundle_of(pointer) for pointer in (workdir / "serving").glob("*.json")]
+
+
+def _bundle_of(pointer: Path) -> Path:
+    try:
+        return Path(json.loads(pointer.read_text())["bundle"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{pointer}: does not say which bundle is published ({error!r}); publish.py or "
+            "refresh.py writes it anew"
         ) from error
 
 
@@ -268,6 +300,10 @@ class ProductTable:
     def row_of(self, product_id: str) -> int | None:
         found = self._db.execute("SELECT row FROM product WHERE product_id = ?", (product_id,))
         return next((row for (row,) in found), None)
+
+    def product_ids(self) -> list[str]:
+        """In no order."""
+        return [name for (name,) in self._db.execute("SELECT product_id FROM product")]
 
     def photo_of(self, product_id: str) -> bytes | None:
         found = self._db.execute("SELECT photo FROM product WHERE product_id = ?", (product_id,))

@@ -215,6 +215,10 @@ class Search:
         self.service = SearchService(settings, products, encode if queries else None)
         await self.service.start()
 
+    async def __del__(self) -> None:
+        """Ray awaits it when a replica is shut down: its log is moved, its lease ends."""
+        await self.service.stop()
+
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_api(self.service, os.environ.get(KEY_VARIABLE) or None)
 

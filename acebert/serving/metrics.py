@@ -5,7 +5,8 @@
 `acebert_refused` by `status`; `acebert_changes_applied`; gauge `acebert_behind_s`, how long ago a
 replica last heard of changes; of the published bundle, `acebert_products` and `acebert_age_s` by
 `part` (bundle, catalogue, hot_lists, model); of a replica, `acebert_queries_waiting`
-for the query encoder, and `acebert_query_drift` (`drift`).
+for the query encoder, and `acebert_query_drift` (`drift`); of an experiment, `acebert_not_logged`,
+searches and events that the log did not take.
 """
 
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ class Metrics:
         )
         self.refused = Counter("acebert_refused", "requests refused", ("status",))
         self.changes = Counter("acebert_changes_applied", "changes of products applied")
+        self.not_logged = Counter("acebert_not_logged", "searches and events that were not logged")
         self.behind = Gauge("acebert_behind_s", "since changes were last asked for [s]")
         self.products = Gauge("acebert_products", "products of the bundle")
         self.waiting = Gauge("acebert_queries_waiting", "queries that wait for the encoder")

@@ -98,7 +98,7 @@ class Answer(BaseModel):
     """of the model"""
     took_ms: float
     search_id: str | None = None
-    """of a search in an experiment: what `/events` names"""
+    """of a search that an experiment logged: what `/events` names"""
     arm: str | None = None
     """of the experiment, that answered; none where lists are interleaved"""
 

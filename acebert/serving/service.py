@@ -12,6 +12,7 @@ keeps the bundle that it began with, which goes on following changes meanwhile.
 
 import asyncio
 import logging
+import sqlite3
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -29,13 +30,22 @@ from acebert.config import Settings
 from acebert.data.schema import normalize_query
 from acebert.errors import UserError
 from acebert.experiment.assignment import Experiment
-from acebert.experiment.event_log import Action, EventLog, Exposure, collect, forget, user_key
+from acebert.experiment.event_log import (
+    Action,
+    Event,
+    EventLog,
+    Exposure,
+    events_directory,
+    tend,
+    user_key,
+)
 from acebert.experiment.interleaving import team_draft
 from acebert.serving.batcher import Batcher
 from acebert.serving.bundle import Bundle, published
 from acebert.serving.catalogue import LIMIT, Products, Unavailable
 from acebert.serving.changes import Source
 from acebert.serving.drift import QueryDrift
+from acebert.serving.leases import EVERY_SECONDS, Lease
 from acebert.serving.live_index import LiveIndex, LiveProducts, fuse
 from acebert.serving.metrics import Metrics
 from acebert.serving.products import Change, Filter, Hit, Patch, Product
@@ -45,6 +55,7 @@ from acebert.serving.wanted import WantedBundle
 log = logging.getLogger(__name__)
 
 EVENTS = 500  # of one transaction of the log
+WARN_SECONDS = 60.0  # between two lines on a log that cannot be written
 START_SECONDS = 60.0  # for one answer of the writer, before a replica starts without it
 BACK_OFF = 60.0  # most seconds between two attempts to load a bundle that cannot be loaded
 Step = Callable[[], Awaitable[None]]
@@ -134,6 +145,8 @@ class SearchService:
             threads + 1, "search", faiss.omp_set_num_threads, (threads,)
         )
         self._wanted = WantedBundle(settings)
+        self._lease = Lease(settings.workdir)
+        self._coming: set[Path] = set()
         self.loaded: Loaded | None = None
         experiment = Experiment.of(settings.experiment)
         self.trial = Trial(experiment, self) if experiment else None
@@ -150,12 +163,13 @@ class SearchService:
         """
         self.loaded = await self.load(await asyncio.to_thread(self._wanted), starts=True)
         often = self.settings.follow_seconds
+        flush = self.all_settings.experiment.flush_seconds
         steps: list[tuple[Step, float, float]]
         steps = [(self._follow, often, often), (self._swap, often, BACK_OFF)]
+        steps += [(self._hold, EVERY_SECONDS, EVERY_SECONDS), (self._tend_log, flush, BACK_OFF)]
         if self.trial is not None:
             await self.trial.start()
-            flush = self.all_settings.experiment.flush_seconds
-            steps += [(self.trial.follow, often, often), (self.trial.flush, flush, flush)]
+            steps += [(self.trial.follow, often, often), (self.trial.flush, flush, BACK_OFF)]
             steps += [(swap, often, BACK_OFF) for swap in self.trial.swaps()]
         self._tasks = [asyncio.create_task(self._repeat(*step)) for step in steps]
 
@@ -163,7 +177,8 @@ class SearchService:
         for task in self._tasks:
             task.cancel()
         if self.trial is not None:
-            self.trial.close()
+            await asyncio.to_thread(self.trial.close)
+        await asyncio.to_thread(self._lease.end)
         self._pool.shutdown(wait=False)
 
     @property
@@ -175,9 +190,23 @@ class SearchService:
         assert self.loaded is not None, "start() was not awaited"
         return self.loaded
 
+    def all_loaded(self) -> list[Loaded]:
+        """The published bundle first, then those of an experiment's arms, each once."""
+        arms = self.trial.loaded() if self.trial is not None else []
+        every = [*([self.loaded] if self.loaded else []), *arms]
+        return list({loaded.bundle.directory: loaded for loaded in every}.values())
+
     async def load(self, directory: Path, *, starts: bool = False) -> Loaded:
         """A bundle with all changes; where the service `starts` and the writer does not answer,
         with those that it has told."""
+        self._coming.add(directory)
+        try:
+            await self._hold()
+            return await self._load(directory, starts=starts)
+        finally:
+            self._coming.discard(directory)
+
+    async def _load(self, directory: Path, *, starts: bool) -> Loaded:
         loaded = await asyncio.to_thread(Loaded, directory, self.all_settings, self._pool)
         try:
             seconds = START_SECONDS if starts else None
@@ -231,6 +260,17 @@ class SearchService:
         finally:
             self.metrics.behind.set(self.behind)
             self._tell()
+
+    async def _hold(self) -> None:
+        """Say which bundles are in use here."""
+        bundles = {loaded.bundle.directory for loaded in self.all_loaded()} | self._coming
+        await asyncio.to_thread(self._lease.hold, bundles)
+
+    async def _tend_log(self) -> None:
+        """Move to Parquet what dead replicas left of an experiment's log, and delete what is too
+        old: with no experiment too, for the log of the last one is still there."""
+        days = self.all_settings.experiment.retention_days
+        await asyncio.to_thread(tend, events_directory(self.all_settings.workdir), days)
 
     async def _swap(self) -> None:
         wanted = await asyncio.to_thread(self._wanted)
@@ -309,14 +349,22 @@ class SearchService:
         return await self._nearest(loaded, vectors[0], k, where, "photo", start, None, None)
 
     async def photo(self, product_id: str) -> bytes | None:
-        """JPEG of a product, or None."""
-        loaded = self.current()
-        if loaded.index.is_changed(product_id):
-            return await self.products.photo(product_id)
-        return await asyncio.to_thread(loaded.bundle.photo_of, product_id)
+        """JPEG of a product of any bundle that is served, or None."""
+        for loaded in self.all_loaded():
+            if loaded.index.is_changed(product_id):
+                return await self.products.photo(product_id)
+            photo = await asyncio.to_thread(loaded.bundle.photo_of, product_id)
+            if photo is not None:
+                return photo
+        return None
 
     async def product(self, product_id: str) -> Product | None:
-        return await asyncio.to_thread(self.current().index.product, product_id)
+        """A product of any bundle that is served: an arm's may have more than the published one."""
+        for loaded in self.all_loaded():
+            product = await asyncio.to_thread(loaded.index.product, product_id)
+            if product is not None:
+                return product
+        return None
 
     async def _vector(self, loaded: Loaded, text: str) -> NDArray[np.float32]:
         if loaded.batcher is not None:
@@ -364,28 +412,59 @@ class SearchService:
 class Trial:
     """The experiment of a service: arms beside the published bundle, and the log.
 
-    A search is answered when it is in the log, so no answer is missing there. Searches that wait
-    for the log share its next transaction.
+    A search has an id when it is in the log, so no answer with an id is missing there. Searches
+    that wait for the log share its next transaction. Where the log cannot be written, as on a full
+    disk, shoppers get their answers all the same, without an id, and events are refused.
     """
 
     def __init__(self, experiment: Experiment, service: SearchService) -> None:
         self._experiment, self._service = experiment, service
         settings = service.all_settings
-        self._workdir, self._settings = settings.workdir, settings.experiment
-        self._directory = settings.workdir / "serving" / "events"
+        self._workdir = settings.workdir
+        self._directory = events_directory(settings.workdir)
         self._arms: dict[str, Loaded] = {}
         self._thread = ThreadPoolExecutor(1, "events")
+        self._log: EventLog | None = None
+        self._append = Batcher(self._write, self._thread, EVENTS)
+        self._warned = -WARN_SECONDS
 
     async def start(self) -> None:
-        """Load what is published for each arm, and open the log.
+        """Load what is published for each arm.
 
         Raises:
             UserError: nothing is published for an arm, or a bundle is broken.
         """
         for arm in self._experiment.arms:
             self._arms[arm] = await self._bundle(published(self._workdir, arm), starts=True)
-        self._log = EventLog(self._directory)
-        self._append = Batcher(self._log.append, self._thread, EVENTS)
+
+    def loaded(self) -> list[Loaded]:
+        """The bundles of the arms."""
+        return list(self._arms.values())
+
+    def _write(self, events: Sequence[Event]) -> list[None]:
+        if self._log is None:
+            self._log = EventLog(self._directory)
+        return self._log.append(events)
+
+    async def _logged(self, event: Callable[[], Event]) -> bool:
+        """Whether an event is in the log, durably."""
+        try:
+            await self._append(event())
+        except (OSError, sqlite3.Error) as error:
+            self._service.metrics.not_logged.inc()
+            if time.monotonic() - self._warned >= WARN_SECONDS:
+                self._warned = time.monotonic()
+                log.warning("%s: searches and events are not logged: %s", self._directory, error)
+            return False
+        return True
+
+    async def _log_event(self, event: Callable[[], Event]) -> None:
+        """
+        Raises:
+            Unavailable: the log cannot be written.
+        """
+        if not await self._logged(event):
+            raise Unavailable("the log of events cannot be written: try again")
 
     async def _bundle(self, directory: Path, *, starts: bool = False) -> Loaded:
         """A bundle that several arms, or all other users, have is there once."""
@@ -411,18 +490,17 @@ class Trial:
                 self._arms[arm] = await self._bundle(wanted)
 
     async def flush(self) -> None:
-        """Move the log to Parquet, and delete what is too old."""
-
-        def work() -> None:
-            self._log.flush()
-            collect(self._directory)
-            forget(self._directory, self._settings.retention_days)
-
-        await asyncio.to_thread(work)
+        """Move this replica's part of the log to Parquet."""
+        if self._log is not None:
+            await asyncio.to_thread(self._log.flush)
 
     def close(self) -> None:
         self._thread.shutdown()
-        self._log.close()
+        try:
+            if self._log is not None:
+                self._log.close()
+        except (OSError, sqlite3.Error) as error:
+            log.warning("%s: the next replica moves what is left there: %s", self._directory, error)
 
     async def search(
         self,
@@ -435,7 +513,9 @@ class Trial:
         hybrid: bool,
         min_score: float | None,
     ) -> Found:
-        """The best k products by the user's arm, or a draft of both arms; logged."""
+        """The best k products by the user's arm, or a draft of both arms; logged, or without a
+        search id. In a draft a product stays by the score of the arm whose ranking it is taken
+        from: scores of two models have no common scale."""
         experiment = self._experiment
 
         async def by(arm: str) -> Found:
@@ -449,32 +529,55 @@ class Trial:
             first, second = ([hit.product.product_id for hit in found.hits] for found in both)
             seed = experiment.seed("draft", user, normalize_query(query))
             picks = team_draft(first, second, k, seed)
-            teams = [experiment.arms[team] for team, _ in picks]
-            hits = [both[team].hits[row] for team, row in picks]
-            found = replace(both[0], hits=hits, seconds=max(one.seconds for one in both))
+            teams = [None if pick.team is None else experiment.arms[pick.team] for pick in picks]
+            found = replace(
+                both[0],
+                hits=[both[pick.ranking].hits[pick.row] for pick in picks],
+                no_good_match=all(one.no_good_match for one in both),
+                seconds=max(one.seconds for one in both),
+            )
         else:
             arm = experiment.arm(user)
             found = await by(arm)
-        found = replace(found, search_id=search_id or uuid.uuid4().hex, arm=arm)
-        assert found.search_id is not None
-        await self._append(
-            Exposure(
-                found.search_id,
-                datetime.now(UTC),
-                experiment.name,
-                arm,
-                user_key(self._directory, user),
-                normalize_query(query),
-                [hit.product.product_id for hit in found.hits],
-                teams,
-            )
-        )
+        name = search_id or uuid.uuid4().hex
+        products = [hit.product.product_id for hit in found.hits]
+        if await self._logged(lambda: self._exposure(name, arm, user, query, products, teams)):
+            return replace(found, search_id=name, arm=arm)
         return found
+
+    def _exposure(
+        self,
+        search_id: str,
+        arm: str | None,
+        user: str,
+        query: str,
+        products: list[str],
+        teams: Sequence[str | None] | None,
+    ) -> Exposure:
+        """
+        Raises:
+            OSError: the log has no salt yet, and none can be written.
+        """
+        return Exposure(
+            search_id,
+            datetime.now(UTC),
+            self._experiment.name,
+            arm,
+            user_key(self._directory, user),
+            normalize_query(query),
+            products,
+            self._experiment.dealing,
+            teams,
+        )
 
     async def compare(
         self, user: str, query: str, k: int, where: Filter
     ) -> tuple[str, list[Hit], list[Hit]]:
-        """A search's id, and the answers of two arms, on sides that the id decides; logged."""
+        """A search's id, and the answers of two arms, on sides that the id decides; logged.
+
+        Raises:
+            Unavailable: the log cannot be written.
+        """
         search_id = uuid.uuid4().hex
         sides = self._experiment.sides(search_id)
         left, right = await asyncio.gather(
@@ -483,32 +586,32 @@ class Trial:
                 for arm in sides
             )
         )
-        hits = [*left.hits, *right.hits]
-        await self._append(
-            Exposure(
-                search_id,
-                datetime.now(UTC),
-                self._experiment.name,
-                None,
-                user_key(self._directory, user),
-                normalize_query(query),
-                [hit.product.product_id for hit in hits],
-                [sides[0]] * len(left.hits) + [sides[1]] * len(right.hits),
-            )
-        )
+        products = [hit.product.product_id for hit in [*left.hits, *right.hits]]
+        teams = [sides[0]] * len(left.hits) + [sides[1]] * len(right.hits)
+        await self._log_event(lambda: self._exposure(search_id, None, user, query, products, teams))
         return search_id, left.hits, right.hits
 
     async def vote(self, search_id: str, better: str) -> None:
-        """Log which side of a comparison was better: left, right or neither."""
+        """Log which side of a comparison was better: left, right or neither.
+
+        Raises:
+            Unavailable: the log cannot be written.
+        """
         left, right = self._experiment.sides(search_id)
         won = {"left": left, "right": right, "neither": ""}[better]
-        await self._append(Action(search_id, datetime.now(UTC), "vote", won))
+        await self._log_event(lambda: Action(search_id, datetime.now(UTC), "vote", won))
 
     async def act(
         self, search_id: str, action: str, product_id: str, revenue: float | None
     ) -> None:
-        """Log what a shopper did; durable when it returns."""
+        """Log what a shopper did; durable when it returns.
+
+        Raises:
+            Unavailable: the log cannot be written.
+        """
         if action == "purchase" and revenue is None:
             product = await self._service.product(product_id)
             revenue = product.price if product else None
-        await self._append(Action(search_id, datetime.now(UTC), action, product_id, revenue))
+        await self._log_event(
+            lambda: Action(search_id, datetime.now(UTC), action, product_id, revenue)
+        )

@@ -19,6 +19,8 @@ from acebert.experiment.event_log import (
     collect,
     compact,
     forget,
+    tend,
+    unchanging,
     user_key,
 )
 
@@ -26,7 +28,7 @@ NOW = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
 
 
 def exposure(name: str, at: datetime = NOW) -> Exposure:
-    return Exposure(name, at, "test", "a", "0" * 32, "red shoe", ["p1", "p2"])
+    return Exposure(name, at, "test", "a", "0" * 32, "red shoe", ["p1", "p2"], "dealt")
 
 
 def read(directory: Path, kind: str, column: str = "search_id") -> list[object]:
@@ -122,7 +124,7 @@ from pathlib import Path
 from acebert.experiment.event_log import EventLog, Exposure
 log = EventLog(Path(sys.argv[1]))
 for i in range(1_000_000):
-    log.append([Exposure(f"s{i}", datetime.now(UTC), "test", "a", "u", "q", ["p"])])
+    log.append([Exposure(f"s{i}", datetime.now(UTC), "test", "a", "u", "q", ["p"], "d")])
     print(f"s{i}", flush=True)
     if i % 40 == 39:
         log.flush()
@@ -189,6 +191,94 @@ def test_days_are_deleted_when_they_are_too_old(tmp_path: Path) -> None:
     log.close()
     forget(tmp_path, 10)
     assert sorted(map(str, read(tmp_path, "exposure"))) == ["s0", "s5"]
+
+
+def test_what_was_set_aside_ages_out_too(tmp_path: Path) -> None:
+    (tmp_path / "hot").mkdir()
+    now = datetime.now(UTC).timestamp()
+    for name, days in (("old.broken", 12), ("old.broken-wal", 12), ("new.broken", 10)):
+        (tmp_path / "hot" / name).write_bytes(b"no database")
+        os.utime(tmp_path / "hot" / name, (now, now - days * 24 * 3600))
+    forget(tmp_path, 10)
+    assert [path.name for path in (tmp_path / "hot").iterdir()] == ["new.broken"]
+
+
+def test_what_a_dead_replica_left_ages_out_though_nobody_logs_any_more(tmp_path: Path) -> None:
+    log, now = EventLog(tmp_path), datetime.now(UTC)
+    log.append([exposure(f"s{days}", now - timedelta(days=days)) for days in (5, 20)])
+    log._db.close()
+    tend(tmp_path, 10)
+    assert read(tmp_path, "exposure") == ["s5"]
+    assert list((tmp_path / "hot").iterdir()) == []
+    tend(tmp_path / "no log", 10)
+    assert not (tmp_path / "no log").exists()
+
+
+def test_who_reads_the_log_keeps_its_files(tmp_path: Path) -> None:
+    log, now = EventLog(tmp_path), datetime.now(UTC)
+    for days in (20, 1, 1):
+        log.append([exposure(f"s{days}", now - timedelta(days=days))])
+        log.flush()
+    log.close()
+    files = sorted(tmp_path.glob("exposure/*/*.parquet"))
+    compacting = threading.Thread(target=compact, args=(tmp_path,))
+    with unchanging(tmp_path):
+        forget(tmp_path, 10)
+        compacting.start()
+        compacting.join(1)
+        assert compacting.is_alive()
+        assert sorted(tmp_path.glob("exposure/*/*.parquet")) == files
+    compacting.join(60)
+    forget(tmp_path, 10)
+    assert len(list(tmp_path.glob("exposure/*/*.parquet"))) == 1
+
+
+FORGETTER = """
+import sys
+from pathlib import Path
+from acebert.experiment.event_log import forget
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(50):
+    forget(Path(sys.argv[1]), 10)
+"""
+
+
+def test_several_processes_may_delete_the_same_days_at_once(tmp_path: Path) -> None:
+    for days in range(20, 80):
+        folder = tmp_path / "exposure" / f"{datetime.now(UTC) - timedelta(days=days):%Y-%m-%d}"
+        folder.mkdir(parents=True)
+        for i in range(20):
+            (folder / f"{i}.parquet").touch()
+    command = [sys.executable, "-c", FORGETTER, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    started = [subprocess.Popen(command, text=True, **pipes) for _ in range(3)]
+    assert [process.stdout.readline() for process in started] == ["ready\n"] * 3
+    for process in started:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.wait(120) for process in started] == [0, 0, 0]
+    assert list((tmp_path / "exposure").iterdir()) == []
+
+
+def test_a_log_that_cannot_be_opened_leaves_no_file_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OPENER, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "hot").iterdir()) == []
+
+
+OPENER = """
+import resource, sqlite3, sys
+from pathlib import Path
+from acebert.experiment.event_log import EventLog
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no file takes a byte, as on a full disk
+try:
+    EventLog(Path(sys.argv[1]))
+except sqlite3.Error:
+    sys.exit(0)
+sys.exit("it was opened")
+"""
 
 
 def test_days_that_are_over_become_one_file_with_the_same_events(

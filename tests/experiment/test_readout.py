@@ -1,7 +1,9 @@
 """Tables against sums by hand, over real log files."""
 
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +20,12 @@ SPLIT = Experiment("test", ("old", "new"), (0.5, 0.5), "", "split")
 BOTH = Experiment("both", ("old", "new"), (0.5, 0.5), "", "interleave")
 
 
-def shown(search: str, user: str, arm: str | None, teams: list[str] | None = None) -> Exposure:
+def shown(
+    search: str, user: str, arm: str | None, teams: list[str | None] | None = None
+) -> Exposure:
     name = "test" if teams is None else "both"
-    return Exposure(search, NOW, name, arm, user, "q", ["p1", "p2", "p3", "p4"], teams)
+    dealing = (SPLIT if teams is None else BOTH).dealing
+    return Exposure(search, NOW, name, arm, user, "q", ["p1", "p2", "p3", "p4"], dealing, teams)
 
 
 def logged(directory: Path, events: list[Exposure | Action]) -> Path:
@@ -128,13 +133,13 @@ def test_a_file_that_is_no_log_is_named(tmp_path: Path, content: bytes | None) -
         bad.write_bytes(content)
     with pytest.raises(UserError, match=r"bad\.parquet"):
         read_out(SPLIT, tmp_path)
-    assert not list(tmp_path.glob(".readout*"))
 
 
 def test_votes_are_counted_by_reviewer_and_the_first_on_a_search_holds(tmp_path: Path) -> None:
     teams = ["old", "old", "new", "new"]
     sides = [
-        Exposure(f"s{i}", NOW, "test", None, f"r{i % 4}", "q", [*"abcd"], teams) for i in range(12)
+        Exposure(f"s{i}", NOW, "test", None, f"r{i % 4}", "q", [*"abcd"], SPLIT.dealing, teams)
+        for i in range(12)
     ]
     late = NOW + timedelta(minutes=1)
     won = ["new", "new", "old", "new", "new", "new", "new", "", "new", "old", "new", ""]
@@ -156,3 +161,157 @@ def test_votes_are_counted_by_reviewer_and_the_first_on_a_search_holds(tmp_path:
 def test_a_log_without_votes_has_none(tmp_path: Path) -> None:
     found = read_out(SPLIT, logged(tmp_path, [shown("s", "u", "old")]))
     assert found.votes == {}
+
+
+def clicked(rng: np.random.Generator, rates: dict[str, float], users: int) -> list[Any]:
+    """Events of so many users of each arm, who click at these rates."""
+    events: list[Exposure | Action] = []
+    for arm, rate in rates.items():
+        for user in range(users):
+            name = f"{arm}-{user}"
+            events.append(shown(name, name, arm))
+            places = np.flatnonzero(rng.random(4) < rate)
+            events += [Action(name, NOW, "click", f"p{place + 1}") for place in places]
+    return events
+
+
+def test_treatments_are_compared_with_each_other(tmp_path: Path) -> None:
+    three = replace(SPLIT, arms=("old", "new", "newer"), shares=(1 / 3,) * 3)
+    rates = {"old": 0.1, "new": 0.2, "newer": 0.3}
+    logged(tmp_path, clicked(np.random.default_rng(0), rates, 800))
+    found = read_out(three, tmp_path)
+    assert {name: set(others) for name, others in found.pairs.items()} == {"newer": {"new"}}
+    effect = found.pairs["newer"]["new"]
+    ctr = {name: arm.values["ctr"] for name, arm in found.arms.items()}
+    assert effect.value == pytest.approx(ctr["newer"] / ctr["new"] - 1)
+    assert effect.low < 0.5 < effect.high
+    assert effect.found
+    assert "CTR lift of newer over new +" in report_text(found)
+
+
+def test_the_searches_that_a_lift_takes_do_not_depend_on_the_lift_that_was_found(
+    tmp_path: Path,
+) -> None:
+    """Lehr's rule on users with one product each: 15.7 p (1 - p) / (p L)^2 for a lift of L."""
+    p, n = 0.2, 4000
+    events: list[Exposure | Action] = []
+    for arm, clicks in (("old", round(p * n)), ("new", round(p * n) + 1)):
+        for user in range(n):
+            name = f"{arm}-{user}"
+            events.append(replace(shown(name, name, arm), products=["p1"]))
+            if user < clicks:
+                events.append(Action(name, NOW, "click", "p1"))
+    logged(tmp_path, events)
+    found = read_out(SPLIT, tmp_path, looked_for=0.02)
+    assert abs(found.arms["new"].lifts["ctr"].value) < 0.01
+    assert found.arms["new"].needed == pytest.approx(15.7 * (1 - p) / (p * 0.02**2), rel=0.03)
+    assert np.isnan(found.arms["old"].needed)
+    assert "see +2.0% CTR" in report_text(found)
+
+
+@pytest.mark.parametrize(("buyers", "claimed"), [(99, False), (100, True)])
+def test_a_lift_in_revenue_has_an_interval_from_a_hundred_buyers_on(
+    tmp_path: Path, buyers: int, claimed: bool
+) -> None:
+    events: list[Exposure | Action] = []
+    for arm, bought in (("old", buyers), ("new", 150)):
+        for user in range(400):
+            name = f"{arm}-{user}"
+            events += [shown(name, name, arm), Action(name, NOW, "click", f"p{1 + user % 3}")]
+            if user < bought:
+                price = 1000.0 if arm == "new" else 1.0 + user % 2
+                events.append(Action(name, NOW, "purchase", "p1", price))
+    found = read_out(SPLIT, logged(tmp_path, events))
+    effect = found.arms["new"].lifts["revenue"]
+    assert found.arms["old"].buyers == buyers
+    assert effect.value > 100
+    assert effect.found == claimed
+    assert np.isnan(effect.low) != claimed
+    assert ("fewer than 100 buyers (old has 99)" in report_text(found)) != claimed
+
+
+def test_searches_of_an_earlier_dealing_are_left_out_and_counted(tmp_path: Path) -> None:
+    faulty, later = replace(SPLIT, salt="faulty"), NOW + timedelta(days=2)
+    events: list[Exposure | Action] = []
+    for user in range(30):
+        name = f"u{user}"
+        events.append(replace(shown(f"s{user}", name, "old"), dealing=faulty.dealing))
+        arm = SPLIT.arm(name)
+        events.append(replace(shown(f"t{user}", name, arm), at=later))
+        events += [
+            Action(f"s{user}", later, "click", "p1"),
+            Action(f"t{user}", later, "click", "p2"),
+        ]
+    logged(tmp_path, events)
+    found = read_out(SPLIT, tmp_path)
+    assert (found.other_dealings, found.users_in_two_arms, found.without_search) == (30, 0, 0)
+    assert sum(arm.searches for arm in found.arms.values()) == 30
+    assert [arm.values["ctr"] for arm in found.arms.values()] == [0.25, 0.25]
+    assert (found.first_day, found.last_day) == ("2026-03-03", "2026-03-03")
+    text = report_text(found)
+    assert "searches of 2026-03-03 to 2026-03-03" in text
+    assert "30 searches in these days are left out" in text
+    before = read_out(SPLIT, tmp_path, last=date(2026, 3, 2))
+    assert (before.arms["old"].searches, before.other_dealings) == (30, 0)
+
+
+def test_another_salt_share_arm_or_design_is_another_dealing() -> None:
+    others = [
+        replace(SPLIT, salt="again"),
+        replace(SPLIT, shares=(0.4, 0.6)),
+        replace(SPLIT, arms=("old", "newer")),
+        replace(SPLIT, design="interleave"),
+    ]
+    assert len({SPLIT.dealing, *(other.dealing for other in others)}) == 5
+    assert replace(SPLIT, name="other").dealing == SPLIT.dealing
+
+
+def test_the_days_that_are_asked_for_count_and_no_others(tmp_path: Path) -> None:
+    at = {
+        "a": NOW - timedelta(milliseconds=1),
+        "b": NOW,
+        "c": NOW + timedelta(hours=23, minutes=59),
+    }
+    at["d"] = NOW + timedelta(days=1)
+    logged(tmp_path, [replace(shown(name, name, "old"), at=when) for name, when in at.items()])
+    found = read_out(SPLIT, tmp_path, first=date(2026, 3, 1), last=date(2026, 3, 1))
+    assert found.arms["old"].searches == 2
+    assert (found.first_day, found.last_day) == ("2026-03-01", "2026-03-01")
+    assert read_out(SPLIT, tmp_path, first=date(2026, 3, 2)).arms["old"].searches == 1
+    with pytest.raises(UserError, match=r"no search.*from 2026-04-01"):
+        read_out(SPLIT, tmp_path, first=date(2026, 4, 1))
+
+
+def test_a_directory_that_is_called_like_a_column_is_none(tmp_path: Path) -> None:
+    directory = tmp_path / "user=alice" / "arm=new"
+    found = read_out(SPLIT, logged(directory, [shown(f"s{i}", f"u{i}", "old") for i in range(5)]))
+    assert {name: arm.users for name, arm in found.arms.items()} == {"old": 5}
+
+
+def test_purchases_that_nobody_knows_the_revenue_of_are_counted(tmp_path: Path) -> None:
+    events: list[Exposure | Action] = [shown("s1", "u1", "old"), shown("s2", "u2", "new")]
+    events += [Action("s1", NOW, "purchase", "p1"), Action("s2", NOW, "purchase", "p1", 5.0)]
+    found = read_out(SPLIT, logged(tmp_path, events))
+    assert found.without_revenue == 1
+    assert "1 purchases have no revenue" in report_text(found)
+
+
+def test_products_that_fill_up_a_draft_win_for_nobody(tmp_path: Path) -> None:
+    events: list[Exposure | Action] = []
+    for user in range(12):
+        events.append(shown(f"s{user}", f"u{user}", None, ["old", "new", None, None]))
+        events.append(Action(f"s{user}", NOW, "click", "p2" if user < 5 else "p1"))
+        events += [Action(f"s{user}", NOW, "click", name) for name in ("p3", "p4")]
+    found = read_out(BOTH, logged(tmp_path, events))
+    assert found.preference is not None
+    assert found.preference.value == pytest.approx((5 - 7) / 12)
+    assert found.not_shown == 0
+
+
+def test_what_is_spilled_does_not_lie_in_the_log(tmp_path: Path) -> None:
+    logs, scratch = logged(tmp_path / "logs", [shown("s1", "u1", "old")]), tmp_path / "scratch"
+    scratch.mkdir()
+    written = {path: path.stat().st_mtime_ns for path in (logs, *logs.rglob("*"))}
+    read_out(SPLIT, logs, scratch=scratch)
+    assert {path: path.stat().st_mtime_ns for path in (logs, *logs.rglob("*"))} == written
+    assert list(scratch.iterdir()) == []

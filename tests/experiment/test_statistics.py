@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from acebert.experiment.statistics import PerUser, lift, preference, sample_ratio, sign_test
+from acebert.experiment.statistics import (
+    BUYERS,
+    PerUser,
+    lift,
+    needed,
+    preference,
+    sample_ratio,
+    sign_test,
+)
 
 
 def shoppers(rng: np.random.Generator, users: int, rate: float = 0.1) -> PerUser:
@@ -76,10 +84,36 @@ def test_an_a_a_experiment_alarms_at_the_nominal_rate() -> None:
 
 def test_a_planted_lift_is_found_as_often_as_its_data_promise() -> None:
     rng = np.random.default_rng(3)
-    pilot = lift(shoppers(rng, 200_000, 0.11), shoppers(rng, 200_000, 0.1))
-    users = round(pilot.needed * 200_000)
+    pilot = lift(shoppers(rng, 20_000), shoppers(rng, 20_000))  # knows of no lift
+    users = round(needed(pilot, 0.1) * 20_000)
     found = [lift(shoppers(rng, users, 0.11), shoppers(rng, users, 0.1)).found for _ in range(400)]
     assert 0.72 < np.mean(found) < 0.88
+
+
+def test_the_data_that_a_lift_needs_is_lehrs_rule() -> None:
+    """16 standard deviations squared a group, for 5 % and 80 % (Lehr 1992: 15.7)."""
+    rng = np.random.default_rng(5)
+    ones = np.ones(10_000)
+    a, b = (PerUser(rng.normal(10, 1, 10_000), ones) for _ in range(2))
+    assert needed(lift(b, a), 0.01) * 10_000 == pytest.approx(15.7 * (1 / 0.1) ** 2, rel=0.04)
+    assert needed(lift(b, a), 0.02) < needed(lift(b, a), 0.01) / 3.9
+
+
+def spenders(rng: np.random.Generator, buyers: int) -> PerUser:
+    """Users of whom about so many buy, one or more things at prices that differ a hundredfold."""
+    users = 10 * buyers
+    searches = rng.geometric(0.2, users)
+    items = np.where(rng.random(users) < 0.1, rng.geometric(0.7, users), 0)
+    prices = rng.lognormal(3, 1, items.sum())
+    spent = np.bincount(np.repeat(np.arange(users), items), prices, users)
+    return PerUser(spent, searches.astype(float))
+
+
+def test_an_a_a_experiment_on_revenue_alarms_at_the_nominal_rate_with_enough_buyers() -> None:
+    rng = np.random.default_rng(6)
+    runs = 2000
+    alarms = sum(lift(spenders(rng, BUYERS), spenders(rng, BUYERS)).found for _ in range(runs))
+    assert stats.binomtest(alarms, runs, 0.05).pvalue > 0.001
 
 
 def test_a_preference_has_an_interval_that_covers_it() -> None:

@@ -4,7 +4,7 @@ without Ray, asked without a socket."""
 import asyncio
 import shutil
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -149,12 +149,17 @@ Test = Callable[[httpx.AsyncClient, LocalService], Awaitable[None]]
 
 @pytest.fixture
 def with_service(world: World) -> Callable[..., None]:
-    """`with_service(test, key=None, **serve)`: awaits test(client, local) beside a service with
-    these settings."""
+    """`with_service(test, key=None, experiment={}, **serve)`: awaits test(client, local) beside a
+    service with these settings."""
 
-    def run(test: Test, key: str | None = None, **serve: object) -> None:
-        changed = world.settings.serve.model_copy(update=serve)
-        settings = world.settings.model_copy(update={"serve": changed})
+    def run(
+        test: Test, key: str | None = None, experiment: Mapping[str, object] = {}, **serve: object
+    ) -> None:
+        changed = {
+            "serve": world.settings.serve.model_copy(update=serve),
+            "experiment": world.settings.experiment.model_copy(update=experiment),
+        }
+        settings = world.settings.model_copy(update=changed)
 
         async def beside() -> None:
             local = LocalService(settings, key)

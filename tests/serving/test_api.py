@@ -604,3 +604,9 @@ def test_a_query_encoder_of_another_model_makes_no_bundle(world, with_service) -
     other = world.other_bundle / "model"
     with pytest.raises(UserError, match="another model"):
         build_bundle(world.settings, world.model, other, world.ingested, nothing)
+
+
+def test_hot_lists_of_a_bundle_end_where_the_day_that_is_held_out_begins(world: Any) -> None:
+    log = (world.ingested.path.parents[1] / "demo").glob("*/impressions/*.parquet")
+    held_out = max(path.stem for path in log)
+    assert Bundle(world.bundle).made["hot_lists"] == datetime.fromisoformat(f"{held_out}T00:00Z")

@@ -14,8 +14,10 @@ import httpx2 as httpx
 import numpy as np
 import pytest
 
+from acebert.config import ExperimentSettings
 from acebert.serving.bundle import publish
 from acebert.serving.drift import WINDOW
+from acebert.serving.leases import held
 from acebert.serving.query_encoder import QueryEncoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -36,12 +38,17 @@ def client(
     from acebert.serving.deployments import build
 
     workdir: Path = tmp_path_factory.mktemp("deployed")
-    publish(workdir, shared_world.bundle)
-    settings = shared_world.settings.model_copy(update={"workdir": workdir})
+    for arm in (None, "old", "new"):
+        publish(workdir, shared_world.bundle, arm)
+    (workdir / "serving" / "events").write_text("no directory, so that no log can be written")
+    experiment = ExperimentSettings(name="test", arms=("old", "new"))
+    changed = {"workdir": workdir, "experiment": experiment}
+    settings = shared_world.settings.model_copy(update=changed)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build(settings, replicas=2))
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as made:
+    known = {"x-workdir": str(workdir)}  # for the tests: the service does not read it
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=known) as made:
         yield made
     serve.shutdown()
 
@@ -129,11 +136,14 @@ def test_every_metric_that_the_dashboard_asks_for_is_one_that_the_service_export
         for target in panel["targets"]
         for name in re.findall(r"ray_\w+", target["expr"])
     }
-    assert len(asked) == 9
+    assert len(asked) == 10
     for _ in range(2 * WINDOW // 100):  # drift is told from WINDOW searches of a replica on
         answer = client.post("/search/batch", json={"queries": ["red shoe"] * 100, "k": 1})
         assert answer.status_code == 200, answer.text
     assert client.get("/search", params={"q": "a tail query"}).status_code == 200
+    unlogged = client.get("/search", params={"q": "shoe"}, headers={"X-User-Id": "u"})
+    assert unlogged.status_code == 200, unlogged.text
+    assert (unlogged.json()["search_id"], unlogged.json()["arm"]) == (None, None)
     assert client.put("/products/new", json={"title": "new"}).status_code == 202
     assert client.post("/search/batch", content=b"x" * (17 << 20)).status_code == 413
     (node,) = ray.nodes()
@@ -149,3 +159,18 @@ def test_every_metric_that_the_dashboard_asks_for_is_one_that_the_service_export
         until(exported, 120)
     except AssertionError:
         assert missing == set()
+
+
+def test_replicas_that_are_shut_down_hold_no_bundle_any_more(
+    client: httpx.Client, shared_world: Any
+) -> None:
+    from ray import serve
+
+    workdir = Path(client.headers["x-workdir"])
+    living = len(pids("Search"))
+    before = len(list((workdir / "serving" / "in_use").iterdir()))
+    assert held(workdir) == {shared_world.bundle}
+    serve.shutdown()
+    until(lambda: not pids("Search"))
+    after = len(list((workdir / "serving" / "in_use").iterdir()))
+    assert before - after == living == 2  # a replica that was killed leaves its file

@@ -2,13 +2,19 @@
 
 import asyncio
 import os
+import resource
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +27,12 @@ from playwright.sync_api import expect
 
 from acebert.errors import UserError
 from acebert.experiment.assignment import Experiment
-from acebert.experiment.event_log import collect
+from acebert.experiment.event_log import EventLog, Exposure, collect, events_directory
 from acebert.experiment.readout import Readout, read_out
 from acebert.experiment.shoppers import demo_searches
 from acebert.experiment.simulate import send
 from acebert.serving.bundle import publish
+from acebert.serving.leases import held
 from acebert.serving.query_encoder import QueryEncoder
 
 SERVER = """
@@ -86,8 +93,8 @@ class Server:
         self.stop(signal.SIGKILL)
         raise AssertionError("it does not answer")
 
-    def search(self, user: str, query: str = "red shoe") -> dict[str, Any]:
-        asked = {"q": query, "k": 10}
+    def search(self, user: str, query: str = "red shoe", **more: object) -> dict[str, Any]:
+        asked = {"q": query, "k": 10, **more}
         answer = self.client.get("/search", params=asked, headers={"X-User-Id": user})
         assert answer.status_code == 200, answer.text
         return answer.json()
@@ -111,8 +118,8 @@ class Server:
 def start(world: Any) -> Iterator[Any]:
     started: list[Server] = []
 
-    def make(**experiment: object) -> Server:
-        started.append(Server(world, **experiment))
+    def make(of: Any = world, **experiment: object) -> Server:
+        started.append(Server(of, **experiment))
         return started[-1]
 
     yield make
@@ -154,7 +161,9 @@ def test_every_answered_search_is_logged_once_when_the_process_is_killed(start) 
         server.stop(signal.SIGKILL)
         for one in asking:
             one.result()
-    rows = {row["search_id"]: row for row in server.logged("exposure")}
+    logged = server.logged("exposure")
+    rows = {row["search_id"]: row for row in logged}
+    assert len(rows) == len(logged)
     assert len(answered) > 50
     for answer in answered:
         row = rows[answer["search_id"]]
@@ -210,6 +219,117 @@ def test_an_interleaved_answer_is_a_draft_of_both_arms_and_the_same_when_repeate
     best = {max(of.values()) for of in scores.values()}
     firsts = [h["score"] for h in answer["hits"][:2]]
     np.testing.assert_allclose(sorted(firsts), sorted(best), atol=1e-5)
+
+
+def test_a_draft_is_full_when_one_arms_scores_are_all_too_low(start, world) -> None:
+    """Scores of two models have no common scale: the arm whose pass fills the list, for nobody."""
+    queries = [f"{colour} {what}" for colour in ("red", "blue") for what in ("shoe", "bag", "hat")]
+    of_arm = []
+    for bundle in (world.bundle, world.other_bundle):
+        vectors = QueryEncoder.load(bundle / "model").encode(queries)
+        of_arm.append(np.sort(vectors @ np.load(bundle / "vectors.npy").T, axis=1)[:, ::-1])
+    gaps = [  # from the one arm's best score to the other's tenth
+        (float(high[9] - low[0]), query, float(low[0]), float(high[9]))
+        for some in (of_arm, of_arm[::-1])
+        for query, low, high in zip(queries, *some, strict=True)
+    ]
+    _, query, best, tenth = max(gaps)
+    assert best < tenth
+    server = start(design="interleave")
+    full = server.search("u1", query, min_score=(best + tenth) / 2)
+    assert len(full["hits"]) == 10
+    assert not full["no_good_match"]
+    empty = server.search("u1", query, min_score=0.9999)
+    assert (empty["hits"], empty["no_good_match"]) == ([], True)
+    server.stop()
+    rows = {row["search_id"]: row for row in server.logged("exposure")}
+    assert rows[full["search_id"]]["teams"] == [None] * 10
+    assert rows[empty["search_id"]]["teams"] == []
+
+
+def test_searches_are_answered_while_the_log_cannot_be_written(start) -> None:
+    """A process whose files may not grow, as on a full disk."""
+    server = start(flush_seconds=3600.0)
+    first = server.search("u1")
+    of_process = server.process.pid, resource.RLIMIT_FSIZE
+    soft, hard = resource.prlimit(*of_process)
+    resource.prlimit(*of_process, (0, hard))
+    for _ in range(3):
+        answer = server.search("u1")
+        assert (answer["search_id"], answer["arm"]) == (None, None)
+        assert answer["hits"] == first["hits"]
+    event = {"search_id": first["search_id"], "action": "click", "product_id": "p"}
+    refused = server.client.post("/events", json=event)
+    assert refused.status_code == 503
+    assert "log" in refused.json()["error"]
+    asked, reviewer = {"q": "red shoe"}, {"X-User-Id": "r"}
+    assert server.client.get("/compare", params=asked, headers=reviewer).status_code == 503
+    resource.prlimit(*of_process, (soft, hard))
+    last = server.search("u1")
+    assert server.client.post("/events", json=event).status_code == 202
+    server.stop()
+    logged = [row["search_id"] for row in server.logged("exposure")]
+    assert sorted(logged) == sorted([first["search_id"], last["search_id"]])
+    assert len(server.logged("action")) == 1
+
+
+def test_products_of_an_arm_alone_have_a_page_a_photo_and_a_price(start, world, tmp_path) -> None:
+    bundle = tmp_path / "with-a-product-more"
+    shutil.copytree(world.other_bundle, bundle)
+    with closing(sqlite3.connect(bundle / "products.sqlite")) as db, db:
+        ((row,),) = db.execute("SELECT min(row) FROM product WHERE photo IS NOT NULL").fetchall()
+        changed = "UPDATE product SET product_id = 'arms-own', price = 77.5 WHERE row = ?"
+        assert db.execute(changed, (row,)).rowcount == 1
+    server = start(replace(world, other_bundle=bundle))
+    found = server.client.get("/products/arms-own")
+    assert (found.status_code, found.json().get("price")) == (200, 77.5)
+    photo = server.client.get("/photos/arms-own")
+    assert photo.status_code == 200
+    assert photo.content == server.client.get(f"/photos/{world.ids[row]}").content
+    assert server.client.get("/products/nobodys").status_code == 404
+    name = server.search("u1")["search_id"]
+    event = {"search_id": name, "action": "purchase", "product_id": "arms-own"}
+    assert server.client.post("/events", json=event).status_code == 202
+    server.stop()
+    assert [row["revenue"] for row in server.logged("action")] == [77.5]
+
+
+def test_an_old_log_ages_out_in_a_service_that_runs_no_experiment(world, with_service) -> None:
+    events, now = events_directory(world.settings.workdir), datetime.now(UTC)
+    log = EventLog(events)
+    log.append(
+        [
+            Exposure(f"s{days}", now - timedelta(days=days), "over", "a", "u", "q", [], "d")
+            for days in (5, 20)
+        ]
+    )
+    log._db.close()  # as its process was killed
+
+    def logged() -> list[str]:
+        files = events.glob("exposure/*/*.parquet")
+        return [name for file in files for name in pq.read_table(file)["search_id"].to_pylist()]
+
+    async def wait(client: Any, local: Any) -> None:
+        for _ in range(300):
+            await asyncio.sleep(0.1)
+            if await asyncio.to_thread(logged) == ["s5"]:
+                return
+
+    with_service(wait, experiment={"flush_seconds": 0.1, "retention_days": 10})
+    assert logged() == ["s5"]
+    assert list((events / "hot").iterdir()) == []
+
+
+def test_a_service_holds_the_bundles_that_it_has_loaded(world, with_service) -> None:
+    workdir = world.settings.workdir
+    publish(workdir, world.bundle, "old")
+    publish(workdir, world.other_bundle, "new")
+
+    async def look(client: Any, local: Any) -> None:
+        assert held(workdir) == {world.bundle, world.other_bundle}
+
+    with_service(look, experiment={"name": "test", "arms": ("old", "new")})
+    assert held(workdir) == set()
 
 
 def test_without_an_experiment_there_is_no_log(address: str, world: Any) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from acebert.serving.bundle import publish
+from acebert.errors import UserError
+from acebert.serving.bundle import publish, published
+from acebert.serving.leases import EXPIRES_SECONDS, Lease, held
 from acebert.serving.old_days import remove_old_days
 from acebert.workdir import run_stage
 
@@ -47,6 +49,48 @@ def test_the_newest_days_what_is_published_and_what_trainings_made_stay(
     remove_old_days(tmp_path, keep=1)
     assert there(days) == [True, False, False, False, True]
     assert not [path for path in tmp_path.glob("*/.*") if path.suffix != ".lock"]
+
+
+def test_what_the_settings_pin_or_a_replica_holds_stays_until_the_lease_expires(
+    tmp_path: Path, days: list[list[Path]]
+) -> None:
+    publish(tmp_path, days[4][-1])
+    Lease(tmp_path).hold({days[2][-1]})
+    for _ in range(3):
+        remove_old_days(tmp_path, keep=1, pinned=days[1][-1])
+        assert there(days) == [True, True, True, False, True]
+    (lease,) = (tmp_path / "serving" / "in_use").iterdir()
+    long_ago = lease.stat().st_mtime - EXPIRES_SECONDS - 60
+    os.utime(lease, (long_ago, long_ago))
+    remove_old_days(tmp_path, keep=1)
+    assert there(days) == [True, False, False, False, True]
+    assert not lease.exists()
+
+
+def test_a_replica_holds_what_it_said_last_until_it_stops(tmp_path: Path) -> None:
+    one, other = Lease(tmp_path), Lease(tmp_path)
+    one.hold([tmp_path / "a", tmp_path / "b"])
+    other.hold([tmp_path / "c"])
+    one.hold([tmp_path / "b"])
+    assert held(tmp_path) == {tmp_path / "b", tmp_path / "c"}
+    other.end()
+    assert held(tmp_path) == {tmp_path / "b"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
+def test_a_pointer_that_cannot_be_read_is_named_and_nothing_is_deleted_for_it(
+    tmp_path: Path, days: list[list[Path]], content: str
+) -> None:
+    publish(tmp_path, days[4][-1])
+    publish(tmp_path, days[2][-1], arm="new")
+    pointer = tmp_path / "serving" / "arm-new.json"
+    pointer.write_text(content)
+    with pytest.raises(UserError, match=r"arm-new\.json"):
+        published(tmp_path, "new")
+    assert remove_old_days(tmp_path, keep=1) == []
+    assert there(days) == [True] * 5
+    publish(tmp_path, days[2][-1], arm="new")
+    assert published(tmp_path, "new") == days[2][-1]
 
 
 def test_a_removal_that_was_killed_is_finished_by_the_next(

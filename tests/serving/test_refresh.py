@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
@@ -23,7 +24,9 @@ from acebert.data.demo import build_demo
 from acebert.data.earlier import Earlier, stage_key
 from acebert.data.ingest import ingest
 from acebert.data.tokens import tokenize
-from acebert.pipeline import Refresh, bundle_stage
+from acebert.errors import UserError
+from acebert.experiment.event_log import events_directory
+from acebert.pipeline import Refresh, bundle_stage, refreshed_bundle_stage
 from acebert.serving.bundle import Bundle, publish, published
 from acebert.training.pairs import StagePaths
 
@@ -36,7 +39,9 @@ SMALL = [
     *["--serve.hot_queries", "30", "--eval.batch_size", "8"],
 ]
 GONE, NEW, RETITLED, NEW_PHOTO = {3, 17, 40}, {5, 20}, {8}, {11, 30}
-"""rows of the first day's catalogue; NEW: those that come again under another id"""
+LOST_PHOTO, FIRST_PHOTO, REPRICED, MOVED = 33, 44, 50, 51
+"""rows of the first day's catalogue; NEW: those that come again under another id; MOVED: to another
+category"""
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,22 @@ class Days:
     """of the second, from the first"""
     scratch: Path
     """of the second, from nothing"""
+    emptied: str
+    """product whose clicks are not in the second day's log any more"""
+
+
+def first_catalogue(products: pa.Table) -> pa.Table:
+    rows = products.to_pylist()
+    rows[FIRST_PHOTO]["image"] = None
+    return pa.Table.from_pylist(rows, schema=products.schema)
 
 
 def second_catalogue(products: pa.Table) -> pa.Table:
     rows = products.to_pylist()
+    rows[LOST_PHOTO]["image"] = None
+    rows[REPRICED]["price"] += 10
+    other = next(r["category"] for r in rows if r["category"] != rows[MOVED]["category"])
+    rows[MOVED]["category"] = other
     photos = {i: rows[i]["image"] for i in NEW_PHOTO}
     for i, other in zip(NEW_PHOTO, reversed(list(NEW_PHOTO)), strict=True):
         rows[i]["image"] = photos[other]
@@ -72,14 +89,22 @@ def days(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Iterato
         argv = ["--recipe", "acebert_tiny", "--workdir", str(work / "w"), *SMALL]
         demo = build_demo(load_settings(argv), processes=1).path
         products = pq.read_table(demo / "products.parquet")
-        pq.write_table(products, work / "products1.parquet")
+        pq.write_table(first_catalogue(products), work / "products1.parquet")
         pq.write_table(second_catalogue(products), work / "products2.parquet")
         ids = products["product_id"].to_pylist()
         logs = sorted((demo / "impressions").glob("*.parquet"))
+        shown = pa.concat_tables([pq.read_table(file) for file in logs[:3]])
+        clicks = Counter(shown.filter(shown["clicked"])["product_id"].to_pylist())
+        touched = GONE | NEW | RETITLED | NEW_PHOTO | {LOST_PHOTO, FIRST_PHOTO, REPRICED, MOVED}
+        emptied = next(
+            name for name, _ in clicks.most_common() if ids.index(name) not in touched | {*range(6)}
+        )
         for day, files in ((1, logs[:3]), (2, logs)):
             (work / f"log{day}").mkdir()
             for file in files:
                 table = pq.read_table(file)
+                if day == 2:
+                    table = table.filter(pc.not_equal(table["product_id"], emptied))
                 if file == logs[3]:  # a day on which few products were seen
                     few = pa.array(ids[:6])
                     table = table.filter(pc.is_in(table["product_id"], few))
@@ -98,7 +123,7 @@ def days(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Iterato
         earlier = Earlier.of_bundle(published(settings.workdir))
         second = bundle_stage(settings, model, model, Refresh(earlier)).path
         scratch = bundle_stage(on(2, "scratch"), model, model, Refresh(None)).path
-        yield Days(settings, model, first, second, scratch)
+        yield Days(settings, model, first, second, scratch, emptied)
 
 
 def model_of(settings: Settings, directory: Path) -> Path:
@@ -149,6 +174,21 @@ def test_a_refreshed_bundle_equals_one_from_scratch(days: Days) -> None:
     swapped = np.flatnonzero(rows != expected_rows)  # only products as good as each other
     gap = np.abs(np.diff(expected, axis=1, append=-9)).ravel()
     assert all(gap[swapped] < 1e-5)
+
+
+def test_the_second_day_changes_all_that_a_catalogue_and_a_log_can_change(days: Days) -> None:
+    """Or the test above would prove little."""
+    before, now = read_by_the_model(days.first), read_by_the_model(days.second)
+    ids = pq.read_table(days.settings.workdir.parent / "products1.parquet")["product_id"]
+    assert before[days.emptied][2] != now[days.emptied][2] == []
+    lost, came = ids[LOST_PHOTO].as_py(), ids[FIRST_PHOTO].as_py()
+    assert [before[lost][1] is None, now[lost][1] is None] == [False, True]
+    assert [before[came][1] is None, now[came][1] is None] == [True, False]
+    first, second = Bundle(days.first), Bundle(days.second)
+    for row, field in ((REPRICED, "price"), (MOVED, "category")):
+        name = ids[row].as_py()
+        was, became = (b.products([b.row_of(name)])[0] for b in (first, second))
+        assert getattr(was, field) != getattr(became, field)
 
 
 def test_only_what_changed_is_embedded_and_put_through_the_cnn(days: Days) -> None:
@@ -235,3 +275,52 @@ def test_a_refresh_that_is_killed_leaves_the_old_bundle_and_the_same_command_end
     assert now.index.product_ids == expected.index.product_ids
     np.testing.assert_allclose(now.vectors, expected.vectors, atol=1e-5)
     assert not list(tmp_path.glob("*/.*.partial"))
+
+
+def test_a_catalogue_that_lacks_too_many_products_is_refused_before_a_bundle_is_made(
+    days: Days, tmp_path: Path
+) -> None:
+    products = pq.read_table(days.settings.data.products)
+    short = tmp_path / "products.parquet"
+    pq.write_table(products.slice(0, 40), short)  # of the first day's 60: 2 new ones, 38 of them
+    data = days.settings.data.model_copy(update={"products": str(short)})
+    settings = days.settings.model_copy(update={"data": data})
+    made = set((settings.workdir / "bundle").iterdir())
+    with pytest.raises(UserError, match=r"22 of the 60 products .* --max_gone_share 0\.38"):
+        refreshed_bundle_stage(settings, days.model, days.model, days.first, 0.2)
+    assert set((settings.workdir / "bundle").iterdir()) == made
+    allowed = refreshed_bundle_stage(settings, days.model, days.model, days.first, 0.38)
+    assert len(Bundle(allowed.path).index.product_ids) == 40
+
+
+def test_arms_are_refreshed_together_or_not_at_all(days: Days, tmp_path: Path) -> None:
+    import ray
+
+    workdir, root = tmp_path / "w", days.settings.workdir.parent
+    shutil.copytree(days.settings.workdir, workdir)
+    names = [stage.name for stage in (days.first, days.second)]
+    first, second = (workdir / "bundle" / name for name in names)
+    for arm in ("old", "new"):
+        publish(workdir, first, arm)
+    events, old = events_directory(workdir), "2020-01-01"
+    (events / "exposure" / old).mkdir(parents=True)
+    job = str(Path(__file__).parents[2] / "ray_jobs" / "refresh.py")
+    command = [sys.executable, job, "--workdir", str(workdir), "--serve.hot_queries", "30"]
+    command += ["--data.products", str(root / "products2.parquet")]
+    command += ["--data.impressions", str(root / "log2"), "--arm", "old", "--model"]
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": job.rsplit("/", 2)[0]}
+
+    def refresh(other: Path) -> subprocess.CompletedProcess[str]:
+        argv = [*command, str(days.model), "--arm", "new", "--model", str(other)]
+        return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=400)
+
+    broken = tmp_path / "broken"
+    shutil.copytree(days.model, broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    assert refresh(broken).returncode != 0
+    assert [published(workdir, arm) for arm in ("old", "new")] == [first, first]
+    done = refresh(days.model)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [published(workdir, arm) for arm in ("old", "new")] == [second, second]
+    assert not (events / "exposure" / old).exists()
