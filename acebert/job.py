@@ -25,7 +25,8 @@ def run_job(
 ) -> NoReturn:
     """Parse the command line, and run `work(settings)` or, with `extra`, `work(arguments)`.
 
-    `extra` is a parser made with add_help=False for arguments that are no settings; the words that
+    `extra` is a parser made with add_help=False and allow_abbrev=False (`--seed` is not `--seeds`)
+    for arguments that are no settings; the words that
     it leaves over are in `arguments.settings`, for `work` to read as its job does: by themselves,
     or on top of a model's own. Exits with 0, or with 2 and the message alone after a `UserError`.
     """
@@ -49,14 +50,14 @@ def run_job(
 
 def model_arguments() -> argparse.ArgumentParser:
     """Of the jobs that use a trained model."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", type=path, required=True, help="directory that finetune printed")
     return parser
 
 
 def bundle_arguments() -> argparse.ArgumentParser:
     """Of the jobs that make a bundle for the service and publish it."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(
         "--model",
         type=lambda text: text if text.startswith("models:/") else path(text),

@@ -48,6 +48,6 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--logs", type=Path, help="directory of a log (none: the service's)")
     run_job(work, __doc__, parser)

@@ -114,8 +114,9 @@ class _Sweep:
     def _is_tested(self, outcome: Outcome) -> bool:
         """Whether the trial's numbers of the test day are there, and are what they would be if it
         were evaluated now."""
-        row, key = (outcome.result.get(name) for name in ("test_row", TEST_KEY))
-        return key == self._test_key() and (Path(row) / "metrics.json").is_file()
+        if outcome.result.get(TEST_KEY) != self._test_key():
+            return False
+        return (Path(outcome.result["test_row"]) / "metrics.json").is_file()
 
     def _test_key(self) -> str:
         return digest_of(
