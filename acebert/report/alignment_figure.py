@@ -13,7 +13,7 @@ SHAPES = {"product": ("o", 0.35), "query": ("^", 0.8)}
 """marker and opacity"""
 
 
-LONGEST = 24  # letters of a name in the legend, of which two stand side by side
+LONGEST = 20  # letters of a name in the legend, of which two stand side by side
 
 
 def alignment_panels(points: Path) -> list[Panel]:
@@ -68,7 +68,9 @@ def _legend(colours: dict[str, str]) -> Panel:
     ]
     with plt.rc_context(LOOK):
         figure = plt.figure(figsize=(WIDTH, 0.35 + 0.24 * -(-(len(dots) + len(shapes)) // 2)))
-        figure.legend(handles=[*shapes, *dots], loc="center", ncols=2)
+        figure.legend(
+            handles=[*shapes, *dots], loc="center", ncols=2, handlelength=1, columnspacing=1
+        )
         return panel("fig7_legend", "triangles are queries, dots are products", figure)
 
 

@@ -37,10 +37,11 @@ def make_world(
     seed: int = 0,
     negatives: bool = True,
     types: tuple[str, ...] = TYPES,
+    searches: int = 300,
     **evaluation: object,
 ) -> World:
-    """60 products, 20 queries (the last five on the test day alone), 300 searches; with more
-    `types` more products and queries."""
+    """60 products, 20 queries (the last five on the test day alone); with more `types` more
+    of both."""
     rng = np.random.default_rng(seed)
     kinds = [(b, c, t) for b in BRANDS for c in COLOURS for t in types]
     # Every second title does not say the colour, and so is the same as others.
@@ -90,7 +91,7 @@ def make_world(
     pairs(train, "pairs.parquet")
     pairs(train[::5], "valid_pairs.parquet")
     shown: list[tuple[int, int, int, int, bool]] = []
-    for search in range(300):
+    for search in range(searches):
         query = int(rng.integers(len(queries)))
         good = wanted(query)
         others = rng.choice([i for i in rows if i not in good], 6, replace=False)
