@@ -11,6 +11,7 @@ from acebert.data.plan_arithmetic import PAPER_BATCHES_PER_PARTITION
 from acebert.evaluation.significance import Interval
 from acebert.evaluation.tables import interval_of_seeds, label
 from acebert.report.style import LOOK, WIDTH, Panel, colour, panel
+from acebert.tracking import without_password
 
 METRICS = ("gauc", "recall_100")
 VARIED = "plan.batches_per_partition"
@@ -49,7 +50,7 @@ def lost_trials(sweep: Path) -> dict[str, str]:
             told = (
                 f"Figure 5, point n/(P·W) = {value:g} (seeds {len(of) - len(failed)} of {len(of)})"
             )
-            lost[told] = failed[0]["reason"] or failed[0]["status"]
+            lost[told] = without_password(failed[0]["reason"] or failed[0]["status"])
     return lost
 
 

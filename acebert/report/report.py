@@ -139,7 +139,7 @@ def report_stage(
         if aligned:
             alignment = _drawn(told, "Figure 7", _alignment, aligned.path)
         if swept:
-            told.left_out |= lost_trials(swept)
+            told.left_out |= _drawn(told, "Figure 5", lost_trials, swept) or {}
             partitions = _drawn(told, "Figure 5", _partitions, swept)
         paths = _trainings(settings.workdir, results.rows, swept)
         ours = results.rows[ACEBERT.name].settings if ACEBERT.name in results.rows else None
