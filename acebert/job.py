@@ -25,10 +25,10 @@ def run_job(
 ) -> NoReturn:
     """Parse the command line, and run `work(settings)` or, with `extra`, `work(arguments)`.
 
-    `extra` is a parser made with add_help=False and allow_abbrev=False (`--seed` is not `--seeds`)
-    for arguments that are no settings; the words that
-    it leaves over are in `arguments.settings`, for `work` to read as its job does: by themselves,
-    or on top of a model's own. Exits with 0, or with 2 and the message alone after a `UserError`.
+    `extra` is a parser for arguments that are no settings, made with add_help=False and
+    allow_abbrev=False (`--seed` is not `--seeds`); the words that it leaves over are in
+    `arguments.settings`, for `work` to read as its job does: by themselves, or on top of a model's
+    own. Exits with 0, or with 2 and the message alone after a `UserError`.
     """
     set_up_logging()
     argv = sys.argv[1:] if argv is None else argv

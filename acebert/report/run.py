@@ -201,7 +201,7 @@ def trainings(model: Path, workdir: Path) -> dict[Path, float]:
         found[pretrained] = float(_read(pretrained / "report.json")["train_seconds"])
     if "features" in key:
         shown = _read(workdir / "features" / key["features"] / "stage.json")["key"]
-        cnn = _trained_cnn(workdir, shown.get("cnn_weights", "random"))
+        cnn = _trained_cnn(workdir, shown.get("cnn_weights"))
         if cnn is not None:
             found[cnn] = float(_read(cnn / "report.json")["train_seconds"])
     if "hard_negatives" in key:
@@ -213,8 +213,8 @@ def trainings(model: Path, workdir: Path) -> dict[Path, float]:
 
 
 @cache
-def _trained_cnn(workdir: Path, weights: str) -> Path | None:
-    """The 'cnn' stage that made weights of this SHA-256; None: they came from elsewhere."""
+def _trained_cnn(workdir: Path, weights: str | None) -> Path | None:
+    """The 'cnn' stage that made weights of this SHA-256; None: none did."""
     made = (workdir / "cnn").glob(f"[!.]*/{WEIGHTS}")
     return next((path.parent for path in made if weights_digest(str(path)) == weights), None)
 
