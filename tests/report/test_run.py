@@ -326,3 +326,22 @@ def test_without_a_model_of_its_own_the_rival_is_left_out_with_a_line() -> None:
     results = Results()
     measure_rival(small_settings, None, (0,), 5e-5, results)
     assert set(results.left_out.values()) == {"no model is given (--sentence_transformer DIR)"}
+
+
+def test_the_rivals_rows_say_which_model_was_trained_and_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage("sentence_transformers", tmp_path, "d", 0.0, reused=True)
+    (tmp_path / "report.json").write_text('{"train_seconds": 60, "pairs": 100}')
+    for name in ("sentence_transformers_stage", "evaluate_embeddings", "tracked"):
+        monkeypatch.setattr(run, name, lambda *_, **__: stage)
+    monkeypatch.setattr(run, "ingest_stage", lambda settings: None)
+    results = Results({"TwinBERT": Measured(Row("TwinBERT", ()), pairs=100)})
+    start = tmp_path / "mini-lm"
+    measure_rival(lambda *_: load_settings(SMALL), start, (3, 4), 5e-5, results)
+    assert not results.left_out
+    assert results.rows[ZERO_SHOT].others == {"model": "mini-lm"}
+    assert (results.rows[ZERO_SHOT].seeds, results.rows[ZERO_SHOT].seconds) == ((), None)
+    told = {"model": "mini-lm", "lr": "5e-05", "batch_size": "32"}
+    assert results.rows[RIVAL].others == told
+    assert results.rows[RIVAL].seeds == (3, 4)
