@@ -10,7 +10,7 @@ from acebert.machine import machine
 
 
 def test_it_names_the_clusters_cpus_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's own answer of a node with two GPUs, as it was noted down."""
+    """In the form in which Ray tells of a cluster with two GPUs of one kind."""
     resources = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:H200": 1.0, "memory": 1e11}
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
