@@ -619,7 +619,7 @@ class ExperimentSettings(Section):
     flush_seconds: float = Field(30.0, gt=0)
     """how often a replica moves its part of the log to Parquet [s]"""
     retention_days: int = Field(90, ge=1)
-    """days after which services, reports and refreshes delete logged searches and clicks"""
+    """days after which a service deletes logged searches and clicks"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -25,9 +25,10 @@ def run_job(
 ) -> NoReturn:
     """Parse the command line, and run `work(settings)` or, with `extra`, `work(arguments)`.
 
-    `extra` is a parser made with add_help=False for arguments that are no settings; the words that
-    it leaves over are in `arguments.settings`, for `work` to read as its job does: by themselves,
-    or on top of a model's own. Exits with 0, or with 2 and the message alone after a `UserError`.
+    `extra` is a parser for arguments that are no settings, made with add_help=False and
+    allow_abbrev=False (`--seed` is not `--seeds`); the words that it leaves over are in
+    `arguments.settings`, for `work` to read as its job does: by themselves, or on top of a model's
+    own. Exits with 0, or with 2 and the message alone after a `UserError`.
     """
     set_up_logging()
     argv = sys.argv[1:] if argv is None else argv
@@ -49,14 +50,14 @@ def run_job(
 
 def model_arguments() -> argparse.ArgumentParser:
     """Of the jobs that use a trained model."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", type=path, required=True, help="directory that finetune printed")
     return parser
 
 
 def bundle_arguments(action: Literal["store", "append"] = "store") -> argparse.ArgumentParser:
     """Of the jobs that make a bundle for the service, or with `append` several, and publish it."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(
         "--model",
         action=action,

@@ -351,10 +351,10 @@ def _provenance() -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """First 12 hex digits of a SHA-256 over the package's own source."""
+    """First 12 hex digits of a SHA-256 over the package's own source, recipes and templates."""
     digest = hashlib.sha256()
     root = Path(__file__).parent
-    for path in sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]):
+    for path in sorted(p for kind in ("py", "yaml", "j2") for p in root.rglob(f"*.{kind}")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -25,7 +25,6 @@ def work(arguments: argparse.Namespace) -> None:
         collect,
         compact,
         events_directory,
-        tend,
         unchanging,
     )
     from acebert.experiment.readout import read_out, write_report
@@ -39,11 +38,9 @@ def work(arguments: argparse.Namespace) -> None:
     if not arguments.lift > -1 or arguments.lift == 0:
         raise UserError(f"--lift {arguments.lift:g}: a relative lift above -1, and not 0")
     events = arguments.logs or events_directory(settings.workdir)
+    collect(events)
     if arguments.logs is None:
-        tend(events, settings.experiment.retention_days)
         compact(events)
-    else:
-        collect(events)
     asked = {"first": arguments.first, "last": arguments.last, "looked_for": arguments.lift}
 
     def build(out: Path) -> None:
@@ -64,7 +61,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--logs", type=Path, help="directory of a log (none: the service's)")
     day = date.fromisoformat
     parser.add_argument("--from", dest="first", type=day, default=date.min, help="first UTC day")

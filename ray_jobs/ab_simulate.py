@@ -51,7 +51,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the service")
     parser.add_argument("--searches", type=int, default=10_000, help="searches to send")
     parser.add_argument("--users", type=int, default=2_000, help="users who send them")

@@ -164,7 +164,7 @@ def print_next(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipes", nargs="+", default=["twinbert_tiny", "acebert_tiny"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     run_job(work, __doc__, parser)

@@ -12,9 +12,8 @@ bundles are made before the first is published.
 
     python ray_jobs/refresh.py --workdir W --arm old --model OLD --arm new --model NEW ...
 
-What earlier refreshes made is deleted, but for the `--keep` newest and what is published or in use;
-so are searches and clicks that are too old. A catalogue that lacks more than `--max_gone_share` of
-the products that are published is refused.
+What earlier refreshes made is deleted, but for the `--keep` newest and what is published or in use.
+A catalogue that lacks more than `--max_gone_share` of the products that are published is refused.
 """
 
 import argparse
@@ -47,7 +46,6 @@ def work(arguments: argparse.Namespace) -> None:
     models = [model_directory(where, model) for model in arguments.model]
     chosen = [settings_for(model, arguments.settings) for model in models]
     from acebert.cluster import leave
-    from acebert.experiment.event_log import events_directory, tend
     from acebert.pipeline import refreshed_bundle_stage
     from acebert.serving.bundle import publish, published_or_none
     from acebert.serving.old_days import remove_old_days
@@ -60,7 +58,6 @@ def work(arguments: argparse.Namespace) -> None:
     for arm, stage in zip(arms, stages, strict=True):
         publish(settings.workdir, stage.path, arm)
     removed = remove_old_days(settings.workdir, arguments.keep, settings.serve.bundle)
-    tend(events_directory(settings.workdir), settings.experiment.retention_days)
     if settings.serve.milvus_uri is not None:
         from acebert.serving.milvus import drop_collections
 

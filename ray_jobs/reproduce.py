@@ -8,22 +8,29 @@ last line printed is the page.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
 from acebert.job import run_job
-from acebert.report.parts import PARTS, SWEPT, systems_of
+from acebert.report.parts import PARTS, TABLES, seeds_by_part, systems_of
 
 FIG_5 = Path(__file__).parents[1] / "tune_spaces" / "fig5_partitions.yaml"
 
 
 def work(arguments: argparse.Namespace) -> None:
     settings = load_settings(arguments.settings)
+    if any(leaf.split("=")[0] in ("--recipe", "--seed") for leaf in arguments.settings):
+        raise UserError("--recipe and --seed are each row's own: give --size and --seeds")
+    seeds = seeds_by_part(arguments.parts, arguments.seeds, arguments.table1_seeds)
+    start = arguments.sentence_transformer
+    if start is not None and not start.is_dir():
+        raise UserError(f"--sentence_transformer {start}: no such directory")
     from acebert.cluster import leave
     from acebert.pipeline import ingest_stage, tracked
     from acebert.report.report import Given, report_stage
-    from acebert.report.rows import TWINBERT, System
+    from acebert.report.rows import System
     from acebert.report.run import (
         Results,
         measure_partitions,
@@ -31,14 +38,8 @@ def work(arguments: argparse.Namespace) -> None:
         measure_systems,
         measure_untrained,
     )
-    from acebert.tracking import tagged
 
-    seeds = {part: tuple(arguments.seeds) for part in arguments.parts}
-    if "table1" in seeds and arguments.table1_seeds:
-        seeds["table1"] = tuple(arguments.table1_seeds)
-    given = Given(tuple(arguments.parts), seeds, tuple(arguments.settings))
-    if any(leaf.split("=")[0] in ("--recipe", "--seed") for leaf in arguments.settings):
-        raise UserError("--recipe and --seed are each row's own: give --size and --seeds")
+    given = Given(tuple(seeds), seeds, tuple(sys.argv))
 
     def make(system: System, seed: int) -> Settings:
         recipe = f"{system.recipe}_tiny" if arguments.size == "tiny" else system.recipe
@@ -49,24 +50,22 @@ def work(arguments: argparse.Namespace) -> None:
 
     results = Results()
     wanted = systems_of(given.parts)
-    if "table1" in given.parts:
+    if any(table.untrained for part in given.parts for table in TABLES.get(part, ())):
         measure_untrained(settings, results)
     measure_systems(wanted, seeds, make, results)
     if "table1" in given.parts:
-        start, lr = arguments.sentence_transformer, arguments.sentence_transformer_lr
-        twin = make(TWINBERT, seeds["table1"][0])
-        measure_rival(twin, start, seeds["table1"], lr, results)
+        lr = arguments.sentence_transformer_lr
+        measure_rival(make, start, seeds["table1"], lr, results)
     swept = None
     if "fig5" in given.parts:
-        base = tagged(make(SWEPT, seeds["fig5"][0]), "fig5")
-        swept = measure_partitions(base, FIG_5, seeds["fig5"], results)
+        swept = measure_partitions(make, FIG_5, seeds["fig5"], results)
     page = tracked(settings, report_stage(settings, ingest_stage(settings), given, results, swept))
     leave()
     print(page.path / "report.html")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of every trained row")
     parser.add_argument(

@@ -30,7 +30,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--space", type=Path, required=True, help="YAML file under tune_spaces/")
     parser.add_argument("--evaluate", action="store_true", help="measure trials on the test day")
     run_job(work, __doc__, parser)

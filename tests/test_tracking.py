@@ -9,11 +9,13 @@ import ray
 from click.testing import CliRunner
 from mlflow.cli import cli as mlflow_command
 
+from acebert import tracking
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
 from acebert.pipeline import tracked
 from acebert.tracking import (
     client,
+    code_digest,
     default_server,
     finished_run,
     metrics_actor,
@@ -197,3 +199,18 @@ def test_the_default_server_of_one_work_directory_is_not_that_of_the_next(
     with default_server(settings):
         assert mlflow.get_tracking_uri() == tracking_uri(settings)
     assert tracking_uri(other) == before != tracking_uri(settings)
+
+
+@pytest.mark.parametrize("name", ["job.py", "recipes/new.yaml", "templates/page.html.j2"])
+def test_the_codes_digest_is_of_source_recipes_and_templates(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "tracking.py"))
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("one")
+    before = code_digest()
+    (tmp_path / "notes.txt").write_text("nothing to do with it")
+    assert code_digest() == before
+    path.write_text("two")
+    assert code_digest() != before

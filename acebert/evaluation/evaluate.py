@@ -522,16 +522,20 @@ def _read_ranks(directory: Path) -> _Ranks:
     return _Ranks(table["greater"].to_numpy(), table["equal"].to_numpy(), none, none)
 
 
-def _key(settings: Settings, ingested: Stage) -> dict[str, Any]:
+def evaluation_key(settings: Settings) -> dict[str, Any]:
+    """All that decides how vectors are measured, but for the test day itself."""
     not_in_it = {"batch_size", "num_actors", "search_mb", "qrels", "dimensions"}  # of the vectors
     own = settings.eval.model_dump(exclude=not_in_it)
     qrels = settings.eval.qrels
     return {
         "version": VERSION,
-        "ingest": ingested.digest,
         "eval": own,
         "qrels": hashlib.sha256(file_bytes(qrels)).hexdigest() if qrels else None,
     }
+
+
+def _key(settings: Settings, ingested: Stage) -> dict[str, Any]:
+    return {"ingest": ingested.digest, **evaluation_key(settings)}
 
 
 def _digest(path: Path) -> str:

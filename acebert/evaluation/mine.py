@@ -20,7 +20,7 @@ from acebert.data.hard_negatives import HardNegatives
 from acebert.data.lookups import Lookups
 from acebert.data.tokens import Ragged
 from acebert.errors import UserError
-from acebert.evaluation.embed import product_vectors, query_vectors
+from acebert.evaluation.embed import model_digests, product_vectors, query_vectors
 from acebert.index import ProductIndex
 from acebert.training.pairs import StagePaths
 from acebert.workdir import Stage, run_stage
@@ -46,11 +46,12 @@ def mine(
         ranks: first and last to be kept, among the products never clicked for the query
 
     Raises:
-        UserError: the catalogue has fewer products than the last rank asks for.
+        UserError: the catalogue has fewer products than the last rank asks for, or the model's
+            directory lacks a file.
     """
     key: dict[str, Any] = {
         "version": VERSION,
-        "model": [model.name, (model / "model.safetensors").stat().st_size],
+        "model": [model.name, model_digests(model)],
         "ingest": ingested.digest,
         "tokens": tokens.digest,
         "features": features.digest if features else None,

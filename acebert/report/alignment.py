@@ -116,9 +116,12 @@ def draw_sample(ingested: Path, points: int = POINTS, seed: int = 0) -> Sample:
     place[chosen] = np.arange(len(chosen))
 
     asked, row = np.unique(query, return_inverse=True)
-    votes = np.zeros((len(asked), len(names)))
-    np.add.at(votes, (row, of), clicks)
-    of_query = place[votes.argmax(axis=1)]
+    # By distinct (query, category): a table of all of them would not fit where both are many.
+    cells, cell = np.unique(row * len(names) + of, return_inverse=True)
+    of_row, voted = np.divmod(cells, len(names))
+    order = np.lexsort((voted, -np.bincount(cell, clicks), of_row))
+    most = order[np.unique(of_row[order], return_index=True)[1]]
+    of_query = place[voted[most]]
     of_product = place[code]
     rng = np.random.default_rng(seed)
 

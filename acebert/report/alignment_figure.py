@@ -13,6 +13,9 @@ SHAPES = {"product": ("o", 0.35), "query": ("^", 0.8)}
 """marker and opacity"""
 
 
+LONGEST = 20  # letters of a name in the legend, of which two stand side by side
+
+
 def alignment_panels(points: Path) -> list[Panel]:
     """A panel a system of points.parquet, and one with the legend of both."""
     table = pq.read_table(points)
@@ -55,12 +58,23 @@ def _panel(points: Path, number: int, system: str, colours: dict[str, str]) -> P
 
 
 def _legend(colours: dict[str, str]) -> Panel:
-    dots = [Line2D([], [], marker="o", color=c, linestyle="", label=n) for n, c in colours.items()]
+    dots = [
+        Line2D([], [], marker="o", color=c, linestyle="", label=short(name))
+        for name, c in colours.items()
+    ]
     shapes = [
         Line2D([], [], marker=marker, color="0.3", linestyle="", label=side)
         for side, (marker, _) in SHAPES.items()
     ]
     with plt.rc_context(LOOK):
         figure = plt.figure(figsize=(WIDTH, 0.35 + 0.24 * -(-(len(dots) + len(shapes)) // 2)))
-        figure.legend(handles=[*shapes, *dots], loc="center", ncols=2)
+        figure.legend(
+            handles=[*shapes, *dots], loc="center", ncols=2, handlelength=1, columnspacing=1
+        )
         return panel("fig7_legend", "triangles are queries, dots are products", figure)
+
+
+def short(name: str) -> str:
+    """Cut in the middle: categories are often paths, which start or end alike."""
+    half = LONGEST // 2
+    return name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[-half:]}"

@@ -1,15 +1,23 @@
 """What may be said of one row beside another: its relative gain, with the interval that decides."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from acebert.evaluation.significance import Interval, relative_gain
+from acebert.evaluation.significance import Interval, Ratios, relative_gain
 from acebert.evaluation.tables import Row, read_metrics, read_ratios
 from acebert.report.parts import Step, Table
+from acebert.report.run import Measured
 
 Verdict = Literal["up", "down", "open"]
+Unclaimed = Literal["one seed: not claimed", "too few queries"]
+BesidePaper = Literal[
+    "reproduced", "reproduced, larger", "direction only, smaller", "the opposite", "not shown"
+]
 GROUP_METRICS = ("gauc", "recall_100")
 """what is told of a part of the queries"""
+LEAST_QUERIES = 30
+"""fewer than these are no sample: the bootstrap's intervals are too narrow"""
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,8 @@ class Gain:
             be 0, an end is infinite
         difference: the same as a difference, which decides
         paper: the paper's, or None
+        queries: that count in both rows
+        one_seed: one of the two was trained, with a single seed
     """
 
     metric: str
@@ -29,20 +39,39 @@ class Gain:
     ours: Interval
     difference: Interval
     paper: float | None
+    queries: int
+    one_seed: bool
+
+    @property
+    def unclaimed(self) -> Unclaimed | None:
+        """Why nothing may be claimed, whatever the interval is."""
+        if self.one_seed:
+            return "one seed: not claimed"
+        return "too few queries" if self.queries < LEAST_QUERIES else None
 
     @property
     def verdict(self) -> Verdict:
         """up or down where the difference's interval lies on one side of 0, else open."""
+        if self.unclaimed:
+            return "open"
         if self.difference.low > 0:
             return "up"
         return "down" if self.difference.high < 0 else "open"
 
     @property
-    def agrees(self) -> bool | None:
-        """Whether the paper's direction is shown (True), the other one is (False), or neither."""
-        if self.paper is None or self.verdict == "open":
+    def beside_paper(self) -> BesidePaper | None:
+        """What became of the paper's gain: reproduced where its direction is shown and the interval
+        contains it. None: the paper has none, or nothing may be claimed."""
+        if self.paper is None or self.unclaimed:
             return None
-        return (self.verdict == "up") == (self.paper > 0)
+        if self.verdict == "open":
+            return "not shown"
+        if (self.verdict == "up") != (self.paper > 0):
+            return "the opposite"
+        if self.ours.low <= self.paper <= self.ours.high:
+            return "reproduced"
+        larger = abs(self.ours.value) > abs(self.paper)
+        return "reproduced, larger" if larger else "direction only, smaller"
 
 
 @dataclass(frozen=True)
@@ -53,7 +82,7 @@ class Comparison:
     gains: tuple[Gain, ...]
 
 
-def comparisons(table: Table, measured: dict[str, Row]) -> list[Comparison]:
+def comparisons(table: Table, measured: Mapping[str, Measured]) -> list[Comparison]:
     """The table's steps between rows that were measured, by the rows' names."""
     return [
         Comparison(step, tuple(_gains(table, step, measured[step.row], measured[step.beside])))
@@ -62,27 +91,40 @@ def comparisons(table: Table, measured: dict[str, Row]) -> list[Comparison]:
     ]
 
 
-def _gains(table: Table, step: Step, row: Row, beside: Row) -> list[Gain]:
-    measured: list[tuple[str, str | None]] = [(metric, None) for metric in table.metrics]
-    measured += [(metric, group) for group in table.groups for metric in GROUP_METRICS]
+def _gains(table: Table, step: Step, row: Measured, beside: Measured) -> list[Gain]:
+    wanted: list[tuple[str, str | None]] = [(metric, None) for metric in table.metrics]
+    wanted += [(metric, group) for group in table.groups for metric in GROUP_METRICS]
+    one_seed = row.one_seed or beside.one_seed
     out = []
-    for metric, group in measured:
-        found = relative(row, beside, metric, group)
+    for metric, group in wanted:
+        found = relative(row.row, beside.row, metric, group)
         if found is not None:
             paper = None if group else _paper_gain(table, step, metric)
-            out.append(Gain(metric, group, *found, paper))
+            ours, difference, queries = found
+            out.append(Gain(metric, group, ours, difference, paper, queries, one_seed))
     return out
 
 
 def relative(
     row: Row, beside: Row, metric: str, group: str | None = None
-) -> tuple[Interval, Interval] | None:
-    """row / beside − 1 and row − beside; None where one of them has no such number, or beside's is
-    0."""
+) -> tuple[Interval, Interval, int] | None:
+    """row / beside − 1, row − beside, and the queries that count in both; None where one of them
+    has no such number, or beside's is 0."""
     if any(value_of(one, metric, group) is None for one in (row, beside)):
         return None
     a, b = (read_ratios(one.seeds, metric, group) for one in (row, beside))
-    return relative_gain(a, b, samples=2000) if b.value > 0 else None
+    if b.value <= 0:
+        return None
+    return *relative_gain(a, b, samples=2000), min(_counting(a), _counting(b))
+
+
+def queries_of(row: Row, group: str, metric: str) -> int:
+    """Queries of a group that count in a metric which the row has."""
+    return _counting(read_ratios(row.seeds, metric, group))
+
+
+def _counting(ratios: Ratios) -> int:
+    return int((ratios.denominator > 0).sum())
 
 
 def value_of(row: Row, metric: str, group: str | None = None) -> float | None:

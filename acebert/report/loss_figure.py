@@ -14,10 +14,15 @@ WINDOW = 20  # steps that a point of the curve is the mean of
 LAST = 0.1  # share of the steps whose mean is the loss at the end
 
 
+def steps_trained(models: Sequence[Path]) -> list[int]:
+    """By model."""
+    return [pq.read_metadata(model / "history.parquet").num_rows for model in models]
+
+
 def loss_curves(models: Sequence[Path]) -> NDArray[np.float64]:
     """Eq. 5 by step [seeds, steps], as far as all seeds were trained."""
     tables = [pq.read_table(model / "history.parquet", columns=["loss"]) for model in models]
-    steps = min(table.num_rows for table in tables)
+    steps = min(steps_trained(models))
     return np.stack([table["loss"].to_numpy()[:steps] for table in tables])
 
 

@@ -7,7 +7,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from acebert.evaluation.significance import Interval
 from acebert.evaluation.tables import label
 from acebert.report import words
+from acebert.report.gains import Gain
 from acebert.report.style import colour
+
+STATES = {
+    **dict.fromkeys(("reproduced", "reproduced, larger", "better"), "yes"),
+    **dict.fromkeys(("the opposite", "worse"), "no"),
+}
 
 
 def render(context: dict[str, Any]) -> str:
@@ -26,10 +32,16 @@ def render(context: dict[str, Any]) -> str:
         "verdict": words.verdict,
         "colour": colour,
         "half": half,
+        "state": state,
         "duration": duration,
         "group": lambda group: "all queries" if group is None else f"{group} queries",
     }
     return environment.get_template("page.html.j2").render(context)
+
+
+def state(gain: Gain) -> str:
+    """`yes`, `no` or `open`: the colour of a verdict."""
+    return STATES.get(words.verdict(gain), "open")
 
 
 def half(interval: Interval) -> str:

@@ -11,14 +11,17 @@ from acebert.data.plan_arithmetic import PAPER_BATCHES_PER_PARTITION
 from acebert.evaluation.significance import Interval
 from acebert.evaluation.tables import interval_of_seeds, label
 from acebert.report.style import LOOK, WIDTH, Panel, colour, panel
+from acebert.tracking import without_password
 
 METRICS = ("gauc", "recall_100")
+VARIED = "plan.batches_per_partition"
+"""what tune_spaces/fig5_partitions.yaml varies"""
 
 
 def partition_points(sweep: Path) -> list[dict[str, Any]]:
     """The finished points of a sweep over partitions, by n/(P·W): `partitions`,
-    `batches_per_partition`, `hard_share`, and an Interval of the test day for each metric that it
-    has."""
+    `batches_per_partition`, `hard_share`, `seeds`, and an Interval of the test day for each metric
+    that it has."""
     trials = pq.read_table(sweep / "trials.parquet").to_pylist()
     finished = [trial for trial in trials if trial["status"] == "finished"]
     points = []
@@ -27,11 +30,28 @@ def partition_points(sweep: Path) -> list[dict[str, Any]]:
         rows = [Path(trial["test_row"]) for trial in of]
         point = {name: of[0][name] for name in ("partitions", "batches_per_partition")}
         point["hard_share"] = float(np.mean([trial["hard_share"] for trial in of]))
+        point["seeds"] = sorted(trial["seed"] for trial in of)
         for metric in METRICS:
             if of[0].get(f"test_{metric}") is not None:
                 point[metric] = interval_of_seeds(rows, metric)
         points.append(point)
     return points
+
+
+def lost_trials(sweep: Path) -> dict[str, str]:
+    """Points that lost some or all of their trials → why the first one did."""
+    columns = [VARIED, "seed", "status", "reason"]
+    trials = pq.read_table(sweep / "trials.parquet", columns=columns).to_pylist()
+    lost = {}
+    for value in dict.fromkeys(trial[VARIED] for trial in trials):
+        of = [trial for trial in trials if trial[VARIED] == value]
+        failed = [trial for trial in of if trial["status"] != "finished"]
+        if failed:
+            told = (
+                f"Figure 5, point n/(P·W) = {value:g} (seeds {len(of) - len(failed)} of {len(of)})"
+            )
+            lost[told] = without_password(failed[0]["reason"] or failed[0]["status"])
+    return lost
 
 
 def partition_panels(points: list[dict[str, Any]], system: str) -> list[Panel]:

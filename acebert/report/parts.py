@@ -1,7 +1,9 @@
 """What the report consists of: its tables as data, each with the paper's own numbers."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from acebert.errors import UserError
 from acebert.report import rows
 from acebert.report.rows import System
 
@@ -47,7 +49,7 @@ class Table:
         steps: which row is compared with which
         paper: row → metric → the paper's number
         groups: further columns for the clicks of some queries (`seen`, `unseen`)
-        untrained: rows that need no training stand on top
+        untrained: rows on top of them that are not ours, or need no training
         aliases: row → what this table calls it
     """
 
@@ -59,10 +61,11 @@ class Table:
     steps: tuple[Step, ...]
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
     groups: tuple[str, ...] = ()
-    untrained: bool = False
+    untrained: tuple[str, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
 
 
+BM25 = rows.UNTRAINED["bm25_titles_hot"]
 TABLE_1 = Table(
     key="table1",
     title="Table 1: the systems",
@@ -82,11 +85,11 @@ TABLE_1 = Table(
         Step("ACE-BERT", "TwinBERT"),
         Step("acebert_plus", "ACE-BERT"),
         Step("acebert_plus", rows.RIVAL),
-        Step("acebert_plus", rows.UNTRAINED["bm25_titles_hot"]),
+        Step("acebert_plus", BM25),
     ),
     paper=PAPER_TABLE_1,
     groups=("seen", "unseen"),
-    untrained=True,
+    untrained=(*rows.UNTRAINED.values(), rows.ZERO_SHOT, rows.RIVAL),
 )
 TABLE_3 = Table(
     key="table3",
@@ -119,17 +122,24 @@ TABLE_4 = Table(
 )
 
 
-def _beyond(key: str, title: str, about: str, *systems: System) -> Table:
-    """Variants of ACE-BERT, each beside ACE-BERT itself."""
+def _beyond(
+    key: str,
+    title: str,
+    about: str,
+    *systems: System,
+    more: tuple[Step, ...] = (),
+    untrained: tuple[str, ...] = (),
+) -> Table:
+    """Variants of ACE-BERT, each beside ACE-BERT itself, and `more` steps."""
     return Table(
         key=key,
         title=title,
         about=about,
         metrics=("gauc", "recall_100"),
         systems=(rows.ACEBERT, *systems),
-        steps=tuple(Step(system.name, "ACE-BERT") for system in systems),
+        steps=(*(Step(system.name, "ACE-BERT") for system in systems), *more),
         groups=("seen", "unseen"),
-        aliases={"ACE-BERT": "ACE-BERT, as the paper has it"},
+        untrained=untrained,
     )
 
 
@@ -152,6 +162,7 @@ BEYOND = (
         "Products near the query for ACE-BERT itself and never clicked for it, one more for each "
         "pair.",
         *(rows.MINED, rows.MINED_MASKED),
+        more=(Step(rows.MINED_MASKED.name, rows.MINED.name),),
     ),
     _beyond("gamma", "The smoothing γ of Eq. 4", "A constant, or learned.", rows.GAMMA_LEARNED),
     _beyond(
@@ -165,6 +176,10 @@ BEYOND = (
         "Shorter embeddings",
         "One model, trained so that its first 64 and 32 dimensions are embeddings too.",
         *(rows.MATRYOSHKA, rows.MATRYOSHKA_64, rows.MATRYOSHKA_32),
+        more=(
+            Step(rows.MATRYOSHKA_64.name, rows.MATRYOSHKA.name),
+            Step(rows.MATRYOSHKA_32.name, rows.MATRYOSHKA.name),
+        ),
     ),
     _beyond(
         "adversary",
@@ -184,6 +199,8 @@ BEYOND = (
         "Reciprocal rank fusion with BM25 on titles and hot queries: teams add embeddings to a "
         "lexical engine, they rarely replace it. A fusion of lists has no scores, and so no GAUC.",
         *(rows.FUSED, rows.PLUS, rows.PLUS_FUSED),
+        more=(Step(rows.PLUS_FUSED.name, rows.PLUS.name), Step(rows.FUSED.name, BM25)),
+        untrained=(BM25,),
     ),
 )
 WITHOUT_ADVERSARY, WITH_ADVERSARY = rows.HOT_QUERIES, rows.ACEBERT
@@ -195,9 +212,30 @@ PARTS = ("table1", "table3", "table4", "fig5", "fig6", "fig7", "beyond")
 TABLES = {"table1": (TABLE_1,), "table3": (TABLE_3,), "table4": (TABLE_4,), "beyond": BEYOND}
 
 
-def systems_of(parts: tuple[str, ...] | list[str]) -> dict[str, list[System]]:
-    """The trained systems that each of the parts needs, in the parts' order."""
-    needed = {part: [s for table in TABLES.get(part, ()) for s in table.systems] for part in parts}
+def seeds_by_part(
+    parts: Collection[str], seeds: Sequence[int], table1_seeds: Sequence[int] | None
+) -> dict[str, tuple[int, ...]]:
+    """The seeds of each of the parts, in the order of PARTS whatever theirs is.
+
+    Raises:
+        UserError: a seed is given twice.
+    """
+    for name, given in (("seeds", seeds), ("table1_seeds", table1_seeds or ())):
+        if len(set(given)) < len(given):
+            raise UserError(f"--{name} {' '.join(map(str, given))}: a seed is given twice")
+    found = {part: tuple(seeds) for part in PARTS if part in parts}
+    if "table1" in found and table1_seeds:
+        found["table1"] = tuple(table1_seeds)
+    return found
+
+
+def systems_of(parts: Collection[str]) -> dict[str, list[System]]:
+    """The trained systems that each of the parts needs, in the order of PARTS."""
+    needed = {
+        part: [s for table in TABLES.get(part, ()) for s in table.systems]
+        for part in PARTS
+        if part in parts
+    }
     for part in ("fig6", "fig7"):
         if part in needed:
             needed[part] = [WITHOUT_ADVERSARY, WITH_ADVERSARY]

@@ -4,31 +4,33 @@
 number of it for programs, `figures/` the pictures.
 """
 
+import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
-import ray
 
 from acebert import __version__
 from acebert.config import Settings, flatten
-from acebert.errors import UserError
 from acebert.evaluation.significance import Interval
-from acebert.evaluation.tables import Row
+from acebert.evaluation.tables import label
+from acebert.machine import machine
 from acebert.report import words
 from acebert.report.alignment import alignment_stage
 from acebert.report.alignment_figure import alignment_panels
-from acebert.report.gains import GROUP_METRICS, Comparison, comparisons, value_of
-from acebert.report.loss_figure import final_losses, loss_curves, loss_panels
+from acebert.report.departures import departures, start_weights
+from acebert.report.gains import GROUP_METRICS, Comparison, comparisons, queries_of, value_of
+from acebert.report.loss_figure import final_losses, loss_curves, loss_panels, steps_trained
 from acebert.report.page import render
-from acebert.report.partitions_figure import partition_panels, partition_points
+from acebert.report.partitions_figure import lost_trials, partition_panels, partition_points
 from acebert.report.parts import (
     SWEPT,
     TABLES,
@@ -36,16 +38,17 @@ from acebert.report.parts import (
     WITHOUT_ADVERSARY,
     Table,
 )
-from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT
+from acebert.report.rows import ACEBERT
 from acebert.report.rows_figure import rows_panel
 from acebert.report.run import Measured, Results, trainings
 from acebert.report.style import Panel
 from acebert.tracking import code_digest, without_password
 from acebert.workdir import Stage, run_stage
 
-VERSION = 2
+VERSION = 3
 NOT_TOLD = {"recipe", "workdir", "tracking", "seed", "cnn", "demo"}
 """settings that make no row different"""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ class Given:
 
     Attributes:
         parts: of `acebert.report.parts.PARTS`
-        seeds: of the trained rows, by part; a row has those of the first part that it stands in
-        arguments: the settings of the command line, as they were given
+        seeds: of the trained rows, by part; a row has those of the first part with the most seeds,
+            of those that it stands in
+        arguments: the whole command line
     """
 
     parts: tuple[str, ...]
@@ -74,6 +78,8 @@ class Section:
     """metric → row → value"""
     groups: dict[str, dict[tuple[str, str], float]]
     """row → (group, metric) → value"""
+    queries: dict[tuple[str, str], int]
+    """(group, metric) → the queries that count, where a row has that number"""
     comparisons: list[Comparison]
     panels: list[Panel]
 
@@ -89,60 +95,72 @@ def report_stage(
         if system.name in results.rows
     }
     shared = _shared_seeds(list(systems.values())) if len(systems) == 2 else []
-    left_out = dict(results.left_out)
+    told = Results(results.rows, dict(results.left_out))
     names = f"{WITHOUT_ADVERSARY.name} and {WITH_ADVERSARY.name}"
     for part, figure in (("fig6", "Figure 6"), ("fig7", "Figure 7")):
         if part in given.parts and not shared:
             both = len(systems) == 2
             why = "have no seed in common" if both else "were not both measured"
-            left_out[figure] = f"{names} {why}"
+            told.left_out[figure] = f"{names} {why}"
     aligned = None
     if "fig7" in given.parts and shared:
         directories = {
             name: [measured.embedded[measured.seeds.index(seed)] for seed in shared]
             for name, measured in systems.items()
         }
-        try:
-            aligned = alignment_stage(settings, ingested, directories)
-        except UserError as error:
-            left_out["Figure 7"] = str(error)
+        aligned = _drawn(told, "Figure 7", alignment_stage, settings, ingested, directories)
     key = {
         "version": VERSION,
         "code": code_digest(),
         "given": asdict(given),
         "rows": {
-            name: [_of_stage(path, settings.workdir) for path in measured.row.seeds]
+            name: [
+                [_of_stage(path, settings.workdir) for path in measured.row.seeds],
+                [path.name for path in measured.models],
+                measured.others,
+            ]
             for name, measured in results.rows.items()
         },
-        "left_out": left_out,
-        "swept": [swept.name, (swept / "trials.parquet").stat().st_size] if swept else None,
+        "left_out": dict(told.left_out),
+        "swept": _digest(swept / "trials.parquet") if swept else None,
         "aligned": aligned.digest if aligned else None,
     }
 
     def build(out: Path) -> None:
         sections = [
-            _section(table, results)
+            _section(table, told)
             for part in given.parts
             for table in TABLES.get(part, ())
             if any(system.name in results.rows for system in table.systems)
         ]
-        loss = _loss(systems, shared) if "fig6" in given.parts and shared else None
-        alignment = _alignment(aligned.path) if aligned else None
-        partitions = _partitions(swept) if swept else None
+        loss = alignment = partitions = None
+        if "fig6" in given.parts and shared:
+            loss = _drawn(told, "Figure 6", _loss, systems, shared)
+        if aligned:
+            alignment = _drawn(told, "Figure 7", _alignment, aligned.path)
+        if swept:
+            told.left_out |= _drawn(told, "Figure 5", lost_trials, swept) or {}
+            partitions = _drawn(told, "Figure 5", _partitions, swept)
+        paths = _trainings(settings.workdir, results.rows, swept)
+        ours = results.rows[ACEBERT.name].settings if ACEBERT.name in results.rows else None
         context = {
             "given": given,
+            "command": shlex.join(given.arguments),
             "sections": sections,
             "rows": results.rows,
-            "left_out": left_out,
+            "left_out": told.left_out,
             "loss": loss,
             "alignment": alignment,
             "partitions": partitions,
-            "summary": _summary(sections, given, loss, alignment),
+            "summary": _summary(sections, results.rows, loss, alignment),
+            "departures": departures(ours) if ours else None,
+            "starts": _starts(sections, results.rows),
             "data": _data(ingested),
             "machine": _machine(),
+            "trained_on": _trained_on(paths),
             "settings": _differing(results.rows),
             "common": _common(results.rows),
-            "cost": _cost(settings.workdir, results.rows, swept),
+            "cost": sum(paths.values()) + _cost_of_others(results.rows),
         }
         (out / "report.html").write_text(render(context), encoding="utf-8")
         (out / "numbers.json").write_text(json.dumps(_numbers(sections, context), indent=2) + "\n")
@@ -156,34 +174,49 @@ def report_stage(
     return run_stage(settings.workdir, "report", key, build)
 
 
+def _drawn(told: Results, name: str, draw: Callable[..., T], *of: object) -> T | None:
+    """`draw(*of)`; left out by its name where it fails, whatever the reason."""
+    try:
+        return draw(*of)
+    except Exception as error:
+        told.leave_out(name, error)
+        return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _of_stage(path: Path, workdir: Path) -> str:
     return str(path.relative_to(workdir)) if path.is_relative_to(workdir) else str(path)
 
 
-def _section(table: Table, results: Results) -> Section:
-    names = [
-        *(UNTRAINED.values() if table.untrained else ()),
-        *((ZERO_SHOT, RIVAL) if table.untrained else ()),
-        *(system.name for system in table.systems),
-    ]
-    shown = [(n, table.aliases.get(n, n)) for n in names if n in results.rows]
-    measured = {name: results.rows[name].row for name, _ in shown}
+def _section(table: Table, told: Results) -> Section:
+    names = [*table.untrained, *(system.name for system in table.systems)]
+    shown = [(n, table.aliases.get(n, n)) for n in names if n in told.rows]
+    measured = {name: told.rows[name] for name, _ in shown}
     values = {metric: _intervals(measured, metric) for metric in table.metrics}
     groups = {
         name: {
             (group, metric): value
             for group in table.groups
             for metric in GROUP_METRICS
-            if (value := value_of(row, metric, group)) is not None
+            if (value := value_of(one.row, metric, group)) is not None
         }
-        for name, row in measured.items()
+        for name, one in measured.items()
     }
-    panels = [rows_panel(table.key, metric, found, shown) for metric, found in values.items()]
-    return Section(table, shown, values, groups, comparisons(table, measured), panels)
+    has = {of: name for name, found in groups.items() for of in found}
+    queries = {of: queries_of(measured[name].row, *of) for of, name in has.items()}
+    panels = []
+    for metric, found in values.items():
+        figure = f"{table.title}, figure of {label(metric)}"
+        panel = _drawn(told, figure, rows_panel, table.key, metric, found, shown)
+        panels += [panel] if panel else []
+    return Section(table, shown, values, groups, queries, comparisons(table, measured), panels)
 
 
-def _intervals(measured: dict[str, Row], metric: str) -> dict[str, Interval]:
-    found = {name: row.measured(metric) for name, row in measured.items()}
+def _intervals(measured: dict[str, Measured], metric: str) -> dict[str, Interval]:
+    found = {name: one.row.measured(metric) for name, one in measured.items()}
     return {name: interval for name, interval in found.items() if interval is not None}
 
 
@@ -193,13 +226,22 @@ def _shared_seeds(rows: Sequence[Measured]) -> list[int]:
 
 
 def _loss(systems: dict[str, Measured], seeds: Sequence[int]) -> dict[str, Any]:
-    curves = {
-        name: loss_curves([measured.models[measured.seeds.index(seed)] for seed in seeds])
+    models = {
+        name: [measured.models[measured.seeds.index(seed)] for seed in seeds]
         for name, measured in systems.items()
     }
-    without, with_adversary = (curves[s.name] for s in (WITHOUT_ADVERSARY, WITH_ADVERSARY))
-    told = words.loss_words(*final_losses(with_adversary, without))
-    return {"panels": loss_panels(curves), "words": told}
+    curves = {name: loss_curves(of) for name, of in models.items()}
+    names = WITH_ADVERSARY.name, WITHOUT_ADVERSARY.name
+    steps = [steps_trained(models[name]) for name in names]
+    by_the_clock = any(m.settings and m.settings.train.max_minutes for m in systems.values())
+    if by_the_clock and len({*steps[0], *steps[1]}) > 1:
+        return {"panels": loss_panels(curves), "words": words.steps_words(*steps), "ends": None}
+    ends = final_losses(*(curves[name] for name in names))
+    return {
+        "panels": loss_panels(curves),
+        "words": words.loss_words(*ends),
+        "ends": dict(zip(names, ends, strict=True)),
+    }
 
 
 def _alignment(directory: Path) -> dict[str, Any]:
@@ -224,7 +266,7 @@ def _partitions(swept: Path) -> dict[str, Any]:
 
 def _summary(
     sections: Sequence[Section],
-    given: Given,
+    rows: dict[str, Measured],
     loss: dict[str, Any] | None,
     alignment: dict[str, Any] | None,
 ) -> list[str]:
@@ -240,12 +282,25 @@ def _summary(
                 if (c.step.row, c.step.beside) in chosen
             ]
     told += [figure["words"] for figure in (loss, alignment) if figure]
-    if min(map(len, given.seeds.values())) == 1:
+    trained = [measured for measured in rows.values() if measured.seconds is not None]
+    if once := sum(measured.one_seed for measured in trained):
         told.append(
-            "Where a row has one seed, its interval is over the test day's queries alone and "
-            "speaks of that model, not of its recipe."
+            f"Nothing is claimed of rows that were trained with one seed, {once} of {len(trained)}:"
+            " their intervals are over the test day's queries alone, and another seed may tell "
+            "otherwise. --seeds 0 1 2 trains with more, --table1_seeds those of Table 1."
         )
     return [sentence for sentence in told if sentence]
+
+
+def _starts(sections: Sequence[Section], rows: dict[str, Measured]) -> dict[str, str]:
+    """Start weights of the trained rows in the paper's tables."""
+    return {
+        name: start_weights(settings)
+        for section in sections
+        if section.table.paper
+        for name, _ in section.names
+        if (settings := rows[name].settings)
+    }
 
 
 def _plus(section: Section) -> list[tuple[str, str]]:
@@ -258,28 +313,17 @@ def _data(ingested: Stage) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, str]:
-    resources = ray.cluster_resources() if ray.is_initialized() else {}
-    cpus = int(resources.get("CPU", os.cpu_count() or 1))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "processor": _processor(),
-        "CPUs of the cluster": str(cpus),
-        "GPUs of the cluster": str(int(resources.get("GPU", 0))),
+        "page and its measurements": machine(),
         "memory of this node": f"{memory:.0f} GiB",
         "Python": platform.python_version(),
         "acebert": f"{__version__}, code {code_digest()}",
     }
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _cost(workdir: Path, rows: dict[str, Measured], swept: Path | None) -> float:
-    """Seconds of all trainings behind the page, each counted once."""
+def _trainings(workdir: Path, rows: dict[str, Measured], swept: Path | None) -> dict[Path, float]:
+    """Seconds of all trainings of ours behind the page, by directory."""
     models = {path for measured in rows.values() for path in measured.models}
     if swept:
         trials = pq.read_table(swept / "trials.parquet", columns=["status", "model"]).to_pylist()
@@ -287,8 +331,18 @@ def _cost(workdir: Path, rows: dict[str, Measured], swept: Path | None) -> float
     ours: dict[Path, float] = {}
     for model in models:
         ours |= trainings(model, workdir)
-    others = (m.seconds * len(m.row.seeds) for m in rows.values() if m.seconds and not m.models)
-    return sum(ours.values()) + sum(others)
+    return ours
+
+
+def _cost_of_others(rows: dict[str, Measured]) -> float:
+    """Seconds of the trainings that are not ours."""
+    return sum(m.seconds * len(m.row.seeds) for m in rows.values() if m.seconds and not m.models)
+
+
+def _trained_on(trainings: Iterable[Path]) -> list[str]:
+    """The distinct machines and versions of the code; a training may be older than their record."""
+    reports = (json.loads((path / "report.json").read_text()) for path in trainings)
+    return sorted({f"{r['machine']}, code {r['code']}" for r in reports if "machine" in r})
 
 
 def _flat(measured: Measured) -> dict[str, Any]:
@@ -324,22 +378,39 @@ def _numbers(sections: Sequence[Section], context: dict[str, Any]) -> dict[str, 
         ends = {"low": interval.low, "high": interval.high}  # JSON knows no infinity
         return {"value": interval.value} | {k: v if isfinite(v) else None for k, v in ends.items()}
 
+    rows: dict[str, Measured] = context["rows"]
     return {
         "summary": context["summary"],
         "left_out": context["left_out"],
+        **{name: context[name] for name in ("departures", "starts", "data", "trained_on")},
+        "seeds": {name: measured.seeds for name, measured in rows.items()},
+        "validation_day": {name: m.valid for name, m in rows.items() if m.valid},
         "tables": {
             s.table.key: {
                 "rows": {
                     metric: {name: plain(found) for name, found in by_row.items()}
                     for metric, by_row in s.values.items()
                 },
+                "groups": [
+                    {
+                        **{"queries": group, "metric": metric, "count": count},
+                        "rows": {
+                            name: found[group, metric]
+                            for name, found in s.groups.items()
+                            if (group, metric) in found
+                        },
+                    }
+                    for (group, metric), count in s.queries.items()
+                ],
                 "gains": [
                     {
                         "row": c.step.row,
                         "beside": c.step.beside,
                         "metric": gain.metric,
                         "queries": gain.group or "all",
+                        "count": gain.queries,
                         **plain(gain.ours),
+                        "difference": plain(gain.difference),
                         "paper": gain.paper,
                         "verdict": words.verdict(gain),
                     }
@@ -349,6 +420,7 @@ def _numbers(sections: Sequence[Section], context: dict[str, Any]) -> dict[str, 
             }
             for s in sections
         },
+        "final_losses": context["loss"]["ends"] if context["loss"] else None,
         "probes": context["alignment"]["probes"] if context["alignment"] else None,
         "partitions": [
             {k: plain(v) if isinstance(v, Interval) else v for k, v in point.items()}
@@ -356,7 +428,7 @@ def _numbers(sections: Sequence[Section], context: dict[str, Any]) -> dict[str, 
         ],
         "cost": {
             name: {"seconds": m.seconds, "pairs": m.pairs}
-            for name, m in context["rows"].items()
+            for name, m in rows.items()
             if m.seconds is not None
         },
     }

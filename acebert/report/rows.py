@@ -61,7 +61,10 @@ NESTED = ("--loss.matryoshka_dims", "64", "--loss.matryoshka_dims", "32")
 MATRYOSHKA = _but("Matryoshka, 128 dimensions", *NESTED)
 MATRYOSHKA_64 = _but("Matryoshka, cut to 64", *NESTED, "--eval.dimensions", "64")
 MATRYOSHKA_32 = _but("Matryoshka, cut to 32", *NESTED, "--eval.dimensions", "32")
-CONFUSION = _but("adversary: confusion", "--adversary.form", "confusion")
+CONFUSION = _but(
+    "adversary: confusion, λ 0.1",  # as acebert_plus has it
+    *("--adversary.form", "confusion", "--adversary.weight", "0.1"),
+)
 NO_ADVERSARY = _but("adversary: off", "--adversary.form", "off")
 PIXELS_OF_ROI = _but("pixels of the RoI", "--image.pixel_source", "roi")
 FUSED = _but("ACE-BERT + BM25", fused=True)

@@ -9,13 +9,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from acebert.config import Settings
+from acebert.config import Settings, weights_digest
 from acebert.errors import UserError, reason_of
 from acebert.evaluation.evaluate import BASELINES, HYBRID, evaluate_embeddings
 from acebert.evaluation.tables import Row
@@ -27,11 +28,13 @@ from acebert.pipeline import (
     model_settings,
     tracked,
 )
+from acebert.report.parts import SWEPT
 from acebert.report.rival import sentence_transformers_stage
 from acebert.report.rows import RIVAL, TWINBERT, UNTRAINED, ZERO_SHOT, System
 from acebert.sweep.run import sweep
 from acebert.sweep.space import read_space, with_leaves
 from acebert.tracking import shared, tagged, without_password
+from acebert.training.train_cnn import WEIGHTS
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +50,16 @@ class Measured:
 
     Attributes:
         row: name and result directories
-        seeds: which they were trained with (none: no training of ours)
+        seeds: which they were trained with (none: not trained)
         models: model directories (none: not one of ours)
         embedded: directories of vectors (none: a row without any)
-        seconds: of training, the mean over the seeds, pre-training and the miner's training
-            included; None: none needed
-        pairs: trained on
+        seconds: of training, the mean over the seeds, with all that `trainings` finds; None: none
+            needed
+        pairs: fine-tuned on
+        valid: GAUC and Recall@100 of the model (whole and not fused) on the validation day, the
+            mean over the seeds, as far as there are any
         settings: of the first seed
+        others: what else is told of how it was made, where it has no settings
     """
 
     row: Row
@@ -62,7 +68,14 @@ class Measured:
     embedded: tuple[Path, ...] = ()
     seconds: float | None = None
     pairs: int | None = None
+    valid: dict[str, float] = field(default_factory=dict)
     settings: Settings | None = None
+    others: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def one_seed(self) -> bool:
+        """Trained, and with a single seed: what it measures may be that seed's luck."""
+        return self.seconds is not None and len(self.row.seeds) == 1
 
 
 @dataclass
@@ -92,8 +105,8 @@ def measure_systems(
     make: MakeSettings,
     results: Results,
 ) -> None:
-    """Train and measure the systems of each part, once each, with the seeds of the first part that
-    they stand in.
+    """Train and measure the systems of each part, once each, with the seeds of the first part with
+    the most seeds, of those that they stand in.
 
     A system that cannot be trained or measured is left out with the reason; the others go on.
 
@@ -117,7 +130,8 @@ def measure_systems(
             else "",
         )
         try:
-            measured, trained = _measure(system, parts, seeds[parts[0]], make)
+            most = max(parts, key=lambda part: len(seeds[part]))
+            measured, trained = _measure(system, parts, seeds[most], make)
         except Exception as error:
             results.leave_out(system.name, error)
             continue
@@ -153,9 +167,19 @@ def _measure(
         tuple(embedded),
         float(np.mean([sum(trainings(m.path, s.workdir).values()) for m, s in of_seed])),
         int(np.mean([report["pairs"] for report in reports])),
+        _on_validation_day(reports),
         all_settings[0],
     )
     return measured, not all(model.reused for model in models)
+
+
+def _on_validation_day(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means of what the best checkpoints had; a log without negatives has no GAUC."""
+    means = {
+        metric: float(np.mean([report["best"][metric] for report in reports]))
+        for metric in ("gauc", "recall_100")
+    }
+    return {metric: mean for metric, mean in means.items() if np.isfinite(mean)}
 
 
 def _settings(system: System, seed: int, make: MakeSettings) -> Settings:
@@ -168,12 +192,18 @@ def _settings(system: System, seed: int, make: MakeSettings) -> Settings:
 
 def trainings(model: Path, workdir: Path) -> dict[Path, float]:
     """Seconds of each training behind a model directory, by its own directory: fine-tuning, the
-    pre-training that it starts from, and the same of the model that mined its negatives."""
+    pre-training that it starts from, the CNN that was trained for its patches, and the same of the
+    model that mined its negatives."""
     found = {model: float(_read(model / "report.json")["train_seconds"])}
     key = _read(model / "stage.json")["key"]
     if "pretrain" in key:
         pretrained = workdir / "pretrain" / key["pretrain"]
         found[pretrained] = float(_read(pretrained / "report.json")["train_seconds"])
+    if "features" in key:
+        shown = _read(workdir / "features" / key["features"] / "stage.json")["key"]
+        cnn = _trained_cnn(workdir, shown.get("cnn_weights"))
+        if cnn is not None:
+            found[cnn] = float(_read(cnn / "report.json")["train_seconds"])
     if "hard_negatives" in key:
         mined = _read(workdir / "hard_negatives" / key["hard_negatives"] / "stage.json")
         miner = workdir / "finetune" / mined["key"]["model"][0]
@@ -182,16 +212,22 @@ def trainings(model: Path, workdir: Path) -> dict[Path, float]:
     return found
 
 
+@cache
+def _trained_cnn(workdir: Path, weights: str | None) -> Path | None:
+    """The 'cnn' stage that made weights of this SHA-256; None: none did."""
+    made = (workdir / "cnn").glob(f"[!.]*/{WEIGHTS}")
+    return next((path.parent for path in made if weights_digest(str(path)) == weights), None)
+
+
 def measure_rival(
-    settings: Settings, start: Path | None, seeds: Sequence[int], lr: float, results: Results
+    make: MakeSettings, start: Path | None, seeds: Sequence[int], lr: float, results: Results
 ) -> None:
-    """sentence-transformers as it comes and fine-tuned on as many pairs as TwinBERT, whose are the
-    `settings`; left out with the reason where no model is given or the package is missing."""
+    """sentence-transformers as it comes and fine-tuned on as many pairs as TwinBERT, by whose
+    settings; left out with the reason where no model is given or anything fails."""
     if start is None:
         why = "no model is given (--sentence_transformer DIR)"
         results.left_out |= {ZERO_SHOT: why, RIVAL: why}
         return
-    ingested = ingest_stage(shared(settings))
     twin = results.rows.get(TWINBERT.name, Measured(Row(TWINBERT.name, ())))
     for name, pairs, own_seeds in ((ZERO_SHOT, 0, [0]), (RIVAL, twin.pairs, seeds)):
         if pairs is None:
@@ -199,6 +235,8 @@ def measure_rival(
             continue
         log.info("report: %s", name)
         try:
+            settings = make(TWINBERT, seeds[0])
+            ingested = ingest_stage(shared(settings))
             stages = [
                 sentence_transformers_stage(
                     settings.model_copy(update={"seed": seed}), ingested, start, pairs, lr
@@ -206,25 +244,29 @@ def measure_rival(
                 for seed in own_seeds
             ]
             rows = [evaluate_embeddings(settings, ingested, s.path, name) for s in stages]
+            for seed, row in zip(own_seeds, rows, strict=True):
+                own = tagged(settings, UNTRAINED_PART)
+                tracked(own, row, row=True, name=f"{name}, seed {seed}")
         except Exception as error:
             results.leave_out(name, error)
             continue
-        for seed, row in zip(own_seeds, rows, strict=True):
-            own = tagged(settings, UNTRAINED_PART)
-            tracked(own, row, row=True, name=f"{name}, seed {seed}")
+        training = {"lr": f"{lr:g}", "batch_size": str(settings.train.batch_size)}
         reports = [_read(stage.path / "report.json") for stage in stages]
         results.rows[name] = Measured(
             Row(name, tuple(row.path for row in rows)),
+            seeds=tuple(own_seeds) if pairs else (),
             seconds=float(np.mean([r["train_seconds"] for r in reports])) if pairs else None,
             pairs=pairs or None,
+            others={"model": start.name, **(training if pairs else {})},
         )
 
 
 def measure_partitions(
-    settings: Settings, space: Path, seeds: Sequence[int], results: Results
+    make: MakeSettings, space: Path, seeds: Sequence[int], results: Results
 ) -> Path | None:
     """The sweep of Fig. 5, its directory; left out with the reason where it fails."""
     try:
+        settings = tagged(make(SWEPT, seeds[0]), "fig5")
         wanted = read_space(space).model_copy(update={"seeds": tuple(seeds)})
         swept = sweep(settings, space.stem, wanted, evaluate=True)
         trials = pq.read_table(swept / "trials.parquet", columns=["status", "reason"]).to_pylist()

@@ -44,6 +44,7 @@ LOOK: dict[Any, Any] = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 10,
+    "text.parse_math": False,  # a category with $ in its name is no formula
 }
 
 

@@ -1,5 +1,6 @@
 """Plain words on what did and did not reproduce, all computed from the intervals."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from acebert.evaluation.significance import Interval, paired_by_seed
@@ -12,12 +13,23 @@ CHAIN = (
     ("ACE-BERT", "CE-BERT-Finetune"),
 )
 """the paper's order of its four systems, upwards"""
+IN_FULL = {
+    "reproduced": "reproduced: the direction is shown, and the paper's gain lies in the interval",
+    "reproduced, larger": "reproduced with a larger gain than the paper's",
+    "direction only, smaller": "in the paper's direction, but with a smaller gain",
+    "the opposite": "the other way round",
+    "not shown": "not shown: the interval includes zero",
+    "one seed: not claimed": "not claimed, for a row was trained with one seed",
+    "too few queries": "not claimed, for too few queries count",
+}
+"""what a verdict on the paper's gain means"""
+NOT_UP = {"down": "worse", "open": "not shown"}
 
 
 def verdict(gain: Gain) -> str:
     """What may be said of it: of the paper's claim where there is one, else of the difference."""
-    if gain.paper is not None:
-        return {True: "reproduced", False: "the opposite", None: "not shown"}[gain.agrees]
+    if told := gain.unclaimed or gain.beside_paper:
+        return told
     return {"up": "better", "down": "worse", "open": "no difference shown"}[gain.verdict]
 
 
@@ -39,17 +51,13 @@ def gain_words(gain: Gain) -> str:
 
 
 def count_words(comparisons: Sequence[Comparison]) -> str:
-    """How many of the paper's comparisons reproduce."""
+    """What became of the paper's comparisons, counted by verdict."""
     gains = [gain for c in comparisons for gain in c.gains if gain.paper is not None]
     if not gains:
         return ""
-    yes, no = (sum(gain.agrees is said for gain in gains) for said in (True, False))
-    open_ = len(gains) - yes - no
-    return (
-        f"Of the paper's {len(gains)} comparisons of two rows in one metric, {yes} "
-        f"{'is' if yes == 1 else 'are'} reproduced, {no} come{'s' if no == 1 else ''} out the "
-        f"other way, and for {open_} the interval includes zero, so that nothing may be claimed."
-    )
+    found = Counter(map(verdict, gains))
+    told = "; ".join(f"{found[said]} {meaning}" for said, meaning in IN_FULL.items() if found[said])
+    return f"The paper's {len(gains)} comparisons of two rows in one metric: {told}."
 
 
 def order_words(comparisons: Sequence[Comparison], metric: str) -> str:
@@ -67,7 +75,7 @@ def order_words(comparisons: Sequence[Comparison], metric: str) -> str:
     if all(gain.verdict == "up" for gain in gains.values()):
         return f"By {name} the four systems stand in the paper's order, every step shown."
     rest = [
-        f"{row} over {beside}: {'worse' if gain.verdict == 'down' else 'not shown'}"
+        f"{row} over {beside}: {gain.unclaimed or NOT_UP[gain.verdict]}"
         for (row, beside), gain in gains.items()
         if gain.verdict != "up"
     ]
@@ -79,6 +87,15 @@ def step_words(comparison: Comparison) -> str:
     gains = [gain for gain in comparison.gains if gain.group is None]
     told = "; ".join(f"{gain_words(gain)}: {verdict(gain)}" for gain in gains)
     return f"{comparison.step.row} beside {comparison.step.beside}: {told}."
+
+
+def steps_words(with_adversary: Sequence[int], without: Sequence[int]) -> str:
+    """Fig. 6 of trainings that ended by the clock, by seed."""
+    a, b = (", ".join(map(str, steps)) for steps in (with_adversary, without))
+    return (
+        f"Trained by the clock, for {a} steps with the adversary and {b} without: the learning "
+        "rate at a step is not the same, so the losses do not compare."
+    )
 
 
 def loss_words(with_adversary: Sequence[float], without: Sequence[float]) -> str:

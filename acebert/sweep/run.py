@@ -20,6 +20,8 @@ from filelock import FileLock
 
 from acebert.cluster import connect
 from acebert.config import HOW_IT_RUNS, Settings
+from acebert.evaluation import embed
+from acebert.evaluation.evaluate import evaluation_key
 from acebert.evaluation.tables import read_metrics
 from acebert.pipeline import evaluate_stage
 from acebert.sweep import training
@@ -38,6 +40,8 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 REPORT = "report.txt"  # written last: all trials have ended
+TEST_KEY = "test_key"
+"""in a finished trial's result: digest of how its numbers of the test day were made"""
 NO_PART_OF_IT: Any = {
     **dict.fromkeys(("recipe", "workdir", "tracking", "eval"), True),
     "train": set(HOW_IT_RUNS),
@@ -103,9 +107,21 @@ class _Sweep:
 
     def is_done(self, trials: list[Trial], evaluate: bool) -> bool:
         finished = [o for o in self.records.ended() if o.status == "finished"]
-        tested = all("test_row" in o.result for o in finished) or not evaluate
+        tested = not evaluate or all(self._is_tested(o) for o in finished)
         written = (self.directory / REPORT).exists() and tested
         return written and not self._to_do(trials) and not self._points_left()
+
+    def _is_tested(self, outcome: Outcome) -> bool:
+        """Whether the trial's numbers of the test day are there, and are what they would be if it
+        were evaluated now."""
+        if outcome.result.get(TEST_KEY) != self._test_key():
+            return False
+        return (Path(outcome.result["test_row"]) / "metrics.json").is_file()
+
+    def _test_key(self) -> str:
+        return digest_of(
+            [embed.VERSION, evaluation_key(self.settings), self.settings.eval.dimensions]
+        )
 
     def run(self, trials: list[Trial], train: Objective, at_once: int, evaluate: bool) -> None:
         tracking = self.base.tracking
@@ -202,7 +218,7 @@ class _Sweep:
         tracking = self.base.tracking.model_copy(update={"tag": None})
         base = self.base.model_copy(update={"tracking": tracking})
         for outcome in self.records.ended():
-            if outcome.status != "finished" or "test_row" in outcome.result:
+            if outcome.status != "finished" or self._is_tested(outcome):
                 continue
             settings = outcome.trial.settings(base)
             _, row = evaluate_stage(settings, Path(outcome.result["model"]))
@@ -210,7 +226,8 @@ class _Sweep:
             test = {
                 f"test_{name}": overall[name] for name in METRICS if overall.get(name) is not None
             }
-            result = {**outcome.result, **test, "test_row": str(row.path)}
+            others = {k: v for k, v in outcome.result.items() if not k.startswith("test_")}
+            result = {**others, **test, "test_row": str(row.path), TEST_KEY: self._test_key()}
             Run(run.client, result["mlflow_run"]).log_metrics(run_metrics(result))
             self.records.put(replace(outcome, result=result))
 

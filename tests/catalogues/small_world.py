@@ -32,14 +32,23 @@ class World:
     """(search, query, product_id, clicked) of the test day"""
 
 
-def make_world(root: Path, seed: int = 0, negatives: bool = True, **evaluation: object) -> World:
-    """60 products, 20 queries (the last five on the test day alone), 300 searches."""
+def make_world(
+    root: Path,
+    seed: int = 0,
+    negatives: bool = True,
+    types: tuple[str, ...] = TYPES,
+    searches: int = 300,
+    **evaluation: object,
+) -> World:
+    """60 products, 20 queries (the last five on the test day alone); with more `types` more
+    of both."""
     rng = np.random.default_rng(seed)
-    kinds = [(b, c, t) for b in BRANDS for c in COLOURS for t in TYPES]
+    kinds = [(b, c, t) for b in BRANDS for c in COLOURS for t in types]
     # Every second title does not say the colour, and so is the same as others.
     titles = [f"{b} {t}" if i % 2 else f"{b} {c} {t}" for i, (b, c, t) in enumerate(kinds)]
     product_ids = [f"sku-{i:03d}" for i in range(len(kinds))]
-    queries = [f"{c} {t}" for c in COLOURS for t in TYPES]
+    queries = [f"{c} {t}" for c in COLOURS for t in types]
+    known = len(queries) - 5
 
     ingest = root / "ingest" / f"world{seed}{negatives}"
     (ingest / "products").mkdir(parents=True)
@@ -51,7 +60,7 @@ def make_world(root: Path, seed: int = 0, negatives: bool = True, **evaluation: 
                 "product_id": product_ids,
                 "title": titles,
                 "category": [t for _, _, t in kinds],
-                "category_code": pa.array([TYPES.index(t) for _, _, t in kinds], pa.int32()),
+                "category_code": pa.array([types.index(t) for _, _, t in kinds], pa.int32()),
                 "price": pa.nulls(len(rows), pa.float32()),
                 "listed_at": pa.nulls(len(rows), pa.timestamp("ms")),
                 "image": pa.array([b"jpeg" if i % 10 else None for i in rows], pa.binary()),
@@ -78,12 +87,12 @@ def make_world(root: Path, seed: int = 0, negatives: bool = True, **evaluation: 
         }
         pq.write_table(pa.table(columns), ingest / name)
 
-    train = [(q, int(rng.choice(wanted(q)))) for q in range(15) for _ in range(3)]
+    train = [(q, int(rng.choice(wanted(q)))) for q in range(known) for _ in range(3)]
     pairs(train, "pairs.parquet")
     pairs(train[::5], "valid_pairs.parquet")
     shown: list[tuple[int, int, int, int, bool]] = []
-    for search in range(300):
-        query = int(rng.integers(20))
+    for search in range(searches):
+        query = int(rng.integers(len(queries)))
         good = wanted(query)
         others = rng.choice([i for i in rows if i not in good], 6, replace=False)
         products = rng.permutation([*rng.choice(good, 2, replace=False), *others])
@@ -105,9 +114,10 @@ def make_world(root: Path, seed: int = 0, negatives: bool = True, **evaluation: 
         ),
         ingest / "test_impressions.parquet",
     )
-    train_clicks = np.bincount([q for q, _ in train], minlength=20)
+    train_clicks = np.bincount([q for q, _ in train], minlength=len(queries))
+    rows_of_queries = np.arange(len(queries), dtype=np.int32)
     pq.write_table(
-        pa.table({"query": np.arange(20, dtype=np.int32), "text": queries, "clicks": train_clicks}),
+        pa.table({"query": rows_of_queries, "text": queries, "clicks": train_clicks}),
         ingest / "queries.parquet",
     )
     hot: list[list[int]] = [[]]

@@ -1,6 +1,7 @@
 """Mined negatives: who they are, how often each is drawn, and what a batch makes of them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ from acebert.config import load_settings
 from acebert.data.hard_negatives import HardNegatives
 from acebert.data.tokens import Ragged
 from acebert.errors import UserError
+from acebert.evaluation import mine
+from acebert.evaluation.embed import MODEL_FILES
 from acebert.evaluation.mine import nearest_unclicked
+from acebert.workdir import Stage
 
 
 def unit(rows: int, seed: int) -> np.ndarray:
@@ -63,3 +67,21 @@ def test_share_is_how_often_a_product_is_drawn(tmp_path: Path) -> None:
     )
     for q, products in zip(query[:40], drawn.reshape(-1, 3), strict=False):
         assert set(products.tolist()) <= set(mined[q].tolist())
+
+
+def test_other_weights_of_the_same_size_in_the_miners_directory_mine_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[dict[str, Any]] = []
+    monkeypatch.setattr(mine, "run_stage", lambda *of: keys.append(of[2]))
+    model = tmp_path / "model"
+    (model / "tokenizer").mkdir(parents=True)
+    for name in MODEL_FILES:
+        (model / name).write_text("same")
+    stage = Stage("ingest", tmp_path, "d", 0.0, reused=True)
+    settings = load_settings(["--workdir", str(tmp_path)])
+    for weights in ("first", "first", "other"):
+        (model / "model.safetensors").write_text(weights)
+        mine.mine(settings, model, stage, stage, None, (11, 50))
+    assert keys[0] == keys[1] != keys[2]
+    assert [key["model"][0] for key in keys] == ["model"] * 3  # which the report reads

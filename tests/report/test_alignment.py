@@ -1,7 +1,9 @@
 """Fig. 7: who is on the picture, and a probe that finds what is there and nothing else."""
 
+import io
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +13,7 @@ from acebert.errors import UserError
 from acebert.evaluation.domain_probe import domain_probe
 from acebert.report import words
 from acebert.report.alignment import draw_sample
+from acebert.report.alignment_figure import alignment_panels, short
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -107,3 +110,44 @@ def test_a_test_day_without_a_category_is_told_and_not_drawn(tmp_path: Path) -> 
     pq.write_table(pa.table(pair), tmp_path / "test_pairs.parquet")
     with pytest.raises(UserError, match="no product that was clicked on the test day has a cat"):
         draw_sample(tmp_path)
+
+
+def drawn_points(path: Path, names: list[str]) -> Path:
+    """Three queries and three products of each category, in one system."""
+    rows = [(side, name) for name in names for side in ("query", "product") for _ in range(3)]
+    rng = np.random.default_rng(0)
+    table = {
+        "system": ["ACE-BERT"] * len(rows),
+        "side": [side for side, _ in rows],
+        "category": [name for _, name in rows],
+        "x": rng.standard_normal(len(rows)),
+        "y": rng.standard_normal(len(rows)),
+    }
+    pq.write_table(pa.table(table), path)
+    return path
+
+
+def test_a_category_with_dollars_is_drawn_as_it_is_written(tmp_path: Path) -> None:
+    """As a formula it would not end."""
+    panels = alignment_panels(drawn_points(tmp_path / "points.parquet", [r"$ \frac{1 $", "bag"]))
+    assert [panel.name for panel in panels] == ["fig7_0", "fig7_legend"]
+    assert all(panel.png.startswith(b"\x89PNG") for panel in panels)
+
+
+def test_long_names_are_cut_where_they_are_alike_and_stay_inside_the_legend(
+    tmp_path: Path,
+) -> None:
+    paths = [
+        f"Apparel and Accessories > Women > Sleepwear and {last}" for last in ("Robes", "Caps")
+    ]
+    assert [short(name) for name in paths] == [
+        "Apparel a… and Robes",
+        "Apparel a…r and Caps",
+    ]
+    assert short("Women's shoes") == "Women's shoes"
+    names = [*paths, paths[0].upper(), paths[1].upper()]
+    legend = alignment_panels(drawn_points(tmp_path / "points.parquet", names))[-1]
+    pixels = plt.imread(io.BytesIO(legend.png))[:, :, :3]
+    assert pixels.min() < 0.5
+    for edge in (pixels[:, :4], pixels[:, -4:], pixels[:4], pixels[-4:]):
+        assert edge.min() == 1.0

@@ -1,5 +1,7 @@
 """What may be claimed: relative gains against hand-made numbers, and nothing of equal rows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -13,7 +15,7 @@ from acebert.evaluation.significance import (
 )
 from acebert.evaluation.tables import Row
 from acebert.report import words
-from acebert.report.gains import Gain, comparisons, relative, value_of
+from acebert.report.gains import Comparison, Gain, comparisons, relative, value_of
 from acebert.report.parts import TABLE_1, TABLE_3, TABLE_4, Step, Table
 
 
@@ -58,7 +60,8 @@ def test_nothing_is_claimed_beside_a_row_that_may_be_zero_and_the_gain_has_no_up
     assert gain.high == np.inf
     assert np.isfinite(gain.low)
     assert words.bounds(gain).endswith(", +∞]")
-    assert words.verdict(Gain("recall_100", None, gain, plain, None)) == "no difference shown"
+    found = Gain("recall_100", None, gain, plain, None, queries=50, one_seed=False)
+    assert words.verdict(found) == "no difference shown"
 
 
 def test_a_null_comparison_claims_nothing_in_nearly_all_cases() -> None:
@@ -109,31 +112,35 @@ def test_every_row_with_a_number_of_the_papers_is_trained_and_compared(table: Ta
     assert set(names) <= beside
 
 
-def rows_of(made) -> dict[str, Row]:
-    return {name: measured.row for name, measured in made.results.rows.items()}
-
-
 def test_comparisons_are_those_of_measured_rows_with_seen_and_unseen_queries(made) -> None:
-    found = comparisons(TABLE_1, rows_of(made))
+    found = comparisons(TABLE_1, made.results.rows)
     steps = [comparison.step for comparison in found]
     assert steps == list(TABLE_1.steps)  # the rival is there, its zero-shot row is in no step
     groups = {(gain.metric, gain.group) for gain in found[0].gains}
     assert {("gauc", None), ("recall_100", "unseen"), ("gauc", "seen")} <= groups
-    without = {k: v for k, v in rows_of(made).items() if k != "ACE-BERT"}
+    without = {k: v for k, v in made.results.rows.items() if k != "ACE-BERT"}
     assert not [
         c for c in comparisons(TABLE_1, without) if "ACE-BERT" in (c.step.row, c.step.beside)
     ]
 
 
-def gain(low: float, high: float, paper: float | None) -> Gain:
+def gain(
+    low: float, high: float, paper: float | None, queries: int = 100, one_seed: bool = False
+) -> Gain:
     found = Interval((low + high) / 2, low, high, 2)
-    return Gain("gauc", None, found, found, paper)
+    return Gain("gauc", None, found, found, paper, queries, one_seed)
 
 
 @pytest.mark.parametrize(
     ("low", "high", "paper", "said"),
     [
-        (0.01, 0.02, 0.03, "reproduced"),
+        (0.01, 0.04, 0.03, "reproduced"),
+        (0.04, 0.05, 0.03, "reproduced, larger"),
+        (0.01, 0.02, 0.03, "direction only, smaller"),
+        (-0.04, -0.01, -0.03, "reproduced"),
+        (-0.05, -0.04, -0.03, "reproduced, larger"),
+        (-0.02, -0.01, -0.03, "direction only, smaller"),
+        (-0.01, 0.04, 0.03, "not shown"),
         (-0.02, -0.01, 0.03, "the opposite"),
         (-0.01, 0.02, 0.03, "not shown"),
         (0.01, 0.02, None, "better"),
@@ -146,15 +153,69 @@ def test_words_follow_the_interval(low: float, high: float, paper: float | None,
 
 
 def test_a_sentence_names_gain_interval_and_the_papers_number() -> None:
-    step = Step("ACE-BERT", "TwinBERT")
-    from acebert.report.gains import Comparison
+    told = words.step_words(Comparison(Step("ACE-BERT", "TwinBERT"), (gain(0.01, 0.04, 0.035),)))
+    assert told == "ACE-BERT beside TwinBERT: GAUC +2.5 % [+1.0, +4.0] (paper +3.5 %): reproduced."
 
-    told = words.step_words(Comparison(step, (gain(0.01, 0.03, 0.035),)))
-    assert told == "ACE-BERT beside TwinBERT: GAUC +2.0 % [+1.0, +3.0] (paper +3.5 %): reproduced."
+
+@pytest.mark.parametrize("paper", [0.03, None])
+@pytest.mark.parametrize(
+    ("queries", "one_seed", "said"),
+    [
+        (30, True, "one seed: not claimed"),
+        (29, False, "too few queries"),
+    ],
+)
+def test_one_seed_or_few_queries_claim_nothing_however_clear_the_interval_is(
+    queries: int, one_seed: bool, said: str, paper: float | None
+) -> None:
+    found = gain(0.01, 0.04, paper, queries, one_seed)
+    assert found.verdict == "open"
+    assert words.verdict(found) == said
+    assert words.verdict(gain(0.01, 0.04, paper, queries=30)) in ("reproduced", "better")
+
+
+def test_a_trained_row_needs_several_seeds_to_be_claimed_and_an_untrained_one_needs_none(
+    made,
+) -> None:
+    rows = dict(made.results.rows)
+    steps = ("acebert_plus", "ACE-BERT"), ("acebert_plus", "BM25, titles + hot queries")
+    table = replace(TABLE_1, steps=tuple(Step(*step) for step in steps), groups=())
+    beside_bm25 = comparisons(table, rows)[1].gains
+    assert not any(found.unclaimed for found in beside_bm25)
+    for name in ("acebert_plus", "ACE-BERT"):
+        row = rows[name].row
+        once = rows | {name: replace(rows[name], row=replace(row, seeds=row.seeds[:1]))}
+        assert {g.unclaimed for g in comparisons(table, once)[0].gains} == {"one seed: not claimed"}
+        untrained = once | {name: replace(once[name], seconds=None)}
+        assert not any(g.unclaimed for g in comparisons(table, untrained)[0].gains)
+
+
+def test_a_group_of_five_queries_is_counted_and_not_claimed(made) -> None:
+    """48 queries, of which 5 were never clicked before the test day."""
+    (step,) = [c for c in comparisons(TABLE_1, made.results.rows) if c.step.row == "ACE-BERT"][:1]
+    of = {(g.metric, g.group): g for g in step.gains}
+    counts = {group: of["recall_100", group].queries for group in (None, "seen", "unseen")}
+    assert counts == {None: 48, "seen": 43, "unseen": 5}
+    assert of["recall_100", "unseen"].unclaimed == "too few queries"
+    assert of["recall_100", "seen"].unclaimed is None
+
+
+def test_the_papers_comparisons_are_counted_by_what_became_of_them() -> None:
+    gains = (
+        *(gain(0.01, 0.04, 0.03), gain(0.01, 0.02, 0.03), gain(0.01, 0.02, 0.03)),
+        *(gain(-0.02, -0.01, 0.03), gain(0.01, 0.04, 0.03, one_seed=True)),
+        gain(0.01, 0.04, None),  # the paper has no such number
+    )
+    told = words.count_words([Comparison(Step("ACE-BERT", "TwinBERT"), gains)])
+    assert told == (
+        "The paper's 5 comparisons of two rows in one metric: 1 reproduced: the direction is shown,"
+        " and the paper's gain lies in the interval; 2 in the paper's direction, but with a smaller"
+        " gain; 1 the other way round; 1 not claimed, for a row was trained with one seed."
+    )
 
 
 def test_the_order_is_told_only_where_every_step_is_shown(made) -> None:
-    found = comparisons(TABLE_1, rows_of(made))
+    found = comparisons(TABLE_1, made.results.rows)
     told = words.order_words(found, "gauc")
     assert "FashionBERT-Finetune over TwinBERT: not shown" in told  # of one level
     assert "CE-BERT-Finetune over FashionBERT-Finetune" not in told

@@ -1,10 +1,20 @@
 """Fig. 6: the loss at the end, paired by seed, against scipy's t-test."""
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 from scipy import stats
 
+from acebert.config import load_settings
+from acebert.evaluation.tables import Row
 from acebert.report import words
 from acebert.report.loss_figure import final_losses, loss_panels
+from acebert.report.parts import WITH_ADVERSARY, WITHOUT_ADVERSARY
+from acebert.report.report import _loss
+from acebert.report.run import Measured
 
 
 def test_the_final_difference_is_the_paired_t_interval() -> None:
@@ -38,3 +48,39 @@ def test_curves_are_drawn_however_few_steps_there_are() -> None:
     )
     assert all(panel.png.startswith(b"\x89PNG") for panel in panels)
     assert "ACE-BERT ends at 7.00" in panels[0].alt
+
+
+def made_model(directory: Path, steps: int) -> Path:
+    directory.mkdir()
+    pq.write_table(pa.table({"loss": np.linspace(8, 3, steps)}), directory / "history.parquet")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("minutes", "said"),
+    [
+        ("5", "for 40, 60 steps with the adversary and 60, 60 without"),
+        ("none", "Over the last tenth of the steps the loss is"),
+    ],
+)
+def test_trainings_that_the_clock_ended_at_different_steps_are_not_compared(
+    minutes: str, said: str, tmp_path: Path
+) -> None:
+    """With a budget of steps alone all have one learning rate at a step, and early stopping may
+    end one before the other."""
+    settings = load_settings(["--train.max_minutes", minutes])
+    systems = {
+        system.name: Measured(
+            Row(system.name, ()),
+            (0, 1),
+            (
+                made_model(tmp_path / f"{system.name}0", steps),
+                made_model(tmp_path / f"{system.name}1", 60),
+            ),
+            settings=settings,
+        )
+        for system, steps in ((WITH_ADVERSARY, 40), (WITHOUT_ADVERSARY, 60))
+    }
+    told = _loss(systems, (0, 1))
+    assert said in told["words"]
+    assert (told["ends"] is None) == (minutes == "5")

@@ -1,5 +1,6 @@
 """Rows trained and measured for real, at the smallest size: mined, shortened, left out, reused."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from acebert.data.lookups import Lookups
 from acebert.errors import UserError
 from acebert.evaluation.evaluate import read_vectors
 from acebert.evaluation.tables import Row
+from acebert.machine import machine
 from acebert.report import rival, run
 from acebert.report.rows import (
     ACEBERT,
@@ -23,6 +25,7 @@ from acebert.report.rows import (
     MINED,
     MINED_MASKED,
     RIVAL,
+    ZERO_SHOT,
     System,
 )
 from acebert.report.run import (
@@ -33,7 +36,7 @@ from acebert.report.run import (
     measure_systems,
     trainings,
 )
-from acebert.tracking import client
+from acebert.tracking import client, code_digest
 from acebert.workdir import Stage, digest_of
 
 FIG_5 = Path(__file__).parents[2] / "tune_spaces" / "fig5_partitions.yaml"
@@ -79,6 +82,11 @@ def test_every_row_has_its_metrics_cost_and_pairs(trained: tuple[Results, ...]) 
         assert measured.seconds is not None
         assert measured.seconds > 0
         assert measured.pairs == 4 * 32
+        assert set(measured.valid) == {"gauc", "recall_100"}
+        assert all(0 < value <= 1 for value in measured.valid.values())
+        made = json.loads((measured.models[0] / "report.json").read_text())
+        assert measured.valid["gauc"] == pytest.approx(made["best"]["gauc"])
+        assert (made["machine"], made["code"]) == (machine(), code_digest())
 
 
 @pytest.mark.slow
@@ -188,8 +196,40 @@ def test_a_sweep_that_fails_or_finishes_no_trial_costs_figure_5_alone(
     for sweep, reason in reasons.items():
         results = Results()
         monkeypatch.setattr(run, "sweep", sweep)
-        assert measure_partitions(settings, FIG_5, (0,), results) is None
+        assert measure_partitions(lambda *_: settings, FIG_5, (0,), results) is None
         assert results.left_out == {"Figure 5": reason}
+
+
+def test_settings_that_cannot_be_made_cost_the_row_or_figure_that_they_are_of(
+    tmp_path: Path,
+) -> None:
+    def make(system: System, seed: int) -> Settings:
+        raise UserError(f"{system.name} has no such recipe")
+
+    results = Results({"TwinBERT": Measured(Row("TwinBERT", ()), pairs=100)})
+    measure_rival(make, tmp_path, (0,), 5e-5, results)
+    assert measure_partitions(make, FIG_5, (0,), results) is None
+    assert results.left_out == {
+        ZERO_SHOT: "TwinBERT has no such recipe",
+        RIVAL: "TwinBERT has no such recipe",
+        "Figure 5": "ACE-BERT has no such recipe",
+    }
+
+
+def test_a_row_has_the_seeds_of_the_first_of_its_parts_with_the_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = {}
+
+    def measure(system: System, parts: object, seeds: object, _: object) -> tuple[Measured, bool]:
+        asked[system] = seeds
+        return Measured(Row(system.name, ())), False
+
+    monkeypatch.setattr(run, "_measure", measure)
+    wanted = {"table1": [ACEBERT], "table3": [ACEBERT, MINED], "fig6": [ACEBERT]}
+    seeds = {"table1": (7,), "table3": (1, 2), "fig6": (3, 4)}
+    measure_systems(wanted, seeds, small_settings, Results())
+    assert asked == {ACEBERT: (1, 2), MINED: (1, 2)}
 
 
 def test_the_miners_training_is_behind_a_mined_row_and_a_shared_pre_training_counts_once(
@@ -204,9 +244,30 @@ def test_the_miners_training_is_behind_a_mined_row_and_a_shared_pre_training_cou
 
     pretrained = write("pretrain/p", 1000, {})
     miner = write("finetune/m", 30, {"pretrain": "p"})
-    write("hard_negatives/h", 0, {"model": ["m", 17]})
+    write("hard_negatives/h", 0, {"model": ["m", {}]})
     model = write("finetune/f", 40, {"pretrain": "p", "hard_negatives": "h"})
     assert trainings(model, tmp_path) == {pretrained: 1000, miner: 30, model: 40}
+
+
+def test_the_cnn_that_was_trained_for_the_patches_is_behind_a_row_and_another_is_not(
+    tmp_path: Path,
+) -> None:
+    def write(stage: str, key: dict[str, object]) -> Path:
+        directory = tmp_path / stage
+        directory.mkdir(parents=True)
+        (directory / "stage.json").write_text(json.dumps({"key": key}))
+        (directory / "report.json").write_text('{"train_seconds": 50}')
+        return directory
+
+    for name in ("own", "other"):
+        (write(f"cnn/{name}", {}) / "cnn.safetensors").write_text(name)
+    write("features/of_it", {"cnn_weights": hashlib.sha256(b"own").hexdigest()})
+    write("features/of_none", {"cnn_weights": "random"})
+    model, at_random = (
+        write(f"finetune/{name}", {"features": name}) for name in ("of_it", "of_none")
+    )
+    assert trainings(model, tmp_path) == {model: 50, tmp_path / "cnn" / "own": 50}
+    assert trainings(at_random, tmp_path) == {at_random: 50}
 
 
 @pytest.mark.slow
@@ -239,10 +300,10 @@ def test_the_rival_trains_on_as_many_pairs_as_twinbert_in_its_batches(
         for name, pairs in (("TwinBERT", 24_960), ("acebert_plus", 99_000))
     }
     paper = load_settings(["--recipe", "twinbert", "--workdir", str(tmp_path)])
-    measure_rival(paper, tmp_path, (3,), 5e-5, Results(rows))
+    measure_rival(lambda *_: paper, tmp_path, (3,), 5e-5, Results(rows))
     assert asked == [(0, 384, 0), (24_960, 384, 3)]
     results = Results()
-    measure_rival(paper, tmp_path, (3,), 5e-5, results)
+    measure_rival(lambda *_: paper, tmp_path, (3,), 5e-5, results)
     assert "as many pairs as TwinBERT, left out too" in results.left_out[RIVAL]
 
 
@@ -261,7 +322,26 @@ def test_another_model_in_the_rivals_directory_or_another_precision_is_another_s
     assert len(set(keys)) == 3
 
 
-def test_without_a_model_of_its_own_the_rival_is_left_out_with_a_line(tmp_path: Path) -> None:
+def test_without_a_model_of_its_own_the_rival_is_left_out_with_a_line() -> None:
     results = Results()
-    measure_rival(load_settings(["--workdir", str(tmp_path)]), None, (0,), 5e-5, results)
+    measure_rival(small_settings, None, (0,), 5e-5, results)
     assert set(results.left_out.values()) == {"no model is given (--sentence_transformer DIR)"}
+
+
+def test_the_rivals_rows_say_which_model_was_trained_and_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage("sentence_transformers", tmp_path, "d", 0.0, reused=True)
+    (tmp_path / "report.json").write_text('{"train_seconds": 60, "pairs": 100}')
+    for name in ("sentence_transformers_stage", "evaluate_embeddings", "tracked"):
+        monkeypatch.setattr(run, name, lambda *_, **__: stage)
+    monkeypatch.setattr(run, "ingest_stage", lambda settings: None)
+    results = Results({"TwinBERT": Measured(Row("TwinBERT", ()), pairs=100)})
+    start = tmp_path / "mini-lm"
+    measure_rival(lambda *_: load_settings(SMALL), start, (3, 4), 5e-5, results)
+    assert not results.left_out
+    assert results.rows[ZERO_SHOT].others == {"model": "mini-lm"}
+    assert (results.rows[ZERO_SHOT].seeds, results.rows[ZERO_SHOT].seconds) == ((), None)
+    told = {"model": "mini-lm", "lr": "5e-05", "batch_size": "32"}
+    assert results.rows[RIVAL].others == told
+    assert results.rows[RIVAL].seeds == (3, 4)

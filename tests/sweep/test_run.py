@@ -1,5 +1,6 @@
 """Sweeps of the toy through a real Ray Tune and a real MLflow."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from mlflow.entities import Run as MlflowRun
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
+from acebert.evaluation import evaluate as evaluate_module
 from acebert.sweep import run as sweep_run
 from acebert.sweep.run import sweep
 from acebert.sweep.space import Space, with_leaves
@@ -372,3 +374,41 @@ def test_a_finished_sweep_that_is_evaluated_later_goes_on_in_its_run(
     assert statuses(settings) == {"FINISHED"}
     tested = [run.data.metrics.get("test/recall_100") for run in runs(settings)]
     assert sorted(tested, key=str) == [0.0, 0.0, None]
+
+
+def test_an_evaluation_that_is_gone_or_was_made_otherwise_is_made_again(
+    settings: Settings, toy, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    run_toy, rows = toy.train, settings.workdir / "rows"
+    evaluated = []
+
+    def train(settings: Settings) -> dict[str, Any]:
+        return {**run_toy(settings), "model": str(settings.workdir)}
+
+    def evaluate(settings: Settings, model: Path) -> tuple[None, Stage]:
+        row = rows / str(len(evaluated))
+        row.mkdir(parents=True)
+        overall = {"gauc": None, "recall_100": 0.1 * len(evaluated)}
+        (row / "metrics.json").write_text(json.dumps({"overall": overall}))
+        evaluated.append(row)
+        return None, Stage("evaluate", row, "0", 0.0, reused=False)
+
+    monkeypatch.setattr(sweep_run, "log_model", lambda *_: None)
+    monkeypatch.setattr(sweep_run, "evaluate_stage", evaluate)
+
+    def again(settings: Settings) -> list[float]:
+        """Recall@100 of the test day, by trial."""
+        space = Space(vary={"loss.gamma": [10, 20]})
+        own = {"evaluate": True, "prepare": toy.prepare, "train": train}
+        directory = sweep(settings, "toy", space, **own)
+        column = pq.read_table(directory / "trials.parquet")["test_recall_100"]
+        return [round(value, 6) for value in column.to_pylist()]
+
+    assert again(settings) == [0.0, 0.1]
+    assert again(settings) == [0.0, 0.1]
+    (evaluated[1] / "metrics.json").unlink()
+    assert again(settings) == [0.0, 0.2]
+    assert again(with_leaves(settings, {"eval.ks": (5,)})) == [0.3, 0.4]
+    monkeypatch.setattr(evaluate_module, "VERSION", 999)
+    assert again(with_leaves(settings, {"eval.ks": (5,)})) == [0.5, 0.6]
+    assert len(toy.calls(settings)) == 2  # nothing is trained again
