@@ -19,9 +19,12 @@ backs, above what an idle Ray has. `written` is the size of the result. Linux on
 import argparse
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import yaml
@@ -154,16 +157,39 @@ def size_of(path: Path) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def cpu_seconds() -> float:
-    """CPU time so far of the processes below this one, those that have ended included."""
-    ticks = 0
+class CPUTime:
+    """CPU time of the processes below this one in a block, those that end in it included."""
+
+    def __enter__(self) -> Self:
+        self._before = sum(_ticks().values())
+        self._last = _ticks()
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.2):
+            self._last |= _ticks()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._watcher.join()
+        self._last |= _ticks()
+
+    @property
+    def seconds(self) -> float:
+        return (sum(self._last.values()) - self._before) / os.sysconf("SC_CLK_TCK")
+
+
+def _ticks() -> dict[int, int]:
+    """Process → its own CPU time so far."""
+    found = {}
     for pid in descendants():
-        try:
+        with suppress(OSError):  # it has ended
             fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        ticks += sum(int(field) for field in fields[11:15])  # own and of children that ended
-    return ticks / os.sysconf("SC_CLK_TCK")
+            found[pid] = int(fields[11]) + int(fields[12])
+    return found
 
 
 def line(rows: list[Row], name: str) -> tuple[float, float]:
@@ -221,10 +247,10 @@ def main() -> None:
         rows = []
         with tempfile.TemporaryDirectory() as scratch:
             for size, work, result in make(sizes, Path(scratch)):
-                before = cpu_seconds()
-                seconds, peak = measure(work)
-                used = cpu_seconds() - before
-                rows.append(Row(size, seconds, used, float(peak[1]) - idle, size_of(result)))
+                with CPUTime() as used:
+                    seconds, peak = measure(work)
+                above = float(peak[1]) - idle
+                rows.append(Row(size, seconds, used.seconds, above, size_of(result)))
         load = f"load {os.getloadavg()[0]:.1f}"
         asked = f", {QUERIES:,} queries here and 100,000 there" if factor > 1 else ""
         report(f"{part} ({load}{asked})", unit, rows, targets, factor)

@@ -27,7 +27,9 @@ def work(arguments: argparse.Namespace) -> None:
     start = arguments.sentence_transformer
     if start is not None and not start.is_dir():
         raise UserError(f"--sentence_transformer {start}: no such directory")
-    from acebert.cluster import leave
+    from acebert.cluster import connect_and_load, leave
+
+    connect_and_load()
     from acebert.pipeline import ingest_stage, tracked
     from acebert.report.report import Given, report_stage
     from acebert.report.rows import System

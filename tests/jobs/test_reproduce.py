@@ -1,6 +1,11 @@
 """The report's job, as its user runs it."""
 
+import json
+import os
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +14,13 @@ from acebert.job import model_arguments
 
 ROOT = Path(__file__).parents[2]
 JOB = str(ROOT / "ray_jobs" / "reproduce.py")
+TINY = [
+    *["--demo.products", "120", "--demo.searches_per_day", "300", "--demo.days", "4"],
+    *["--demo.image_side", "64", "--model.width", "32", "--model.heads", "2"],
+    *["--model.layers", "1", "--text.vocab_size", "400", "--image.pixel_side", "35"],
+    *["--train.batch_size", "32", "--train.max_steps", "8", "--train.validate_every", "4"],
+    *["--train.precision", "fp32", "--train.valid_products", "100", "--eval.bootstrap", "50"],
+]
 
 
 @pytest.mark.parametrize(
@@ -38,3 +50,27 @@ def test_an_option_is_its_whole_name(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         model_arguments().parse_known_args(["--mod", "directory"])
     assert "the following arguments are required: --model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_job_ends_with_the_path_of_a_page_that_says_what_it_did(tmp_path: Path) -> None:
+    given = ["--parts", "fig6", "table4", "--seeds", "0", "--workdir", str(tmp_path), *TINY]
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(
+        [sys.executable, JOB, *given], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = Path(done.stdout.splitlines()[-1])
+    numbers = json.loads((page.parent / "numbers.json").read_text())
+    assert numbers["left_out"] == {}
+    systems = ["CE-BERT-Finetune", "CE-BERT + hot queries", "ACE-BERT"]
+    assert numbers["seeds"] == {name: [0] for name in systems}
+    assert list(numbers["tables"]["table4"]["rows"]["recall_100"]) == systems
+    assert numbers["cost"]["ACE-BERT"]["pairs"] == 8 * 32
+    gains = numbers["tables"]["table4"]["gains"]
+    assert {gain["verdict"] for gain in gains} == {"one seed: not claimed"}
+    assert set(numbers["final_losses"]) == {"CE-BERT + hot queries", "ACE-BERT"}
+    assert "model.layers: 1 (paper: 4)" in numbers["departures"]
+    text = page.read_text()
+    assert len(re.findall(r'<img id="(?:table4|fig6)_', text)) == 4
+    assert "--parts fig6 table4 --seeds 0 --workdir" in text
