@@ -1,6 +1,5 @@
 """Cached gradients against those of one graph over the whole batch, alone and on two ranks."""
 
-import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +21,6 @@ from acebert.training.finetuner import Finetuner
 from acebert.training.pairs import Side, TrainBatch
 
 W, GAMMA = 12, 8.0
-COMPILES = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 OF_DOMAIN = "domain classifier's"
 
 
@@ -146,7 +144,6 @@ def of_encoders(seen: dict[str, Tensor]) -> dict[str, Tensor]:
 def plain_twin(settings: Settings, batch: TrainBatch) -> dict[str, Tensor]:
     """One graph over all parts, each with its own random numbers, and one backward."""
     model = new_model(settings)
-    encoders = torch.compile(model) if settings.train.compile else model
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         domain = DomainClassifier(settings.model.embedding_dim, settings.adversary.hidden)
@@ -154,7 +151,7 @@ def plain_twin(settings: Settings, batch: TrainBatch) -> dict[str, Tensor]:
     for i, part in enumerate(batch.parts(settings.train.micro_batch)):
         torch.manual_seed(hash((settings.seed, 4, 0, i)))
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.train.precision == "bf16"):
-            embeddings.append(encoders(*part))
+            embeddings.append(model(*part))
     v_q, v_p = (torch.cat(side) for side in zip(*embeddings, strict=True))
     v_mined = None if batch.mined_row is None else v_p[batch.mined_row]
     v_q, v_p = v_q[batch.query.pair_row], v_p[batch.product.pair_row]
@@ -190,7 +187,6 @@ def plain_twin(settings: Settings, batch: TrainBatch) -> dict[str, Tensor]:
         {"micro_batch": 2, "hard_negatives": 2, "matryoshka_dims": (4, 2)},
         {"micro_batch": None, "hard_negatives": 2, "matryoshka_dims": (4, 2)},
         {"micro_batch": 2, "hard_negatives": 2, "popularity_correction": True},
-        pytest.param({"micro_batch": 4, "dropout": 0.3, "compile": True}, marks=COMPILES),
     ],
     ids=str,
 )
