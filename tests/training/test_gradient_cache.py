@@ -1,5 +1,6 @@
 """Cached gradients against those of one graph over the whole batch, alone and on two ranks."""
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -226,6 +227,25 @@ def test_a_row_that_pairs_share_has_the_sum_of_their_gradients() -> None:
     torch.testing.assert_close(
         gradients(recipe(), batch), gradients(recipe(), plain), atol=1e-5, rtol=1e-3
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_encoders_draw_the_same_dropout_with_and_without_a_graph() -> None:
+    """Which are two graphs to the compiler; a part is encoded once by each."""
+    settings = recipe(dropout=0.3)
+    encoders = torch.compile(new_model(settings))
+    (part,) = pairs(slice(0, W), settings).parts(None)
+
+    def encode(seed: int, grad: bool) -> list[Tensor]:
+        torch.manual_seed(seed)
+        with torch.set_grad_enabled(grad):
+            return [v.detach().clone() for v in encoders(*part)]
+
+    kept = encode(1, grad=False)
+    torch.testing.assert_close(encode(1, grad=True), kept, atol=1e-5, rtol=1e-4)
+    for other, v in zip(encode(2, grad=False), kept, strict=True):
+        assert (other - v).abs().max() > 0.1
 
 
 # ---- two ranks
