@@ -1,7 +1,7 @@
 """Counts and times of the service, as Ray exports them to Prometheus.
 
 `acebert_queries` by `path` (hot, tail, product, photo), so the hit rate is hot over hot + tail;
-`acebert_stage_ms` by `stage` (encode, index, products, total) and `path`;
+`acebert_stage_ms` by `stage` (encode; index, with the wait for a thread; total) and `path`;
 `acebert_refused` by `status`; `acebert_changes_applied`; gauge `acebert_behind_s`, how long ago a
 replica last heard of changes; of the published bundle, `acebert_products` and `acebert_age_s` by
 `part` (bundle, catalogue, hot_lists, model); of a replica, `acebert_queries_waiting`

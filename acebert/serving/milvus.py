@@ -8,7 +8,8 @@ which index types are real in it is in docs/serving.md.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pymilvus.exceptions import MilvusException
 
 from acebert.errors import UserError
 from acebert.serving.bundle import Bundle
+from acebert.serving.catalogue import Unavailable
 from acebert.serving.products import Change, Filter, Hit, Product
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,18 @@ log = logging.getLogger(__name__)
 ROWS = 1000  # of an insert
 FIELDS = ["product_id", "title", "category", "price", "in_stock"]
 NO_PRICE = -1.0  # Milvus Lite has no nulls to compare with
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """
+    Raises:
+        Unavailable: Milvus does not answer, or not as it should.
+    """
+    try:
+        yield
+    except MilvusException as error:
+        raise Unavailable(f"Milvus: {error}") from error
 
 
 def drop_collections(uri: str, bundles: Sequence[Path]) -> None:
@@ -108,6 +122,7 @@ class MilvusIndex:
         ]
         self._client.upsert(self._name, rows)
 
+    @_answering()
     def search(self, queries: NDArray[np.float32], k: int, where: Filter) -> list[list[Hit]]:
         found = self._client.search(
             self._name,
@@ -134,6 +149,7 @@ class MilvusIndex:
         rows = self._get(product_id, ["vector"])
         return np.asarray(rows[0]["vector"], np.float32) if rows else None
 
+    @_answering()
     def _get(self, product_id: str, fields: list[str]) -> list[dict[str, Any]]:
         return self._client.get(self._name, ids=[product_id], output_fields=fields)
 
@@ -143,6 +159,7 @@ class MilvusIndex:
     def categories(self) -> list[str]:
         return sorted(self._categories)
 
+    @_answering()
     def apply(self, changes: Sequence[Change]) -> None:
         last: dict[str, tuple[Product, NDArray[np.float32]] | None] = {}
         for change in changes:

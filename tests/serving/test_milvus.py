@@ -8,6 +8,7 @@ import pytest
 
 from acebert.errors import UserError
 from acebert.serving.bundle import Bundle
+from acebert.serving.catalogue import Unavailable
 from acebert.serving.live_index import LiveIndex
 from acebert.serving.products import Change, Filter, Patch, Product
 
@@ -79,6 +80,24 @@ def test_milvus_answers_as_faiss_does_also_after_changes_and_when_opened_again(
     assert faiss.product(second) == milvus.product(second)
     with pytest.raises(UserError, match="hybrid"):
         milvus.by_words("zebra", queries[0], 3, Filter())
+
+
+def test_a_milvus_that_does_not_answer_as_it_should_makes_the_service_unavailable(
+    shared_world, tmp_path: Path
+) -> None:
+    bundle, uri = Bundle(shared_world.bundle), str(tmp_path / "milvus.db")
+    milvus = MilvusIndex(bundle, uri)
+    client = MilvusClient(uri)
+    for name in client.list_collections():
+        client.drop_collection(name)
+    first, query = bundle.products([0])[0].product_id, np.array(bundle.vectors[:1])
+    for asked in (
+        lambda: milvus.search(query, 1, Filter()),
+        lambda: milvus.product(first),
+        lambda: milvus.apply([Change(1, first, None, None)]),
+    ):
+        with pytest.raises(Unavailable, match="Milvus: "):
+            asked()
 
 
 def test_collections_of_bundles_that_are_gone_are_dropped_from_a_server_and_no_others(
