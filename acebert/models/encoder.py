@@ -219,18 +219,9 @@ class CEBertEmbeddings(BertEmbeddings):
         return self._image_tokens(content, sep, PATCH, self.patch_position_embeddings)
 
     def pixels(self, pixels: Tensor, sep: Tensor) -> Tensor:
-        """uint8 [B, S, S, 3] → [B, 50, D]
-
-        The projection normalises: its weights take the place of three passes over all pixels, each
-        as floats of four bytes. Bytes are whole numbers in bf16 too.
-        """
-        weight, kind = self.pixel_projection.weight, pixels.device.type
-        repeats = weight.shape[1] // 3  # pixels of a patch
-        scaled = weight / self.pixel_std.repeat(repeats)
-        bias = self.pixel_projection.bias - (scaled * self.pixel_mean.repeat(repeats)).sum(dim=1)
-        autocast = torch.is_autocast_enabled(kind)
-        x = cut_pixels(pixels).to(torch.get_autocast_dtype(kind) if autocast else weight.dtype)
-        content = F.linear(x, scaled / 255, bias)
+        """uint8 [B, S, S, 3] → [B, 50, D]"""
+        x = (pixels / 255).sub_(self.pixel_mean).div_(self.pixel_std)
+        content = self.pixel_projection(cut_pixels(x))
         return self._image_tokens(content, sep, PIXEL, self.pixel_position_embeddings)
 
     def _image_tokens(
