@@ -32,7 +32,7 @@ class Words:
 class Toy:
     """A model whose parameters do not fill DDP's buckets in the order of its gradients."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(
             nn.Embedding(1000, 64), nn.Linear(64, 257), nn.GELU(), nn.Linear(257, 10)
@@ -54,9 +54,9 @@ class ToyTraining(Training[Words]):
     batch_size, steps_per_epoch, validates_on = 48, STEPS, "nothing"
     validate_every, checkpoint_every = STEPS, KILLED_AFTER
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, rank: Rank, trainer: Toy) -> None:
         self.rank = rank.rank
-        self.trainer: Toy = Toy(rank.world)
+        self.trainer: Toy = trainer
 
     def stream(self, start: int, stop: int) -> Iterator[Words]:
         for step in range(start, stop):
@@ -82,11 +82,11 @@ def one_rank(resumed: bool, rank: int) -> dict[str, Tensor]:
         saved.append((deepcopy(tensors), deepcopy(progress)))
 
     own = Rank(rank, 3, CPU, save)
-    training = ToyTraining(own)
+    training = ToyTraining(own, Toy())
     state = train(training, own)
     if resumed:
         own = Rank(rank, 3, CPU, save, lambda: deepcopy(saved[0]))
-        training = ToyTraining(own)
+        training = ToyTraining(own, Toy())
         state = train(training, own)
     weights = {name: tensor.clone() for name, tensor in training.trainer.model.state_dict().items()}
     assert saved[0][1].step == KILLED_AFTER < state.step == STEPS
@@ -113,8 +113,8 @@ class Alone(Toy):
 def test_a_warm_up_that_takes_the_whole_budget_is_said(
     warmup: int, said: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    training = ToyTraining.__new__(ToyTraining)
-    training.rank, training.trainer = 0, Alone()
+    own = Rank(0, 1, CPU, lambda *_: None)
+    training = ToyTraining(own, Alone())
     training.own = TrainSettings(max_steps=STEPS, warmup_steps=warmup)
-    train(training, Rank(0, 1, CPU, lambda *_: None))
+    train(training, own)
     assert ("the learning rate never reaches --train.lr" in caplog.text) == said
