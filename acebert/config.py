@@ -305,8 +305,8 @@ class ModelSettings(Section):
     pooling: Literal["cls", "mean"] = "cls"
     """state that is projected: of CLS (paper), or the mean over the text's tokens"""
     image_attention_bias: float = 0.0
-    """added to the attention score of every image token: below zero they enter gently
-    (paper: 0)"""
+    """added to the attention score of every image token: below zero they enter gently (paper: 0).
+    With start pretrain it is 0: there photos are nothing new"""
     hot_queries: Literal["off", "as_is", "other_days"] = "other_days"
     """hot queries on the product side. as_is (paper): the list of all training days, which holds
     most pairs' own query; other_days: clicks of the pair's own day are left out of its list"""
@@ -403,7 +403,7 @@ class PretrainSettings(ScheduleSettings):
     held_out: float = Field(0.02, gt=0, lt=1)
     """share of the distinct titles that is held out to measure on"""
     valid_products: int = Field(2000, ge=2)
-    """products of these that a validation measures on"""
+    """titles of these that a validation reads; where there are fewer, each under several masks"""
     validate_every: int = Field(1000, ge=1)
     """steps between validations"""
     batch_size: int = Field(96, ge=2)

@@ -9,6 +9,7 @@
 * Words that neither names are unknown, not absent; a product that nothing names has no word labels.
 * Which photos are held out is told by their own bytes: equal photos are on one side, and the same
   ones in every run.
+* Products whose titles pre-training holds out train no CNN: its features would know their words.
 * DuckDB joins and counts, so the log may be larger than memory; a product takes some 60 bytes.
 """
 
@@ -33,13 +34,15 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from acebert.config import Settings
 from acebert.data.database import feed, open_database, read
 from acebert.data.features import read_shard_list
+from acebert.data.held_out import held_out as held_out_titles
+from acebert.data.held_out import title_hashes
 from acebert.data.tokens import Ragged, ranges
 from acebert.errors import UserError
 from acebert.workdir import Stage, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 MIN_HELD_OUT = 2
 BATCH = 10_000  # texts cut in words at a time
 WORDS = pa.schema([("row", pa.int32()), ("word", pa.string())])
@@ -101,6 +104,7 @@ def label_photos(settings: Settings, ingested: Stage, crops: Stage) -> Stage:
         "ingest": ingested.digest,
         "crops": crops.digest,
         **own.model_dump(include={"tags", "tag_products", "held_out"}),
+        "titles_held_out": settings.pretrain.held_out,
     }
     return run_stage(
         settings.workdir, "cnn_labels", key, lambda out: _build(settings, ingested, crops, out)
@@ -127,7 +131,8 @@ def _build(settings: Settings, ingested: Stage, crops: Stage, out: Path) -> None
     words = Ragged.load(out, "words")
     labelled = has_photo & ((category >= 0) | (np.diff(words.offsets) > 0))
     held_out = np.flatnonzero(labelled & (drawn < own.held_out))
-    train = np.flatnonzero(labelled & (drawn >= own.held_out))
+    unread = held_out_titles(title_hashes(ingested.path), settings.pretrain.held_out)
+    train = np.flatnonzero(labelled & (drawn >= own.held_out) & ~unread)
     if len(held_out) < MIN_HELD_OUT or not len(train):
         raise UserError(
             f"{ingested.path}: {labelled.sum():,} products have a photo and a label, "

@@ -99,7 +99,8 @@ def new_model(settings: Settings, paths: StagePaths, start: Path | None = None) 
     """
     model = settings.model
     if start is not None:
-        model = model.model_copy(update={"backbone": str(start)})
+        read = {"backbone": str(start), "image_attention_bias": 0.0}  # it reads photos already
+        model = model.model_copy(update=read)
     features = FeatureStore(paths.features) if paths.features else None
     return DualEncoder.new(
         model,

@@ -26,12 +26,13 @@ from acebert.training.record import write_record
 from acebert.training.steps import Rank
 from acebert.workdir import Stage
 
-VERSION = 3
+VERSION = 4
 MODEL_SETTINGS = {
     *("backbone", "layers", "width", "heads", "dropout"),
-    *("patches", "pixels", "pooling", "image_attention_bias"),
+    *("patches", "pixels", "pooling"),
 }
-"""leaves of `model` that pre-training reads; the others are fine-tuning's alone"""
+"""leaves of `model` that pre-training reads; the others are fine-tuning's alone. Among these is
+image_attention_bias: photos that hardly enter teach nothing"""
 
 
 def pretrain(settings: Settings, ingested: Stage, tokens: Stage, features: Stage | None) -> Stage:
@@ -71,7 +72,6 @@ def new_model(settings: Settings, paths: StagePaths) -> CEBertForPreTraining:
         sep_token_id=special_ids(paths.tokens / "tokenizer")["sep"],
         patch_dim=features.patch_dim if features and model.patches else 0,
         pixel_side=features.pixel_side if features and model.pixels else 0,
-        image_attention_bias=model.image_attention_bias,
         pooling=model.pooling,
         seed=settings.pretrain.seed,
     )

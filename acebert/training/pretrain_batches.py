@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import torch
@@ -25,6 +23,7 @@ from numpy.typing import NDArray
 from acebert.config import Settings
 from acebert.data.batches import TextArrays, TextStore
 from acebert.data.feature_cache import open_features
+from acebert.data.held_out import held_out, title_hashes
 from acebert.data.masking import Vocabulary, mask_patches, mask_words
 from acebert.data.tokens import load_tokenizer
 from acebert.errors import UserError
@@ -86,24 +85,21 @@ class Texts:
         n_products: rows of the catalogue
         train: texts to train on [n]
         held_out: product rows kept back [h], ascending
-        category: category code of each product, int32 [n_products]
+        category: category code of each product, one of its own where it has none [n_products]
         title: hash of each product's title, uint64 [n_products]
     """
 
     def __init__(self, settings: Settings, paths: StagePaths) -> None:
         self.store = TextStore.open(paths.tokens, paths.ingest)
-        hashes, categories = [], []
-        parts = sorted((paths.ingest / "products").glob("part-*.parquet"))
-        for batch in ds.dataset(parts).scanner(columns=["title", "category_code"]).to_batches():
-            titles = pc.utf8_lower(pc.utf8_trim_whitespace(batch["title"]))
-            hashes.append(pd.util.hash_array(titles.to_numpy(zero_copy_only=False)))
-            categories.append(batch["category_code"].to_numpy())
         rows = np.arange(len(self.store.titles))
         self.n_products = len(rows)
-        self.category: NDArray[np.int32] = np.concatenate(categories)
+        parts = sorted((paths.ingest / "products").glob("part-*.parquet"))
+        table = ds.dataset(parts).to_table(columns=["category", "category_code"])
+        code, known = table["category_code"].to_numpy(), table["category"].is_valid().to_numpy()
+        self.category: NDArray[np.int64] = np.where(known, code, code.max(initial=0) + 1 + rows)
         titled = self.store.titles.lengths(rows) > 0
-        self.title: NDArray[np.uint64] = np.concatenate(hashes)
-        kept_back = self.title / 2.0**64 < settings.pretrain.held_out
+        self.title: NDArray[np.uint64] = title_hashes(paths.ingest)
+        kept_back = held_out(self.title, settings.pretrain.held_out)
         self.held_out = rows[titled & kept_back]
         self.train = rows[titled & ~kept_back]
         if settings.pretrain.queries:
@@ -161,6 +157,10 @@ class Draws:
 
     def __getitem__(self, rows: Any) -> "Draws":
         return Draws(self.u[rows], self.v[rows], self.patches[rows])
+
+    def flat(self) -> "Draws":
+        """Of [A, B] rows, as A · B rows."""
+        return Draws(*(x.reshape(-1, x.shape[-1]) for x in (self.u, self.v, self.patches)))
 
 
 class PretrainBatches:

@@ -53,7 +53,7 @@ class Photos:
 class Neighbours:
     """Products with a photo by category, to draw one of a product's own category."""
 
-    def __init__(self, category: NDArray[np.int32], products: NDArray[np.int64]) -> None:
+    def __init__(self, category: NDArray[np.int64], products: NDArray[np.int64]) -> None:
         self._category = category
         self._members = products[np.argsort(category[products], kind="stable")]
         count = np.bincount(category[products], minlength=int(category.max(initial=0)) + 1)

@@ -3,10 +3,11 @@
 Each held-out title is read four times under the same masks: with its own photo, with another
 product's, with one of its own category's, and with none. The first three make TIP's AUCs, and that
 words are guessed better with the right photo than with another is how one sees that it is used.
+A model without images is asked the same words, so that the two can be compared.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from acebert.errors import UserError
 from acebert.evaluation.gauc import gauc
 from acebert.models.encoder import NUM_PATCHES
-from acebert.models.pretraining import mlm_loss, mpm_loss, tip_loss
+from acebert.models.pretraining import PretrainInputs, mlm_loss, mpm_loss, tip_loss
 from acebert.training.pretrain_batches import Draws, PretrainBatches
 from acebert.training.pretrain_pairs import NO_PHOTO, SPARE
 from acebert.training.pretrainer import Pretrainer
@@ -27,25 +28,37 @@ OWN, OTHER, SAME_CATEGORY, NONE = "own", "other", "same_category", "none"
 
 @dataclass(frozen=True)
 class Answers:
-    """What the model says to some rows.
+    """What the model says to some rows (B of them).
 
     Attributes:
-        words: masked words asked for
-        hits: words guessed right
-        word_loss: sum of Eq. 1 over the words
+        row: which row of the sample each is [B]
+        words: its masked words [B]
+        hits: how many of them are guessed right [B]
+        word_loss: sum of Eq. 1 over them [B]
         match: TIP's logit of each row [B], empty for a text-only model
         patch_loss: Eq. 2 of each masked patch, empty for a model without patches
     """
 
-    words: int
-    hits: int
-    word_loss: float
+    row: NDArray[np.int64]
+    words: NDArray[np.int64]
+    hits: NDArray[np.int64]
+    word_loss: NDArray[np.float64]
     match: NDArray[np.float32]
     patch_loss: NDArray[np.float32]
+
+    def by_row(self, rows: NDArray[np.int64]) -> "Answers":
+        """Words of these rows, in this order."""
+        at = np.argsort(self.row)[np.searchsorted(np.sort(self.row), rows)]
+        return replace(
+            self, row=rows, words=self.words[at], hits=self.hits[at], word_loss=self.word_loss[at]
+        )
 
 
 class HeldOut:
     """A fixed sample of the held-out products, with a photo each where the model reads photos.
+
+    Where fewer are held out than `pretrain.valid_products`, each is there several times, under
+    other masks.
 
     Attributes:
         products: rows [h]
@@ -56,23 +69,26 @@ class HeldOut:
 
     def __init__(self, batches: PretrainBatches) -> None:
         settings = batches.settings
-        held_out = batches.texts.held_out
+        rng = np.random.default_rng((settings.seed, 2))
+        products = rng.permutation(batches.texts.held_out)[: settings.valid_products]
+        masks = max(1, settings.valid_products // max(1, len(products)))
+        draws = Draws.of(rng, (masks, len(products)), batches.max_length)
         if batches.features is not None:
-            held_out = held_out[batches.pictured(held_out)]
-        if len(held_out) < 2:
+            pictured = batches.pictured(products)
+            products, draws = products[pictured], draws[:, pictured]
+        if len(products) < 2:
             raise UserError(
-                f"--pretrain.held_out {settings.held_out}: {len(held_out)} products with a title "
+                f"--pretrain.held_out {settings.held_out}: {len(products)} products with a title "
                 "(and a photo) are held out, at least 2 are needed; raise it"
             )
-        rng = np.random.default_rng((settings.seed, 2))
-        self.products = np.sort(rng.permutation(held_out)[: settings.valid_products])
-        self.draws = Draws.of(rng, (len(self.products),), batches.max_length)
+        self.products = np.tile(products, masks)
+        self.draws = draws.flat()
         none = np.full(len(self.products), NO_PHOTO)
         self.photos = {NONE: none}
         self.baselines: dict[str, float] = {}
         if batches.features is not None:
             pictures = self._pictures(batches)
-            everywhere = np.zeros(len(self.products), np.int32)
+            everywhere = np.zeros(len(self.products), np.int64)
             category = batches.texts.category[self.products]
             titles = batches.texts.title[self.products]
             self.photos = {
@@ -140,6 +156,7 @@ class HeldOut:
             **_words("", own),
             **_words("_other_photo", other),
             **_words("_no_photo", answers[NONE]),
+            **_gain(self.products, own, other),
             **({"mpm_kl": float(own.patch_loss.mean())} if len(own.patch_loss) else {}),
             **self.baselines,
             "tip_loss": (loss[0] + r * loss[1]) / (1 + r),
@@ -166,15 +183,23 @@ class HeldOut:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 outputs = trainer.model(inputs.to(device))
             words = words.to(device)
+
+            def by_row(
+                values: torch.Tensor, inputs: PretrainInputs = inputs
+            ) -> NDArray[np.float64]:
+                of = inputs.word_rows.numpy()
+                return np.bincount(of, values.double().cpu().numpy(), len(inputs.photo))
+
             match, patch_loss = outputs.match, torch.zeros(0)
             if kind == OWN and outputs.patches is not None:
                 T = batches.settings.patch_temperature
                 patch_loss = mpm_loss(outputs.patches, outputs.features, T).cpu()
             parts.append(
                 Answers(
-                    len(words),
-                    int((outputs.words.argmax(dim=-1) == words).sum()),
-                    float(mlm_loss(outputs.words, words).sum()),
+                    mine,
+                    by_row(torch.ones(len(words))).astype(np.int64),
+                    by_row(outputs.words.argmax(dim=-1) == words).astype(np.int64),
+                    by_row(mlm_loss(outputs.words, words)),
                     np.zeros(0, np.float32) if match is None else match.float().cpu().numpy(),
                     patch_loss.numpy(),
                 )
@@ -183,13 +208,11 @@ class HeldOut:
             shares: list[list[Answers]] = [parts] * trainer.world
             dist.all_gather_object(shares, parts)
             parts = [part for share in shares for part in share]
-        return Answers(
-            sum(part.words for part in parts),
-            sum(part.hits for part in parts),
-            sum(part.word_loss for part in parts),
-            np.concatenate([part.match for part in parts] or [np.zeros(0, np.float32)]),
-            np.concatenate([part.patch_loss for part in parts] or [np.zeros(0, np.float32)]),
+        together = (
+            np.concatenate(column)
+            for column in zip(*(vars(p).values() for p in parts), strict=True)
         )
+        return Answers(*together)
 
 
 def _chunks(n: int) -> Iterator[slice]:
@@ -201,7 +224,7 @@ def _others(
     products: NDArray[np.int64],
     pictures: NDArray[np.uint64],
     titles: NDArray[np.uint64],
-    group: NDArray[np.int32],
+    group: NDArray[np.int64],
 ) -> NDArray[np.int64]:
     """For each product [h] another of its group with another picture and another title, or
     NO_PHOTO [h]: the next one in a random order."""
@@ -218,11 +241,26 @@ def _others(
 
 
 def _words(suffix: str, answers: Answers) -> dict[str, float]:
-    words = max(1, answers.words)
+    words = max(1, answers.words.sum())
     return {
-        f"mlm_loss{suffix}": answers.word_loss / words,
-        f"mlm_accuracy{suffix}": answers.hits / words,
+        f"mlm_loss{suffix}": float(answers.word_loss.sum() / words),
+        f"mlm_accuracy{suffix}": float(answers.hits.sum() / words),
     }
+
+
+def _gain(products: NDArray[np.int64], own: Answers, other: Answers) -> dict[str, float]:
+    """What the right photo adds to MLM accuracy, and its standard error over products: that of a
+    ratio of sums (Cochran 1977, Sampling Techniques, section 6.4)."""
+    both = np.intersect1d(own.row, other.row)
+    with_own, with_other = (a.by_row(both) for a in (own, other))
+    _, product = np.unique(products[both], return_inverse=True)
+    words = np.bincount(product, with_own.words)
+    gained = np.bincount(product, with_own.hits - with_other.hits)
+    if not words.sum():
+        return {}
+    gain, n = gained.sum() / words.sum(), len(words)
+    spread = np.sqrt(n / max(1, n - 1) * ((gained - gain * words) ** 2).sum())
+    return {"mlm_gain": float(gain), "mlm_gain_error": float(spread / words.sum())}
 
 
 def _tip(logits: NDArray[np.float32], label: int) -> float:

@@ -35,15 +35,35 @@ def picture(products: np.ndarray) -> np.ndarray:
 
 
 def build(root: Path) -> StagePaths:
+    products = np.arange(PRODUCTS)
+    titles = [[_title(p)] * repeats(p) for p in range(PRODUCTS)]
+    colour = np.where(np.isin(products, NO_PHOTO), 0, picture(products))
+    return _write(root, [f"w{i}" for i in range(PRODUCTS + QUERIES)], titles, colour)
+
+
+COLOURS, SHAPES = 8, 40
+
+
+def build_coloured(root: Path) -> StagePaths:
+    """Products whose titles say a shape, a thing and a colour, a word each; the photo shows the
+    colour and nothing else. A title is of any category."""
+    rng = np.random.default_rng(0)
+    shape, thing = rng.integers(SHAPES, size=(2, PRODUCTS))
+    colour = rng.integers(COLOURS, size=PRODUCTS)
+    words = [f"w{i}" for i in range(2 * SHAPES + COLOURS + QUERIES)]
+    titles = np.stack([shape, SHAPES + thing, 2 * SHAPES + colour], axis=1)
+    return _write(root, words, titles.tolist(), 1 + colour * (255 // COLOURS))
+
+
+def _write(root: Path, words: list[str], titles: list[list[int]], colour: np.ndarray) -> StagePaths:
+    """`titles` in numbers of `words`, whose last are the queries; `colour` 0 is no photo."""
     for name in ("ingest/products", "tokens", "features"):
         (root / name).mkdir(parents=True)
-    words = [f"w{i}" for i in range(PRODUCTS + QUERIES)]
     tokenizer = train_wordpiece([word for word in words for _ in range(5)], vocab_size=2000)
     tokenizer.save_pretrained(root / "tokens" / "tokenizer")
     ids = [tokenizer.get_vocab()[word] for word in words]
-    titles = [[ids[_title(p)]] * repeats(p) for p in range(PRODUCTS)]
-    Ragged.from_rows(titles).save(root / "tokens", "titles")
-    queries = [[ids[PRODUCTS + q]] * REPEATS for q in range(QUERIES)]
+    Ragged.from_rows([[ids[i] for i in title] for title in titles]).save(root / "tokens", "titles")
+    queries = [[word] * REPEATS for word in ids[-QUERIES:]]
     Ragged.from_rows(queries).save(root / "tokens", "queries")
     (root / "ids.txt").write_text(" ".join(map(str, ids)))
 
@@ -51,7 +71,8 @@ def build(root: Path) -> StagePaths:
     ingest = root / "ingest"
     columns = {
         "product": pa.array(products, pa.int32()),
-        "title": ["" if p in NO_TITLE else words[_title(p)] for p in products],
+        "title": [" ".join(words[i] for i in dict.fromkeys(title)) for title in titles],
+        "category": [f"c{code}" for code in category(products)],
         "category_code": pa.array(category(products), pa.int32()),
     }
     pq.write_table(pa.table(columns), ingest / "products" / "part-00000.parquet")
@@ -66,8 +87,7 @@ def build(root: Path) -> StagePaths:
     for name in ("clicked", "hot_lists"):
         Ragged.from_rows([[0]]).save(ingest / "lookups", name)
 
-    has_image = ~np.isin(products, NO_PHOTO)
-    colour = np.where(has_image, picture(products), 0)
+    has_image = colour > 0
     patches = np.random.default_rng(0).random((256, 16, D1))[colour] * 3 * has_image[:, None, None]
     pixels = np.broadcast_to(colour[:, None, None, None], (PRODUCTS, SIDE, SIDE, 3))
     shard = Shard(

@@ -12,6 +12,7 @@ import pytest
 from acebert.config import Settings, settings_from
 from acebert.data.cnn_labels import PhotoLabels, label_photos, words_of
 from acebert.data.features import Shard, write_shard, write_shard_list
+from acebert.data.held_out import held_out, title_hashes
 from acebert.data.ingest import ingest
 from acebert.errors import UserError
 from acebert.workdir import Stage
@@ -148,6 +149,18 @@ def test_tags_are_the_most_frequent_words_and_their_counts(
 def test_categories_are_those_of_the_catalogue(labels: PhotoLabels):
     assert labels.categories == ["shirts", "shoes"]
     assert labels.category.tolist() == [0] * 20 + [1] * (N - 21) + [-1]
+
+
+def test_titles_that_pre_training_holds_out_train_no_cnn(ingested: Stage, tmp_path: Path):
+    values = options(tmp_path).model_dump() | {"pretrain": {"held_out": 0.3}}
+    settings = settings_from(values)
+    stage = label_photos(settings, ingested, crops(tmp_path / "c", [*range(N)]))
+    unread = held_out(title_hashes(ingested.path), 0.3)
+    labels = PhotoLabels(stage.path)
+    assert 4 < unread.sum() < 20
+    assert not unread[labels.train].any()
+    assert len(labels.train) > 10
+    assert len(set(labels.train) | set(labels.held_out) | set(np.flatnonzero(unread))) >= N - 1
 
 
 def test_equal_photos_are_on_one_side_and_no_photo_or_label_on_none(
