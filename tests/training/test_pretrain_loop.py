@@ -196,8 +196,8 @@ def test_a_colour_that_only_the_photo_tells_is_learned_and_measured_on_unread_ti
     )
     assert told["mlm_gain"] > 0.2
     assert told["mlm_accuracy_no_photo"] < 0.15
-    assert told["tip_auc_random"] > 0.95
-    assert told["tip_auc_same_category"] > 0.95
+    assert told["tip_auc_random"] > 0.85
+    assert told["tip_auc_same_category"] > 0.85
     assert told["mpm_kl"] < 0.8 * told["mpm_kl_position"]
 
 
