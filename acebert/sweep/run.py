@@ -25,7 +25,7 @@ from acebert.evaluation.evaluate import evaluation_key
 from acebert.evaluation.tables import read_metrics
 from acebert.pipeline import evaluate_stage
 from acebert.sweep import training
-from acebert.sweep.children import Children, run_metrics
+from acebert.sweep.children import Children
 from acebert.sweep.figure import sweep_figure
 from acebert.sweep.placement import place
 from acebert.sweep.records import Records
@@ -146,7 +146,7 @@ class _Sweep:
                         shutil.rmtree(checkpoints, ignore_errors=True)
             self._write_tables()  # they hold whatever becomes of the evaluation
             if evaluate:
-                self._evaluate(run)
+                self._evaluate(children)
             self._write(run)
         if any(o.status == "failed" for o in self.records.ended()):
             run.client.set_terminated(run.run_id, "FAILED")  # it goes on when started again
@@ -213,7 +213,7 @@ class _Sweep:
             table_text(self.space, ended),
         )
 
-    def _evaluate(self, run: Run) -> None:
+    def _evaluate(self, children: Children) -> None:
         """GAUC and Recall@100 on the test day; which point is best is decided without them."""
         tracking = self.base.tracking.model_copy(update={"tag": None})
         base = self.base.model_copy(update={"tracking": tracking})
@@ -228,8 +228,8 @@ class _Sweep:
             }
             others = {k: v for k, v in outcome.result.items() if not k.startswith("test_")}
             result = {**others, **test, "test_row": str(row.path), TEST_KEY: self._test_key()}
-            Run(run.client, result["mlflow_run"]).log_metrics(run_metrics(result))
-            self.records.put(replace(outcome, result=result))
+            noted = children.note(replace(outcome, result=result), children.adopt(self.base))
+            self.records.put(noted)
 
     def _write_tables(self) -> None:
         outcomes = self.records.ended()

@@ -205,17 +205,24 @@ class _Watcher(tune.Callback):
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        error = trial.get_pickled_error()  # by Tune, in this process
-        if error is None or isinstance(error, RayActorError):
-            self._end(trial, "failed", "its process died (killed, or out of memory)")
-        else:
-            self._end(trial, "failed", reason_of(error))
+        self._end(trial, "failed", _reason(trial))
 
     def _end(self, trial: TuneTrial, status: Status, reason: str | None = None) -> None:
         last = {k: v for k, v in trial.last_result.items() if k not in NO_RESULT}
         last = {} if status == "failed" else last
         seconds = float(trial.last_result.get("time_total_s", 0.0))
         self.on_end(Outcome(_trial_of(trial.config, self.space), status, last, seconds, reason))
+
+
+def _reason(trial: TuneTrial) -> str:
+    """Of an error that Tune wrote to this machine's disk: as an object where the trial's process
+    met it, else, of Tune or of a callback, as text alone."""
+    if trial.pickled_error_file is None:
+        return Path(trial.error_file).read_text().strip().splitlines()[-1]
+    error = ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    if isinstance(error, RayActorError):
+        return "its process died (killed, or out of memory)"
+    return reason_of(error)
 
 
 NO_RESULT = {

@@ -18,9 +18,11 @@ from acebert.config import Settings, load_settings
 from acebert.errors import UserError
 from acebert.evaluation import evaluate as evaluate_module
 from acebert.sweep import run as sweep_run
+from acebert.sweep.children import Children
 from acebert.sweep.run import sweep
-from acebert.sweep.space import Space, with_leaves
-from acebert.tracking import client
+from acebert.sweep.space import Space, Trial, trials_of, with_leaves
+from acebert.sweep.trials import Outcome, run_trials
+from acebert.tracking import client, start_run
 from acebert.workdir import Stage
 
 WIDE = {"loss.gamma": {"low": 1.5, "high": 90, "log": True}}
@@ -233,8 +235,6 @@ def test_trials_track_where_the_sweep_does_though_the_cluster_knows_no_such_serv
 def test_a_model_that_another_sweep_trained_is_a_row_of_this_one_too(
     settings: Settings, toy, ray_cluster: None
 ):
-    from acebert.tracking import start_run
-
     with start_run(settings, "finetune", "elsewhere") as other:
         pass
     elsewhere = other.run_id
@@ -249,6 +249,52 @@ def test_a_model_that_another_sweep_trained_is_a_row_of_this_one_too(
     assert row.data.tags["table"] == "toy"
     assert row.data.metrics["best/recall_100"] == pytest.approx(0.4)
     assert "table" not in client(settings).get_run(elsewhere).data.tags
+
+
+def test_a_model_that_was_trained_for_another_mlflow_is_a_row_of_this_one(
+    settings: Settings, toy, ray_cluster: None
+):
+    def train(settings: Settings) -> dict[str, object]:
+        return {"recall_100": 0.4, "mlflow_run": "0" * 32, "reused": True}
+
+    space = Space(vary={"loss.gamma": [10]})
+    directory = sweep(settings, "toy", space, prepare=toy.prepare, train=train)
+    (trial,) = pq.read_table(directory / "trials.parquet").to_pylist()
+    assert (trial["status"], trial["reason"]) == ("finished", None)
+    row = next(run for run in runs(settings) if run.info.run_name == "gamma=10 seed=0")
+    assert row.data.metrics["best/recall_100"] == pytest.approx(0.4)
+
+
+def test_what_fails_where_the_sweep_runs_is_the_trials_reason(
+    settings: Settings, toy, ray_cluster: None, tmp_path: Path
+):
+    settings.workdir.mkdir()
+    reasons = []
+
+    def on_end(outcome: Outcome) -> None:
+        if outcome.status == "finished":
+            raise OSError("no space left")
+        reasons.append(outcome.reason)
+
+    space = Space(vary={"loss.gamma": [10]})
+    run_trials(
+        *(space, settings, trials_of(space, settings), [], toy.train, lambda _: None, on_end),
+        at_once=1,
+        storage=tmp_path / "tune",
+    )
+    assert reasons == ["OSError: no space left"]
+
+
+def test_a_run_that_was_deleted_does_not_stop_a_sweep(settings: Settings):
+    with start_run(settings, "sweep", "of", name="sweep toy") as parent:
+        children = Children(parent, "of", "toy")
+        child = start_run(children.adopt(settings), "finetune", "a")
+        parent.client.delete_run(child.run_id)
+        assert children.end() == []
+        trial = Trial({"loss.gamma": 10}, 0)
+        outcome = Outcome(trial, "finished", {"gauc": 0.5, "mlflow_run": child.run_id}, 1.0)
+        noted = children.note(outcome, children.adopt(settings))
+    assert noted.result["mlflow_run"] != child.run_id
 
 
 def test_more_trials_at_once_than_the_cluster_holds_are_refused(
