@@ -356,7 +356,48 @@ def test_a_search_for_more_points_than_there_are_values_ends(
     directory = sweep(settings, "toy", space, **toy.parts)
     assert len(toy.calls(settings)) == 4
     assert sweep(settings, "toy", space, **toy.parts) == directory
+    (directory / "report.txt").unlink()  # it was killed after the last trial
+    sweep(settings, "toy", space, **toy.parts)
     assert len(toy.calls(settings)) == 4
+
+
+def test_a_sweep_that_was_killed_while_it_wrote_writes_everything_when_started_again(
+    settings: Settings, toy, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    def train(settings: Settings) -> dict[str, Any]:
+        return {**toy.train(settings), "model": str(settings.workdir)}
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    row = settings.workdir / "row"
+    row.mkdir(parents=True)
+    (row / "metrics.json").write_text('{"overall": {"gauc": 0.7, "recall_100": 0.2}}')
+    evaluated = Stage("evaluate", row, "0", 0.0, reused=False)
+    monkeypatch.setattr(sweep_run, "evaluate_stage", lambda *_: (None, evaluated))
+    monkeypatch.setattr(sweep_run, "log_model", lambda *_: None)
+
+    def start(evaluate: bool) -> Path:
+        space = Space(vary={"loss.gamma": [10, 20]})
+        parts = {"prepare": toy.prepare, "train": train, "evaluate": evaluate}
+        return sweep(settings, "toy", space, **parts)
+
+    for evaluate in (False, True):
+        with monkeypatch.context() as killed:
+            killed.setattr(sweep_run, "sweep_figure", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                start(evaluate)
+        directory = start(evaluate)
+        assert (directory / "sweep.png").exists()
+        assert statuses(settings) == {"FINISHED"}
+        parent = next(run for run in runs(settings) if run.info.run_name == "sweep toy")
+        artifacts = client(settings).list_artifacts(parent.info.run_id)
+        assert {artifact.path for artifact in artifacts} == {
+            *("best.yaml", "report.txt", "space.yaml", "sweep.png", "trials.parquet")
+        }
+    tested = pq.read_table(directory / "trials.parquet")["test_recall_100"]
+    assert tested.to_pylist() == [0.2, 0.2]
+    assert len(toy.calls(settings)) == 2
 
 
 def test_a_trial_whose_model_was_removed_runs_again_and_the_others_do_not(
