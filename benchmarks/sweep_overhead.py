@@ -53,7 +53,7 @@ def measure(settings: Settings, trials: int, at_once: int) -> tuple[list[dict[st
     """Seconds of each trial by part, and of all trials together."""
     space = Space(vary={"loss.gamma": list(range(10, 10 + trials))}, trials_at_once=at_once)
     at_once, base = place(settings, space)
-    ready = training.prepare(base, space)
+    ready = training.prepare(settings, space)
     started: dict[str, float] = {}
     ended: dict[str, tuple[float, Outcome]] = {}
 

@@ -75,7 +75,7 @@ def sweep(
     with_leaves(settings, {"tracking.tag": settings.tracking.tag or name})  # may refuse the name
     connect()
     at_once, base = place(settings, space)
-    ready = prepare(base, space)
+    ready = prepare(settings, space)  # what they share may take the whole cluster
     key = {
         "version": VERSION,
         "space": space.model_dump(exclude={"trials_at_once"}),

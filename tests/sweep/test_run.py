@@ -21,6 +21,7 @@ from acebert.sweep import run as sweep_run
 from acebert.sweep.children import Children
 from acebert.sweep.run import sweep
 from acebert.sweep.space import Space, Trial, trials_of, with_leaves
+from acebert.sweep.training import Prepared
 from acebert.sweep.trials import Outcome, run_trials
 from acebert.tracking import client, start_run
 from acebert.workdir import Stage
@@ -321,6 +322,29 @@ def test_trials_at_once_share_the_cores_and_are_the_same_stage(
     at_once, own = place(settings, Space(vary={"loss.gamma": [1]}, trials_at_once=2))
     assert at_once == 2
     assert (own.train.cpus_per_worker, own.train.threads_per_worker) == (0.9, 1)
+
+
+def test_what_trials_share_is_made_with_the_whole_cluster(
+    settings: Settings, toy, ray_cluster: None
+):
+    seen = []
+
+    def prepare(settings: Settings, space: Space) -> Prepared:
+        seen.append(settings.train.cpus_per_worker)
+        return toy.prepare(settings, space)
+
+    def train(settings: Settings) -> dict[str, Any]:
+        assert settings.train.cpus_per_worker == 0.9
+        return toy.train(settings)
+
+    space = Space(vary={"loss.gamma": [1, 10, 20]}, trials_at_once=2)
+    directory = sweep(settings, "toy", space, prepare=prepare, train=train)
+    assert seen == [None]
+    table = pq.read_table(directory / "trials.parquet").to_pylist()
+    assert sorted((row["loss.gamma"], row["status"]) for row in table) == [
+        *((1, "failed"), (10, "finished"), (20, "finished"))
+    ]
+    assert "RUNNING" not in statuses(settings)
 
 
 def test_trials_of_a_given_share_take_no_more_threads_than_it(
