@@ -27,6 +27,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 from acebert.config import Settings, settings_from
 from acebert.errors import UserError, reason_of
 from acebert.sweep.space import Space, Trial, drawn, tune_domains
+from acebert.tracking import server_environment
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +78,10 @@ def run_trials(
     """
     tree = base.model_dump()
     directory = os.getcwd()  # relative paths in the settings start here
-    server = os.environ.get("MLFLOW_TRACKING_URI")  # a cluster's workers have its own environment
 
-    def run_one(config: dict[str, Any]) -> None:
+    def run_one(config: dict[str, Any], environment: dict[str, str]) -> None:
         os.chdir(directory)
-        if server:
-            os.environ["MLFLOW_TRACKING_URI"] = server
+        os.environ.update(environment)  # a cluster's workers have its own
         try:
             result = objective(_trial_of(config, space).settings(settings_from(tree)))
         except Exception as error:
@@ -97,7 +96,10 @@ def run_trials(
     listed = {} if trials is None else {"trial": tune.grid_search([vars(t) for t in trials])}
     left = len(space.seeds) * ((space.points or 0) - len(points_tried(known)))
     tuner = tune.Tuner(
-        tune.with_resources(run_one, tune.PlacementGroupFactory([{here: 0.001}])),
+        tune.with_resources(
+            tune.with_parameters(run_one, environment=server_environment()),
+            tune.PlacementGroupFactory([{here: 0.001}]),
+        ),
         param_space=listed,
         tune_config=tune.TuneConfig(
             metric=space.metric,

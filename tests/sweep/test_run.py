@@ -226,11 +226,23 @@ def test_trials_track_where_the_sweep_does_though_the_cluster_knows_no_such_serv
     settings: Settings, toy, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'elsewhere.db'}")
-    sweep(settings, "toy", Space(vary={"loss.gamma": [10, 20]}), **toy.parts)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pa55-w0rd")
+
+    run_toy = toy.train
+
+    def train(settings: Settings) -> dict[str, Any]:
+        assert os.environ["MLFLOW_TRACKING_PASSWORD"].startswith("pa55")  # not all: it is pickled
+        return run_toy(settings)
+
+    space = Space(vary={"loss.gamma": [10, 20]})
+    directory = sweep(settings, "toy", space, prepare=toy.prepare, train=train)
+    assert "failed" not in pq.read_table(directory / "trials.parquet")["status"].to_pylist()
     assert {run.info.run_name for run in runs(settings)} == {
         *("sweep toy", "gamma=10 seed=0", "gamma=20 seed=0")
     }
     assert not (settings.workdir / "mlflow.db").exists()
+    files = [path for path in settings.workdir.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"pa55-w0rd" in path.read_bytes()]
 
 
 def test_a_model_that_another_sweep_trained_is_a_row_of_this_one_too(
@@ -327,7 +339,7 @@ def test_trials_at_once_share_the_cores_and_are_the_same_stage(
 def test_what_trials_share_is_made_with_the_whole_cluster(
     settings: Settings, toy, ray_cluster: None
 ):
-    seen = []
+    run_toy, seen = toy.train, []
 
     def prepare(settings: Settings, space: Space) -> Prepared:
         seen.append(settings.train.cpus_per_worker)
@@ -335,7 +347,7 @@ def test_what_trials_share_is_made_with_the_whole_cluster(
 
     def train(settings: Settings) -> dict[str, Any]:
         assert settings.train.cpus_per_worker == 0.9
-        return toy.train(settings)
+        return run_toy(settings)
 
     space = Space(vary={"loss.gamma": [1, 10, 20]}, trials_at_once=2)
     directory = sweep(settings, "toy", space, prepare=prepare, train=train)
@@ -388,8 +400,10 @@ def test_a_search_for_more_points_than_there_are_values_ends(
 def test_a_sweep_that_was_killed_while_it_wrote_writes_everything_when_started_again(
     settings: Settings, toy, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
+    run_toy = toy.train
+
     def train(settings: Settings) -> dict[str, Any]:
-        return {**toy.train(settings), "model": str(settings.workdir)}
+        return {**run_toy(settings), "model": str(settings.workdir)}
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
