@@ -20,7 +20,7 @@ from acebert.config import Settings
 from acebert.data.partitions import count_pairs
 from acebert.data.plan_arithmetic import Layout, layout_of
 from acebert.data.tokens import backbone_digest
-from acebert.errors import UserError
+from acebert.errors import UserError, reason_of
 from acebert.pipeline import (
     before_finetuning,
     catalogue_stages,
@@ -77,15 +77,16 @@ def prepare(base: Settings, space: Space) -> Prepared:
             continue
         seen[same] = trial
         trials.append(trial)
-    failed: list[UserError] = []
+    failed: list[Exception] = []
     stages = [ingested]
     for trial in trials:
         try:
             made = before_finetuning(trial.settings(base))
             data = made.data
             stages += [data.tokens, data.features, made.planned, made.pretrained, made.mined]
-        except UserError as error:  # the trial will meet it again, and be noted as failed
-            log.warning("sweep: what comes before %s cannot be made: %s", trial.name, error)
+        except Exception as error:  # the trial will meet it again, and be noted as failed
+            reason = reason_of(error)
+            log.warning("sweep: what comes before %s cannot be made: %s", trial.name, reason)
             failed.append(error)
     if len(failed) == len(trials):
         raise failed[0]

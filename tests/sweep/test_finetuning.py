@@ -15,7 +15,7 @@ from ray import tune
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
-from acebert.pipeline import finetune_stage
+from acebert.pipeline import Inputs, finetune_stage
 from acebert.sweep import training
 from acebert.sweep.run import sweep
 from acebert.sweep.space import Space, trials_of
@@ -198,6 +198,22 @@ def test_a_training_that_goes_on_tells_tune_of_its_earlier_validations(
     run_config = tune.RunConfig(storage_path=str(tmp_path / "tune"), verbose=0, callbacks=[Hear()])
     tune.Tuner(trial, run_config=run_config).fit()
     assert told.read_text().splitlines() == ["1 0.25", "1 0.25", "2 0.5"]
+
+
+def test_a_point_whose_stages_fail_leaves_the_others_theirs(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    made = training.before_finetuning
+
+    def fail_once(settings: Settings) -> Inputs:
+        if settings.seed == 0:
+            raise RuntimeError("a worker of pre-training failed")
+        return made(settings)
+
+    monkeypatch.setattr(training, "before_finetuning", fail_once)
+    ready = prepare(tiny(tmp_path), Space(vary={"train.lr": [1e-3]}, seeds=(0, 1)))
+    assert [trial.seed for trial in ready.trials] == [0, 1]
+    assert len(list((tmp_path / "plan").glob("[!.]*"))) == 1
 
 
 def test_start_weights_that_are_replaced_in_their_directory_make_another_sweep(tmp_path: Path):
