@@ -198,7 +198,8 @@ def start_run(
     before the stage had its name.
 
     Params are the flat settings; tags name stage, digest, code, machine and, where
-    `tracking.tag` is set, the table that the run is a row of. `started` is a Unix time.
+    `tracking.tag` is set, the table that the run is a row of. An unfinished run takes the name,
+    the table and the parent that are asked for now. `started` is a Unix time.
     """
     mlflow_client = client(settings)
     experiment = _experiment(mlflow_client, settings)
@@ -218,7 +219,7 @@ def start_run(
         mlflow_client.set_terminated(unfinished.info.run_id, "KILLED")
     elif unfinished:
         run = Run(mlflow_client, unfinished.info.run_id)
-        mlflow_client.update_run(run.run_id, status="RUNNING")
+        mlflow_client.update_run(run.run_id, status="RUNNING", name=name or tracking.run_name)
         run.set_tags(own)
         log.info("mlflow: goes on in run %s", run.run_id)
         return run

@@ -310,6 +310,23 @@ def test_a_run_that_was_deleted_does_not_stop_a_sweep(settings: Settings):
     assert noted.result["mlflow_run"] != child.run_id
 
 
+def test_a_run_that_another_sweep_left_unfinished_becomes_this_ones_by_name_and_is_ended(
+    settings: Settings,
+):
+    for name in ("first", "second"):
+        with start_run(settings, "sweep", name) as parent:
+            children = Children(parent, name, name)
+            trial = with_leaves(children.adopt(settings), {"tracking.run_name": f"of {name}"})
+            run = start_run(trial, "finetune", "of both")
+            if name == "first":
+                parent.client.set_terminated(run.run_id, "FAILED")
+            else:
+                assert children.end("of second") == ["of both"]
+    (of_both,) = [run for run in runs(settings) if run.data.tags["acebert.stage"] == "finetune"]
+    assert (of_both.info.run_name, of_both.info.status) == ("of second", "KILLED")
+    assert of_both.data.tags["table"] == "second"
+
+
 def test_more_trials_at_once_than_the_cluster_holds_are_refused(
     settings: Settings, toy, ray_cluster: None
 ):
