@@ -261,7 +261,8 @@ class _Sweep:
                 }
             )
             if "model" in winner[0].result:
-                log_model(self.base, run, Path(winner[0].result["model"]))
+                settings = winner[0].trial.settings(self.base)
+                log_model(settings, run, Path(winner[0].result["model"]))
         try:
             sweep_figure(self.name, self.space, outcomes, self.directory / "sweep.png")
         except Exception:  # whatever was varied: the rest says all that the figure does
