@@ -302,12 +302,14 @@ def _ends(values: list[Any] | Range) -> list[Any]:
 
 
 def drawn(space: Space, point: Point) -> Point:
-    """A point that a search drew: four digits of what comes from a range, in Python's own numbers,
-    which YAML and JSON know."""
+    """A point that a search drew: four digits of what comes from a range, or one of its ends, in
+    Python's own numbers, which YAML and JSON know."""
 
     def plain(leaf: str, value: Any) -> Any:
         value = value.item() if isinstance(value, np.generic) else value
-        is_drawn = isinstance(space.vary[leaf], Range) and isinstance(value, float)
-        return float(short(value)) if is_drawn else value
+        values = space.vary[leaf]
+        if isinstance(values, Range) and isinstance(value, float):
+            return min(max(float(short(value)), values.low), values.high)
+        return value
 
     return {leaf: plain(leaf, value) for leaf, value in point.items()}

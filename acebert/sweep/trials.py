@@ -166,7 +166,8 @@ def _optuna(space: Space, base: Settings, known: Sequence[Outcome]) -> Any:
     done = points_tried(known)
     tried, rewards = [], []
     for outcomes in done:
-        values = [o.result[space.metric] for o in outcomes if o.status == "finished"]
+        ended = [o for o in outcomes if o.status in ("finished", "stopped")]
+        values = [o.result[space.metric] for o in ended if space.metric in o.result]
         if values:
             tried.append({f"point/{k}": v for k, v in outcomes[0].trial.point.items()})
             rewards.append(sum(values) / len(values))

@@ -9,20 +9,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
 from mlflow.entities import Run as MlflowRun
+from optuna.study import Study
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
 from acebert.evaluation import evaluate as evaluate_module
 from acebert.sweep import run as sweep_run
 from acebert.sweep.children import Children
+from acebert.sweep.records import Records
 from acebert.sweep.run import sweep
-from acebert.sweep.space import Space, Trial, trials_of, with_leaves
+from acebert.sweep.space import Space, Trial, drawn, trials_of, with_leaves
 from acebert.sweep.training import Prepared
-from acebert.sweep.trials import Outcome, run_trials
+from acebert.sweep.trials import Outcome, _optuna, points_tried, run_trials
 from acebert.tracking import client, start_run
 from acebert.workdir import Stage
 
@@ -453,6 +456,46 @@ def test_a_sweep_that_was_killed_while_it_wrote_writes_everything_when_started_a
     tested = pq.read_table(directory / "trials.parquet")["test_recall_100"]
     assert tested.to_pylist() == [0.2, 0.2]
     assert len(toy.calls(settings)) == 2
+
+
+def test_optuna_knows_what_ended_before_and_the_ends_of_a_range(settings: Settings):
+    low, high = 1.00004, 9.99996  # of more digits than a point has
+    space = Space(vary={"loss.gamma": {"low": low, "high": high}}, search="optuna", points=9)
+    known = [
+        Outcome(Trial(drawn(space, {"loss.gamma": gamma}), 0), status, result, 1.0)
+        for gamma, status, result in (
+            (low, "finished", {"recall_100": 0.1}),
+            (high, "stopped", {"recall_100": 0.2}),
+            (5.0, "stopped", {}),
+            (6.0, "failed", {}),
+        )
+    ]
+    study = _optuna(space, settings, known)._ot_study
+    told = [(trial.params["point/loss.gamma"], trial.value) for trial in study.trials]
+    assert told == [(low, 0.1), (high, 0.2)]
+
+
+def test_optuna_is_told_each_points_mean_and_again_when_the_sweep_goes_on(
+    settings: Settings, toy, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    told, tell = [], Study.tell
+
+    def hear(self: Study, trial: Any, values: Any = None, **more: Any) -> Any:
+        told.append((trial.params["point/loss.gamma"], values))
+        return tell(self, trial, values, **more)
+
+    monkeypatch.setattr(Study, "tell", hear)
+    space = Space(vary=WIDE, search="optuna", points=3, seeds=(0, 1))
+    directory = sweep(settings, "toy", space, **toy.parts)
+    points = points_tried(known := Records(directory / "trials").ended())
+    means = [
+        (of[0].trial.point["loss.gamma"], np.mean([o.result["recall_100"] for o in of]))
+        for of in points
+    ]
+    np.testing.assert_allclose(told, means, rtol=1e-3)  # points have four digits
+    study = _optuna(space, settings, known).searcher._ot_study
+    again = [(trial.params["point/loss.gamma"], trial.value) for trial in study.trials]
+    np.testing.assert_allclose(again, means)
 
 
 def test_a_trial_whose_model_was_removed_runs_again_and_the_others_do_not(
