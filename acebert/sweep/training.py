@@ -31,6 +31,7 @@ from acebert.pipeline import (
 from acebert.sweep.space import Space, Trial, corner_trials, trials_of
 from acebert.tracking import shared
 from acebert.training import finetune
+from acebert.training.validation import K
 from acebert.workdir import Stage, digest_of
 
 log = logging.getLogger(__name__)
@@ -52,10 +53,12 @@ def prepare(base: Settings, space: Space) -> Prepared:
     Points that make the same mini-batches (values of n/(P·W) that round to one P) are one point.
 
     Raises:
-        UserError: a point with more partitions than batches (paper section 4.3: P ≤ n/W), or what
-            the stages of every trial raise.
+        UserError: a metric that tells no trial from another on this data, a point with more
+            partitions than batches (paper section 4.3: P ≤ n/W), or what the stages of every trial
+            raise.
     """
     ingested = ingest_stage(shared(base))
+    _check_metric(space, base, ingested)
     pairs = count_pairs(ingested.path / "pairs.parquet")
     if space.search == "optuna":
         corners = corner_trials(space)
@@ -91,6 +94,27 @@ def prepare(base: Settings, space: Space) -> Prepared:
     if len(failed) == len(trials):
         raise failed[0]
     return Prepared(_identity(stages, trials, base), trials)
+
+
+def _check_metric(space: Space, base: Settings, ingested: Stage) -> None:
+    """
+    Raises:
+        UserError: the validation day of this data cannot measure it.
+    """
+    report = _read(ingested.path / "report.json")
+    day = report["splits"]["valid"]
+    if space.metric == "gauc" and day["rows"] == day["clicks"]:
+        raise UserError(
+            "metric: gauc needs products that were shown and not clicked, and the validation day "
+            "has none; take recall_100 (and --train.valid_metric recall_100)"
+        )
+    samples = [trial.settings(base).train.valid_products for trial in corner_trials(space)]
+    products = min(report["products"]["rows_kept"], *samples)
+    if space.metric == "recall_100" and products <= K:
+        raise UserError(
+            f"metric: recall_100 of {products} products finds them all, whatever the trial; take "
+            "gauc (and --train.valid_metric gauc), or more --train.valid_products"
+        )
 
 
 def _identity(stages: Iterable[Stage | None], trials: Sequence[Trial], base: Settings) -> str:

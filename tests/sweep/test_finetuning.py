@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
 from ray import tune
 
 from acebert.config import Settings, load_settings
+from acebert.data.demo import build_demo
 from acebert.errors import UserError
 from acebert.pipeline import Inputs, finetune_stage
 from acebert.sweep import training
@@ -29,7 +31,7 @@ TINY = [
     *["--recipe", "twinbert_tiny", "--demo.products", "120", "--demo.searches_per_day", "300"],
     *["--demo.days", "4", "--model.width", "32", "--model.heads", "2", "--model.layers", "1"],
     *["--text.vocab_size", "400", "--train.batch_size", "32", "--train.validate_every", "4"],
-    *["--train.precision", "fp32", "--train.valid_products", "100", "--train.max_steps", "8"],
+    *["--train.precision", "fp32", "--train.valid_products", "110", "--train.max_steps", "8"],
     *["--train.threads_per_worker", "1", "--eval.bootstrap", "0"],
 ]
 
@@ -150,6 +152,20 @@ def test_more_partitions_than_batches_are_refused_before_anything_is_built(tmp_p
     searched = Space(vary={"plan.partitions": ends}, search="optuna", points=2)
     with pytest.raises(UserError, match=r"partitions=10000.*a partition needs at least one"):
         prepare(base, searched)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_metric_that_tells_no_trials_apart_on_this_data_is_refused(tmp_path: Path):
+    few = tiny(tmp_path, "--train.valid_products", "100")
+    with pytest.raises(UserError, match="recall_100 of 100 products finds them all"):
+        prepare(few, Space(vary={"train.lr": [1e-3]}))
+    log = build_demo(few).path
+    clicks = pq.read_table(log / "impressions").filter(pc.field("clicked"))
+    pq.write_table(clicks, tmp_path / "clicks.parquet")
+    own = ["--data.products", str(log / "products.parquet"), "--train.valid_metric", "gauc"]
+    bare = tiny(tmp_path, *own, "--data.impressions", str(tmp_path / "clicks.parquet"))
+    with pytest.raises(UserError, match="gauc needs products that were shown and not clicked"):
+        prepare(bare, Space(vary={"train.lr": [1e-3]}, metric="gauc"))
     assert not (tmp_path / "tokens").exists()
 
 
