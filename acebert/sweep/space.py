@@ -28,10 +28,10 @@ from acebert.workdir import digest_of
 Point = dict[str, Any]
 """leaf of the settings tree → value"""
 
-VARIABLE = ("image", "text", "model", "plan", "loss", "adversary", "train")
+SHARED = ("image", "cnn", "text", "pretrain")
+"""sections whose stages are made before the first trial"""
+VARIABLE = (*SHARED, "model", "plan", "loss", "adversary", "train")
 """sections that may be varied: those that make another model out of the same data"""
-SHARED = ("image", "text")
-"""of these, the sections whose stages all trials share"""
 
 
 class Range(Section):

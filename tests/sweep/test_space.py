@@ -139,6 +139,13 @@ def test_a_trials_settings_are_the_bases_but_for_its_point_and_seed(base: Settin
             "new text stages between trials",
         ),
         (
+            {
+                "vary": {"pretrain.lr": {"low": 1e-5, "high": 1e-3}},
+                **{"search": "optuna", "points": 3},
+            },
+            "new pretrain stages between trials",
+        ),
+        (
             {"vary": {"train.lr": [1e-3]}, "metric": "gauc"},
             r"metric: gauc, but a trial keeps .* by --train\.valid_metric recall_100",
         ),
