@@ -11,7 +11,7 @@ wrong is found before anything runs.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -193,8 +193,7 @@ def check_space(space: Space, base: Settings) -> None:
                     f"vary.{leaf}: Optuna would ask for new {leaf.split('.')[0]} stages between "
                     "trials; use search: random, or a list of values"
                 )
-    for point in itertools.product(*(_ends(values) for values in space.vary.values())):
-        leaves = dict(zip(space.vary, point, strict=True))
+    for leaves in _corners(space):
         try:
             with_leaves(base, leaves)
         except UserError as error:
@@ -204,22 +203,36 @@ def check_space(space: Space, base: Settings) -> None:
 def trials_of(space: Space, base: Settings) -> list[Trial]:
     """All trials of a grid or of a random search (drawn by `base.seed`), point by point."""
     if space.search == "grid":
-        rows: Iterable[tuple[Any, ...]] = itertools.product(*map(_values, space.vary.values()))
+        points = _corners(space)
     else:
         rng = np.random.RandomState(base.seed)  # what Tune's domains take
         domains = tune_domains(space)
-        rows = [
-            tuple(domain.sample(random_state=rng) for domain in domains.values())
+        points = [
+            drawn(space, {leaf: of.sample(random_state=rng) for leaf, of in domains.items()})
             for _ in range(space.points or 0)
         ]
-    points = [drawn(space, dict(zip(space.vary, row, strict=True))) for row in rows]
     return [Trial(point, seed) for point in points for seed in space.seeds]
 
 
 def corner_trials(space: Space) -> list[Trial]:
-    """Trials at every combination of a range's ends and a list's values: bounds of any search."""
-    rows = itertools.product(*(_ends(values) for values in space.vary.values()))
-    return [Trial(dict(zip(space.vary, row, strict=True)), space.seeds[0]) for row in rows]
+    """Trials at the bounds of the search."""
+    return [Trial(point, space.seeds[0]) for point in _corners(space)]
+
+
+def _corners(space: Space) -> list[Point]:
+    """Every combination of a grid. Of a search, whose lists may have too many of them, every
+    combination of the ranges' ends, with one list's values after the other, the other lists at
+    their first."""
+    ends = {leaf: _ends(values) for leaf, values in space.vary.items()}
+    if space.search == "grid":
+        return _product(ends)
+    lists = [leaf for leaf, values in space.vary.items() if isinstance(values, list)]
+    points = _product({leaf: of[:1] if leaf in lists else of for leaf, of in ends.items()})
+    return points + [p | {leaf: v} for p in points for leaf in lists for v in ends[leaf][1:]]
+
+
+def _product(values: Mapping[str, list[Any]]) -> list[Point]:
+    return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
 
 
 def tune_domains(space: Space) -> dict[str, Any]:
@@ -288,11 +301,6 @@ def _leaf_type(leaf: str) -> set[Any]:
     annotation = kind.model_fields[name].annotation
     union = get_origin(annotation) in (Union, UnionType)
     return set(get_args(annotation)) if union else {annotation}
-
-
-def _values(values: list[Any] | Range) -> list[Any]:
-    assert isinstance(values, list)
-    return values
 
 
 def _ends(values: list[Any] | Range) -> list[Any]:

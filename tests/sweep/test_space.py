@@ -11,7 +11,7 @@ import yaml
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
-from acebert.sweep.space import Space, Trial, check_space, read_space, trials_of
+from acebert.sweep.space import Space, Trial, check_space, corner_trials, read_space, trials_of
 
 SPACES = Path(__file__).parents[2] / "tune_spaces"
 
@@ -156,6 +156,18 @@ def test_what_is_wrong_is_named(
 ):
     with pytest.raises(UserError, match=words):
         check_space(read_space(written(tmp_path, **tree)), base)
+
+
+def test_the_bounds_of_a_search_over_many_lists_are_few():
+    lists = {f"loss.x{number}": list(range(10)) for number in range(8)}
+    ranges = {"loss.gamma": {"low": 1, "high": 2}, "train.lr": {"low": 3, "high": 4}}
+    space = Space(vary={**lists, **ranges}, search="random", points=3)
+    points = [trial.point for trial in corner_trials(space)]
+    assert len(points) == 4 * (1 + 8 * 9)
+    ends = {(point["loss.gamma"], point["train.lr"]) for point in points}
+    assert ends == {(1, 3), (1, 4), (2, 3), (2, 4)}
+    for leaf, values in lists.items():
+        assert {point[leaf] for point in points} == set(values)
 
 
 def test_a_space_that_is_not_there_or_no_yaml_is_said_so(tmp_path: Path):
