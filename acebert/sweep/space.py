@@ -173,7 +173,8 @@ def read_space(path: Path) -> Space:
 
 
 def check_space(space: Space, base: Settings) -> None:
-    """Every leaf exists, may be varied, and takes every value (of a range: both ends).
+    """Every leaf exists, may be varied, does something, and takes every value (of a range: both
+    ends).
 
     Raises:
         UserError: it names the leaf and the value.
@@ -193,11 +194,37 @@ def check_space(space: Space, base: Settings) -> None:
                     f"vary.{leaf}: Optuna would ask for new {leaf.split('.')[0]} stages between "
                     "trials; use search: random, or a list of values"
                 )
+    corners = []
     for leaves in _corners(space):
         try:
-            with_leaves(base, leaves)
+            corners.append(with_leaves(base, leaves))
         except UserError as error:
             raise UserError(f"vary {leaves}: {error}") from error
+    for leaf in space.vary:
+        reasons = [why_inert(leaf, settings) for settings in corners]
+        if all(reasons):
+            raise UserError(f"vary.{leaf}: all its values train the same: {reasons[0]}")
+
+
+def why_inert(leaf: str, settings: Settings) -> str | None:
+    """Why a setting changes nothing beside these others."""
+    section, name = leaf.split(".")
+    model, loss = settings.model, settings.loss
+    if section == "adversary" and name != "form" and settings.adversary.form == "off":
+        return "adversary.form is off"
+    if section == "image" and not settings.reads_images:
+        return "neither model.patches nor model.pixels"
+    if section == "cnn" and not settings.trains_cnn:
+        return "no CNN is trained (image.cnn_weights trained, with model.patches)"
+    if section == "pretrain" and model.start != "pretrain":
+        return f"model.start is {model.start}"
+    if leaf == "plan.batches_per_partition" and settings.plan.partitions is not None:
+        return f"plan.partitions is {settings.plan.partitions}"
+    if leaf in ("model.width", "model.heads", "text.vocab_size") and model.backbone is not None:
+        return f"model.backbone {model.backbone} brings its own"
+    if name in ("hard_negative_ranks", "hard_negatives_from") and not loss.hard_negatives:
+        return "loss.hard_negatives is 0"
+    return None
 
 
 def trials_of(space: Space, base: Settings) -> list[Trial]:

@@ -11,7 +11,15 @@ import yaml
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
-from acebert.sweep.space import Space, Trial, check_space, corner_trials, read_space, trials_of
+from acebert.sweep.space import (
+    Space,
+    Trial,
+    check_space,
+    corner_trials,
+    read_space,
+    trials_of,
+    with_leaves,
+)
 
 SPACES = Path(__file__).parents[2] / "tune_spaces"
 
@@ -156,6 +164,38 @@ def test_what_is_wrong_is_named(
 ):
     with pytest.raises(UserError, match=words):
         check_space(read_space(written(tmp_path, **tree)), base)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "values", "others", "words"),
+    [
+        ("adversary.k", [1, 5], {"adversary.form": "off"}, "adversary.form is off"),
+        (
+            "image.pixel_source",
+            ["roi", "photo"],
+            {"model.patches": False, "model.pixels": False},
+            "neither model.patches nor model.pixels",
+        ),
+        ("cnn.lr", [1e-3], {"image.cnn_weights": "random"}, "no CNN is trained"),
+        ("pretrain.lr", [1e-3], {"model.start": "backbone"}, "model.start is backbone"),
+        ("plan.batches_per_partition", [1, 65], {"plan.partitions": 3}, "plan.partitions is 3"),
+        ("model.width", [32, 64], {"model.backbone": "bert"}, "backbone bert brings its own"),
+        ("text.vocab_size", [400], {"model.backbone": "bert"}, "backbone bert brings its own"),
+        ("loss.hard_negative_ranks", [[1, 9]], {"loss.hard_negatives": 0}, "hard_negatives is 0"),
+    ],
+)
+def test_a_setting_that_does_nothing_beside_the_others_is_refused(
+    leaf: str, values: list[object], others: dict[str, object], words: str, base: Settings
+):
+    with pytest.raises(UserError, match=f"vary.{leaf}: all its values train the same: .*{words}"):
+        check_space(Space(vary={leaf: values}), with_leaves(base, others))
+
+
+def test_a_setting_that_does_something_beside_some_values_of_another_is_not_refused(
+    base: Settings,
+):
+    vary = {"adversary.form": ["off", "minimax"], "adversary.k": [1, 5]}
+    check_space(Space(vary=vary), base)
 
 
 def test_the_bounds_of_a_search_over_many_lists_are_few():
