@@ -186,21 +186,24 @@ def check_space(space: Space, base: Settings) -> None:
         )
     for leaf, values in space.vary.items():
         field = _leaf_type(leaf)
-        if isinstance(values, Range):
-            if not {int, float} & field:
-                raise UserError(f"vary.{leaf}: a range, but this setting is no number; give a list")
-            if space.search == "optuna" and leaf.split(".")[0] in SHARED:
-                raise UserError(
-                    f"vary.{leaf}: Optuna would ask for new {leaf.split('.')[0]} stages between "
-                    "trials; use search: random, or a list of values"
-                )
+        if isinstance(values, Range) and not {int, float} & field:
+            raise UserError(f"vary.{leaf}: a range, but this setting is no number; give a list")
     corners = []
     for leaves in _corners(space):
         try:
             corners.append(with_leaves(base, leaves))
         except UserError as error:
             raise UserError(f"vary {leaves}: {error}") from error
-    for leaf in space.vary:
+    pretrains = any(settings.model.start == "pretrain" for settings in corners)
+    for leaf, values in space.vary.items():
+        if space.search == "optuna" and isinstance(values, Range):
+            section = leaf.split(".")[0]
+            if section in SHARED or (section == "model" and pretrains):
+                stages = "pretrain" if section == "model" else section
+                raise UserError(
+                    f"vary.{leaf}: Optuna would ask for new {stages} stages between trials; use "
+                    "search: random, or a list of values"
+                )
         reasons = [why_inert(leaf, settings) for settings in corners]
         if all(reasons):
             raise UserError(f"vary.{leaf}: all its values train the same: {reasons[0]}")

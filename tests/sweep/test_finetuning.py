@@ -216,6 +216,15 @@ def test_a_training_that_goes_on_tells_tune_of_its_earlier_validations(
     assert told.read_text().splitlines() == ["1 0.25", "1 0.25", "2 0.5"]
 
 
+def test_optuna_finds_the_stages_of_all_values_that_it_may_choose(
+    tmp_path: Path, ray_cluster: None
+):
+    vary = {"text.title_tokens": [4, 8, 16], "plan.batches_per_partition": {"low": 1, "high": 9}}
+    prepare(tiny(tmp_path), Space(vary=vary, search="optuna", points=2))
+    assert len(list((tmp_path / "tokens").glob("[!.]*"))) == 3
+    assert not (tmp_path / "plan").exists()  # of a point that it has still to choose
+
+
 def test_a_point_whose_stages_fail_leaves_the_others_theirs(
     tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):

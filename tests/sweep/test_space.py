@@ -198,6 +198,13 @@ def test_a_setting_that_does_something_beside_some_values_of_another_is_not_refu
     check_space(Space(vary=vary), base)
 
 
+def test_optuna_takes_no_ranges_of_an_encoder_that_is_pre_trained(base: Settings):
+    space = Space(vary={"model.dropout": {"low": 0, "high": 0.5}}, search="optuna", points=3)
+    check_space(space, base)
+    with pytest.raises(UserError, match="model.dropout: Optuna would ask for new pretrain stages"):
+        check_space(space, with_leaves(base, {"model.start": "pretrain"}))
+
+
 def test_the_bounds_of_a_search_over_many_lists_are_few():
     lists = {f"loss.x{number}": list(range(10)) for number in range(8)}
     ranges = {"loss.gamma": {"low": 1, "high": 2}, "train.lr": {"low": 3, "high": 4}}
