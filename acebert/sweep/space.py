@@ -126,8 +126,17 @@ class Trial:
         return digest_of({"point": self.point, "seed": self.seed})
 
     def settings(self, base: Settings) -> Settings:
-        """`base` with the point's values and the seed; its MLflow run is called like the trial."""
-        return with_leaves(base, {**self.point, "seed": self.seed, "tracking.run_name": self.name})
+        """`base` with the point's values and the seed; its MLflow run is called like the trial.
+
+        Where W is varied, a validation comes after as many pairs, or train.patience would stop
+        large batches later than small ones.
+        """
+        leaves = {**self.point, "seed": self.seed, "tracking.run_name": self.name}
+        batch = self.point.get("train.batch_size")
+        if batch and "train.validate_every" not in self.point:
+            steps = base.train.validate_every * base.train.batch_size / batch
+            leaves["train.validate_every"] = max(1, round(steps))
+        return with_leaves(base, leaves)
 
 
 def point_words(point: Point) -> list[str]:

@@ -198,6 +198,17 @@ def test_a_setting_that_does_something_beside_some_values_of_another_is_not_refu
     check_space(Space(vary=vary), base)
 
 
+@pytest.mark.parametrize(("batch", "steps"), [(32, 120), (64, 60), (96, 40), (100_000, 1)])
+def test_trials_of_any_batch_size_are_validated_after_as_many_pairs(
+    batch: int, steps: int, base: Settings
+):
+    of = with_leaves(base, {"train.batch_size": 64, "train.validate_every": 60})
+    trial = Trial({"train.batch_size": batch}, seed=0)
+    assert trial.settings(of).train.validate_every == steps
+    both = Trial({"train.batch_size": batch, "train.validate_every": 7}, seed=0)
+    assert both.settings(of).train.validate_every == 7
+
+
 def test_optuna_takes_no_ranges_of_an_encoder_that_is_pre_trained(base: Settings):
     space = Space(vary={"model.dropout": {"low": 0, "high": 0.5}}, search="optuna", points=3)
     check_space(space, base)
