@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import runpy
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -226,6 +228,17 @@ def test_the_bounds_of_a_search_over_many_lists_are_few():
     assert ends == {(1, 3), (1, 4), (2, 3), (2, 4)}
     for leaf, values in lists.items():
         assert {point[leaf] for point in points} == set(values)
+
+
+def test_the_job_refuses_a_wrong_space_by_a_line_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    space = written(tmp_path, vary={"plan.partition": [1]})
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--space", str(space)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SPACES.parent / "ray_jobs" / "sweep.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: vary.plan.partition: there is no such")
 
 
 def test_a_space_that_is_not_there_or_no_yaml_is_said_so(tmp_path: Path):
