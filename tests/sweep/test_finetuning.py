@@ -77,6 +77,7 @@ def test_a_trial_trains_as_the_job_alone_does_and_asha_stops_one_that_is_behind(
     assert frozen["status"] == "stopped"
     assert 50 <= frozen["step"] < 500
     assert 0 < learns["test_recall_100"] <= 1
+    assert (directory / "sweep.png").exists()
     assert not list((tmp_path / "sweep" / "train").iterdir())  # no checkpoints of either
 
     alone = tiny(tmp_path / "alone", "--seed", "3", "--train.lr", "1e-3", *long)
