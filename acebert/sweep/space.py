@@ -82,7 +82,8 @@ class Space(Section):
     asha: Asha | None = None
     """stop trials early that are behind"""
     trials_at_once: int | None = Field(None, ge=1)
-    """trials that train at the same time (none: one a GPU group, one on CPUs)"""
+    """trials that train at the same time (none: on GPUs as many as find their workers' GPUs, on
+    CPUs one, or as many as `train.cpus_per_worker` has room for)"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
