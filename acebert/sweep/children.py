@@ -66,7 +66,7 @@ class Children:
         return replace(outcome, result={**outcome.result, "mlflow_run": run.run_id})
 
     def _is_child(self, run_id: str) -> bool:
-        """Whether this sweep has the run: no other sweep, no other server, and it is not deleted."""
+        """Whether this sweep has the run: not another sweep or server, and it is not deleted."""
         try:
             run = self.parent.client.get_run(run_id)
         except MlflowException:

@@ -21,6 +21,7 @@ from acebert.errors import UserError
 from acebert.evaluation import evaluate as evaluate_module
 from acebert.sweep import run as sweep_run
 from acebert.sweep.children import Children
+from acebert.sweep.placement import place
 from acebert.sweep.records import Records
 from acebert.sweep.run import sweep
 from acebert.sweep.space import Space, Trial, drawn, trials_of, with_leaves
@@ -348,12 +349,31 @@ def test_a_space_whose_name_cannot_be_the_trials_tag_is_refused_first(settings: 
 def test_trials_at_once_share_the_cores_and_are_the_same_stage(
     settings: Settings, ray_cluster: None
 ):
-    from acebert.sweep.placement import place
-
     assert place(settings, Space(vary={"loss.gamma": [1]})) == (1, settings)
     at_once, own = place(settings, Space(vary={"loss.gamma": [1]}, trials_at_once=2))
     assert at_once == 2
     assert (own.train.cpus_per_worker, own.train.threads_per_worker) == (0.9, 1)
+
+
+@pytest.mark.parametrize(
+    ("node", "leaves", "wanted"),
+    [
+        ({"CPU": 16.0, "GPU": 4.0}, {"train.num_workers": 2}, (4, 3.6, 4)),
+        ({"CPU": 16.0}, {"train.cpus_per_worker": 8.0}, (4, 8.0, 8)),
+        ({"CPU": 16.0}, {}, (1, None, None)),
+    ],
+    ids=["gpus", "cpus of a given share", "cpus"],
+)
+def test_two_nodes_are_filled_by_gpus_and_by_shares_that_are_given(
+    node: dict[str, float],
+    leaves: dict[str, Any],
+    wanted: tuple[int, float | None, int | None],
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(ray, "nodes", lambda: 2 * [{"Alive": True, "Resources": node}])
+    at_once, own = place(with_leaves(settings, leaves), Space(vary={"loss.gamma": [1]}))
+    assert (at_once, own.train.cpus_per_worker, own.train.threads_per_worker) == wanted
 
 
 def test_what_trials_share_is_made_with_the_whole_cluster(
@@ -382,8 +402,6 @@ def test_what_trials_share_is_made_with_the_whole_cluster(
 def test_trials_of_a_given_share_take_no_more_threads_than_it(
     settings: Settings, ray_cluster: None
 ):
-    from acebert.sweep.placement import place
-
     halves = with_leaves(settings, {"train.cpus_per_worker": 1.0})
     at_once, own = place(halves, Space(vary={"loss.gamma": [1]}))
     assert at_once == 2
