@@ -214,7 +214,7 @@ def test_trials_of_any_batch_size_are_validated_after_as_many_pairs(
 def test_optuna_takes_no_ranges_of_an_encoder_that_is_pre_trained(base: Settings):
     space = Space(vary={"model.dropout": {"low": 0, "high": 0.5}}, search="optuna", points=3)
     check_space(space, base)
-    with pytest.raises(UserError, match=r"model\.dropout: Optuna would ask for new pretrain stages"):
+    with pytest.raises(UserError, match=r"model\.dropout: Optuna would ask for new pretrain"):
         check_space(space, with_leaves(base, {"model.start": "pretrain"}))
 
 
