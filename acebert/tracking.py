@@ -54,6 +54,13 @@ def tracking_uri(settings: Settings) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{settings.workdir / 'mlflow.db'}"
 
 
+def server_environment() -> dict[str, str]:
+    """This process's variables for the server, credentials among them. Workers are handed them as
+    arguments or objects: an actor's runtime_env is shown to whoever lists actors, and a pickled
+    function may lie on disk."""
+    return {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
+
+
 def shared(settings: Settings) -> Settings:
     """For the stages that come before what a job makes: name, tag and parent of its run are not
     theirs, and no model of theirs is registered."""
@@ -191,7 +198,8 @@ def start_run(
     before the stage had its name.
 
     Params are the flat settings; tags name stage, digest, code, machine and, where
-    `tracking.tag` is set, the table that the run is a row of. `started` is a Unix time.
+    `tracking.tag` is set, the table that the run is a row of. An unfinished run takes the name,
+    the table and the parent that are asked for now. `started` is a Unix time.
     """
     mlflow_client = client(settings)
     experiment = _experiment(mlflow_client, settings)
@@ -211,7 +219,7 @@ def start_run(
         mlflow_client.set_terminated(unfinished.info.run_id, "KILLED")
     elif unfinished:
         run = Run(mlflow_client, unfinished.info.run_id)
-        mlflow_client.update_run(run.run_id, status="RUNNING")
+        mlflow_client.update_run(run.run_id, status="RUNNING", name=name or tracking.run_name)
         run.set_tags(own)
         log.info("mlflow: goes on in run %s", run.run_id)
         return run
@@ -395,9 +403,7 @@ class MetricsActor:
 
 
 def metrics_actor(settings: Settings) -> Any:
-    """The actor handle, pinned to this (the driver's) node, with this process's credentials for the
-    server: as arguments, for an actor's runtime_env is shown to whoever lists actors."""
+    """The actor handle, pinned to this (the driver's) node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    environment = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_")}
     made = MetricsActor.options(scheduling_strategy=here)  # type: ignore[attr-defined]
-    return made.remote(tracking_uri(settings), environment)
+    return made.remote(tracking_uri(settings), server_environment())

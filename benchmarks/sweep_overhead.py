@@ -35,9 +35,9 @@ PARTS = {
     "start": "Tune: start, next trial",
     "process": "trial's process: start (the first), imports",
     "stages": "stages looked up, MLflow run",
-    "train": "Train: controller, workers, imports, model",
-    "steps": "training and validation",
-    "export": "model directory, MLflow model",
+    "train": "Train: workers, imports, model; first validation and checkpoint",
+    "steps": "training, later validations",
+    "export": "Train's end, model directory, MLflow model",
     "end": "Tune: end noted",
 }
 
@@ -53,7 +53,7 @@ def measure(settings: Settings, trials: int, at_once: int) -> tuple[list[dict[st
     """Seconds of each trial by part, and of all trials together."""
     space = Space(vary={"loss.gamma": list(range(10, 10 + trials))}, trials_at_once=at_once)
     at_once, base = place(settings, space)
-    ready = training.prepare(base, space)
+    ready = training.prepare(settings, space)
     started: dict[str, float] = {}
     ended: dict[str, tuple[float, Outcome]] = {}
 
@@ -69,14 +69,14 @@ def measure(settings: Settings, trials: int, at_once: int) -> tuple[list[dict[st
         space, base, ready.trials, [], timed, on_start, on_end, at_once=at_once, storage=storage
     )
     total = time.time() - begin
-    free = begin  # when the place for the next trial came free
+    # When the place of each trial came free, in the order in which they started.
+    free = [begin] * at_once + sorted(end for end, _ in ended.values())
     rows = []
-    for digest, (end, outcome) in sorted(ended.items(), key=lambda item: item[1][0]):
+    for place_free, (digest, start) in zip(free, started.items(), strict=False):
+        end, outcome = ended[digest]
         if outcome.status != "finished":
             raise SystemExit(f"{outcome.trial.name}: {outcome.reason}")
-        start = started[digest]
-        rows.append(parts(settings, free if at_once == 1 else start, start, end, outcome))
-        free = end
+        rows.append(parts(settings, place_free, start, end, outcome))
     return rows, total
 
 

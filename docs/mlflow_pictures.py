@@ -83,13 +83,13 @@ def take_pictures(uri: str, table: str, out: Path) -> list[Path]:
         page.goto(
             f"{address}/#/experiments/{runs[0].info.experiment_id}/runs?searchFilter={wanted}"
         )
-        taken = _photograph(page, str(runs[0].info.run_name), nested, out)
+        taken = _photograph(page, [str(run.info.run_name) for run in runs], nested, out)
         browser.close()
     return taken
 
 
-def _photograph(page: Page, name: str, nested: bool, out: Path) -> list[Path]:
-    """The list of runs, one of which is called `name`, and what Compare shows of them."""
+def _photograph(page: Page, names: list[str], nested: bool, out: Path) -> list[Path]:
+    """The list of runs, and what Compare shows of those called by `names`."""
     pictures = [out / "mlflow_runs.png", out / "mlflow_compare.png"]
     run_names = page.locator("[role='gridcell'][col-id*='Run Name']")
     run_names.first.wait_for()
@@ -98,10 +98,11 @@ def _photograph(page: Page, name: str, nested: bool, out: Path) -> list[Path]:
         close.click()
     if nested:
         run_names.first.get_by_role("button").first.click()  # the sweep's row opens
-    page.get_by_text(name).first.wait_for()
-    boxes = page.get_by_role("checkbox", name="Press Space to toggle row").all()
-    for box in boxes[1:] if nested else boxes:  # the trials, not the sweep
-        box.check()
+    page.get_by_text(names[0]).first.wait_for()
+    boxes = page.get_by_role("checkbox", name="Press Space to toggle row")
+    for cell, box in zip(run_names.all(), boxes.all(), strict=True):
+        if cell.inner_text().strip() in names:  # a trial, not a sweep
+            box.check()
     _settle(page)
     page.screenshot(path=pictures[0])
     page.get_by_role("button", name="Compare").click()

@@ -17,10 +17,11 @@ from acebert.job import run_job
 def work(arguments: argparse.Namespace) -> None:
     settings = load_settings(arguments.settings)
     from acebert.cluster import connect_and_load, leave
-    from acebert.sweep.space import read_space
+    from acebert.sweep.space import check_space, read_space
 
     path = arguments.space
     space = read_space(path)
+    check_space(space, settings)  # before Ray and torch, which take ten seconds
     connect_and_load()
     from acebert.sweep.run import sweep
 

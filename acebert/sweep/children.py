@@ -7,7 +7,8 @@ trial that was stopped or died, and give a run to a trial whose model was there 
 from dataclasses import replace
 from typing import Any
 
-from mlflow.entities import ViewType
+from mlflow.entities import LifecycleStage
+from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from acebert.config import Settings
@@ -40,7 +41,7 @@ class Children:
         wanted = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent.run_id}'"
         wanted += f" AND attributes.status {'!=' if stopped else '='} "
         wanted += "'FINISHED'" if stopped else "'RUNNING'"
-        runs = self.parent.client.search_runs([self.experiment], wanted, ViewType.ALL)
+        runs = self.parent.client.search_runs([self.experiment], wanted)
         found = [run for run in runs if name in (None, run.info.run_name)]
         for run in found:
             self.parent.client.set_terminated(run.info.run_id, "KILLED")
@@ -50,20 +51,29 @@ class Children:
         """Log a finished trial's numbers in its run, which is then the outcome's `mlflow_run`.
 
         A trial that found its model trained gets a run of its own here, for the run that trained
-        the model may belong to another sweep.
+        the model may belong to another sweep, or be another server's.
         """
         trained_by = outcome.result.get("mlflow_run")
         if trained_by is None:
             return outcome
         run = Run(self.parent.client, trained_by)
-        tags = run.client.get_run(trained_by).data.tags
-        if tags.get(MLFLOW_PARENT_RUN_ID) != self.parent.run_id:
+        if not self._is_child(trained_by):
             digest = f"{self.sweep}-{outcome.trial.digest}"
             tags = {"acebert.trained_by": trained_by}
             with start_run(outcome.trial.settings(base), "trial", digest, tags=tags) as run:
                 pass
         run.log_metrics(run_metrics(outcome.result))
         return replace(outcome, result={**outcome.result, "mlflow_run": run.run_id})
+
+    def _is_child(self, run_id: str) -> bool:
+        """Whether this sweep has the run: not another sweep or server, and it is not deleted."""
+        try:
+            run = self.parent.client.get_run(run_id)
+        except MlflowException:
+            return False
+        parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
+        is_there = run.info.lifecycle_stage == LifecycleStage.ACTIVE
+        return is_there and parent == self.parent.run_id
 
 
 def run_metrics(result: dict[str, Any]) -> dict[str, float]:

@@ -38,7 +38,8 @@ def place(base: Settings, space: Space) -> tuple[int, Settings]:
         )
 
     most = fitting(train.cpus_per_worker or 1.0) // train.num_workers
-    # CPUs may be shared out at will; unless told how, one trial gets them all.
+    # CPUs may be shared out at will; unless told how, there is one trial. A worker is on one node,
+    # so several are filled by train.num_workers, trials_at_once or train.cpus_per_worker.
     default = max(1, most) if use_gpu or train.cpus_per_worker else 1
     at_once = space.trials_at_once or default
     if at_once > max(1, most):

@@ -25,7 +25,7 @@ from acebert.evaluation.evaluate import evaluation_key
 from acebert.evaluation.tables import read_metrics
 from acebert.pipeline import evaluate_stage
 from acebert.sweep import training
-from acebert.sweep.children import Children, run_metrics
+from acebert.sweep.children import Children
 from acebert.sweep.figure import sweep_figure
 from acebert.sweep.placement import place
 from acebert.sweep.records import Records
@@ -39,7 +39,9 @@ from acebert.workdir import digest_of
 log = logging.getLogger(__name__)
 
 VERSION = 1
-REPORT = "report.txt"  # written last: all trials have ended
+REPORT = "report.txt"  # written last: all is done, and the run in MLflow has ended
+SEARCHED = ".searched"
+"""marks that the search has chosen its points"""
 TEST_KEY = "test_key"
 """in a finished trial's result: digest of how its numbers of the test day were made"""
 NO_PART_OF_IT: Any = {
@@ -73,7 +75,7 @@ def sweep(
     with_leaves(settings, {"tracking.tag": settings.tracking.tag or name})  # may refuse the name
     connect()
     at_once, base = place(settings, space)
-    ready = prepare(base, space)
+    ready = prepare(settings, space)  # what they share may take the whole cluster
     key = {
         "version": VERSION,
         "space": space.model_dump(exclude={"trials_at_once"}),
@@ -124,6 +126,7 @@ class _Sweep:
         )
 
     def run(self, trials: list[Trial], train: Objective, at_once: int, evaluate: bool) -> None:
+        (self.directory / REPORT).unlink(missing_ok=True)
         tracking = self.base.tracking
         untagged = tracking.model_copy(update={"tag": None})  # the table is of trials alone
         with start_run(
@@ -146,10 +149,11 @@ class _Sweep:
                         shutil.rmtree(checkpoints, ignore_errors=True)
             self._write_tables()  # they hold whatever becomes of the evaluation
             if evaluate:
-                self._evaluate(run)
-            self._write(run)
+                self._evaluate(children)
+            text = self._write(run)
         if any(o.status == "failed" for o in self.records.ended()):
             run.client.set_terminated(run.run_id, "FAILED")  # it goes on when started again
+        (self.directory / REPORT).write_text(text)
 
     def _to_do(self, trials: list[Trial]) -> list[Trial]:
         """Of these and of all that were ever started, with all their seeds: what has not ended,
@@ -163,7 +167,7 @@ class _Sweep:
     def _points_left(self) -> int:
         """Points that Optuna has still to choose: none once it was done, for it may choose a point
         twice, of few values it has to."""
-        if self.space.search != "optuna" or (self.directory / REPORT).exists():
+        if self.space.search != "optuna" or (self.directory / SEARCHED).exists():
             return 0
         assert self.space.points is not None
         return self.space.points - len(points_tried(list(self.records.all.values())))
@@ -197,6 +201,7 @@ class _Sweep:
                     at_once=at_once,
                     storage=self.directory / "tune",
                 )
+        (self.directory / SEARCHED).touch()
 
     def _say(self, outcome: Outcome, total: int, at_once: int) -> None:
         """The table so far, and how long the rest will take."""
@@ -213,7 +218,7 @@ class _Sweep:
             table_text(self.space, ended),
         )
 
-    def _evaluate(self, run: Run) -> None:
+    def _evaluate(self, children: Children) -> None:
         """GAUC and Recall@100 on the test day; which point is best is decided without them."""
         tracking = self.base.tracking.model_copy(update={"tag": None})
         base = self.base.model_copy(update={"tracking": tracking})
@@ -228,8 +233,8 @@ class _Sweep:
             }
             others = {k: v for k, v in outcome.result.items() if not k.startswith("test_")}
             result = {**others, **test, "test_row": str(row.path), TEST_KEY: self._test_key()}
-            Run(run.client, result["mlflow_run"]).log_metrics(run_metrics(result))
-            self.records.put(replace(outcome, result=result))
+            noted = children.note(replace(outcome, result=result), children.adopt(self.base))
+            self.records.put(noted)
 
     def _write_tables(self) -> None:
         outcomes = self.records.ended()
@@ -240,7 +245,8 @@ class _Sweep:
         if winner is not None:
             write_recipe(winner[0], self.settings, self.directory / "best.yaml")
 
-    def _write(self, run: Run) -> None:
+    def _write(self, run: Run) -> str:
+        """Everything but the report, which is returned."""
         outcomes = self.records.ended()
         text = table_text(self.space, outcomes)
         print(text)
@@ -255,8 +261,8 @@ class _Sweep:
                 }
             )
             if "model" in winner[0].result:
-                log_model(self.base, run, Path(winner[0].result["model"]))
-        (self.directory / REPORT).write_text(text)
+                settings = winner[0].trial.settings(self.base)
+                log_model(settings, run, Path(winner[0].result["model"]))
         try:
             sweep_figure(self.name, self.space, outcomes, self.directory / "sweep.png")
         except Exception:  # whatever was varied: the rest says all that the figure does
@@ -264,6 +270,8 @@ class _Sweep:
         for artifact in sorted(self.directory.glob("*.*")):
             if artifact.is_file() and not artifact.name.startswith("."):
                 run.log_artifact(artifact)
+        run.client.log_text(run.run_id, text, REPORT)
+        return text
 
 
 def _holds(ended: Outcome) -> bool:

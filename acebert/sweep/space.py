@@ -11,7 +11,7 @@ wrong is found before anything runs.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -28,10 +28,10 @@ from acebert.workdir import digest_of
 Point = dict[str, Any]
 """leaf of the settings tree → value"""
 
-VARIABLE = ("image", "text", "model", "plan", "loss", "adversary", "train")
+SHARED = ("image", "cnn", "text", "pretrain")
+"""sections whose stages are made before the first trial"""
+VARIABLE = (*SHARED, "model", "plan", "loss", "adversary", "train")
 """sections that may be varied: those that make another model out of the same data"""
-SHARED = ("image", "text")
-"""of these, the sections whose stages all trials share"""
 
 
 class Range(Section):
@@ -82,7 +82,8 @@ class Space(Section):
     asha: Asha | None = None
     """stop trials early that are behind"""
     trials_at_once: int | None = Field(None, ge=1)
-    """trials that train at the same time (none: one a GPU group, one on CPUs)"""
+    """trials that train at the same time (none: on GPUs as many as find their workers' GPUs, on
+    CPUs one, or as many as `train.cpus_per_worker` has room for)"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -126,8 +127,17 @@ class Trial:
         return digest_of({"point": self.point, "seed": self.seed})
 
     def settings(self, base: Settings) -> Settings:
-        """`base` with the point's values and the seed; its MLflow run is called like the trial."""
-        return with_leaves(base, {**self.point, "seed": self.seed, "tracking.run_name": self.name})
+        """`base` with the point's values and the seed; its MLflow run is called like the trial.
+
+        Where W is varied, a validation comes after as many pairs, or train.patience would stop
+        large batches later than small ones.
+        """
+        leaves = {**self.point, "seed": self.seed, "tracking.run_name": self.name}
+        batch = self.point.get("train.batch_size")
+        if batch and "train.validate_every" not in self.point:
+            steps = base.train.validate_every * base.train.batch_size / batch
+            leaves["train.validate_every"] = max(1, round(steps))
+        return with_leaves(base, leaves)
 
 
 def point_words(point: Point) -> list[str]:
@@ -173,7 +183,8 @@ def read_space(path: Path) -> Space:
 
 
 def check_space(space: Space, base: Settings) -> None:
-    """Every leaf exists, may be varied, and takes every value (of a range: both ends).
+    """Every leaf exists, may be varied, does something, and takes every value (of a range: both
+    ends).
 
     Raises:
         UserError: it names the leaf and the value.
@@ -185,41 +196,83 @@ def check_space(space: Space, base: Settings) -> None:
         )
     for leaf, values in space.vary.items():
         field = _leaf_type(leaf)
-        if isinstance(values, Range):
-            if not {int, float} & field:
-                raise UserError(f"vary.{leaf}: a range, but this setting is no number; give a list")
-            if space.search == "optuna" and leaf.split(".")[0] in SHARED:
-                raise UserError(
-                    f"vary.{leaf}: Optuna would ask for new {leaf.split('.')[0]} stages between "
-                    "trials; use search: random, or a list of values"
-                )
-    for point in itertools.product(*(_ends(values) for values in space.vary.values())):
-        leaves = dict(zip(space.vary, point, strict=True))
+        if isinstance(values, Range) and not {int, float} & field:
+            raise UserError(f"vary.{leaf}: a range, but this setting is no number; give a list")
+    corners = []
+    for leaves in _corners(space):
         try:
-            with_leaves(base, leaves)
+            corners.append(with_leaves(base, leaves))
         except UserError as error:
             raise UserError(f"vary {leaves}: {error}") from error
+    pretrains = any(settings.model.start == "pretrain" for settings in corners)
+    for leaf, values in space.vary.items():
+        if space.search == "optuna" and isinstance(values, Range):
+            section = leaf.split(".")[0]
+            if section in SHARED or (section == "model" and pretrains):
+                stages = "pretrain" if section == "model" else section
+                raise UserError(
+                    f"vary.{leaf}: Optuna would ask for new {stages} stages between trials; use "
+                    "search: random, or a list of values"
+                )
+        reasons = [why_inert(leaf, settings) for settings in corners]
+        if all(reasons):
+            raise UserError(f"vary.{leaf}: all its values train the same: {reasons[0]}")
+
+
+def why_inert(leaf: str, settings: Settings) -> str | None:
+    """Why a setting changes nothing beside these others."""
+    section, name = leaf.split(".")
+    model, loss = settings.model, settings.loss
+    if section == "adversary" and name != "form" and settings.adversary.form == "off":
+        return "adversary.form is off"
+    if section == "image" and not settings.reads_images:
+        return "neither model.patches nor model.pixels"
+    if section == "cnn" and not settings.trains_cnn:
+        return "no CNN is trained (image.cnn_weights trained, with model.patches)"
+    if section == "pretrain" and model.start != "pretrain":
+        return f"model.start is {model.start}"
+    if leaf == "plan.batches_per_partition" and settings.plan.partitions is not None:
+        return f"plan.partitions is {settings.plan.partitions}"
+    if leaf in ("model.width", "model.heads", "text.vocab_size") and model.backbone is not None:
+        return f"model.backbone {model.backbone} brings its own"
+    if name in ("hard_negative_ranks", "hard_negatives_from") and not loss.hard_negatives:
+        return "loss.hard_negatives is 0"
+    return None
 
 
 def trials_of(space: Space, base: Settings) -> list[Trial]:
     """All trials of a grid or of a random search (drawn by `base.seed`), point by point."""
     if space.search == "grid":
-        rows: Iterable[tuple[Any, ...]] = itertools.product(*map(_values, space.vary.values()))
+        points = _corners(space)
     else:
         rng = np.random.RandomState(base.seed)  # what Tune's domains take
         domains = tune_domains(space)
-        rows = [
-            tuple(domain.sample(random_state=rng) for domain in domains.values())
+        points = [
+            drawn(space, {leaf: of.sample(random_state=rng) for leaf, of in domains.items()})
             for _ in range(space.points or 0)
         ]
-    points = [drawn(space, dict(zip(space.vary, row, strict=True))) for row in rows]
     return [Trial(point, seed) for point in points for seed in space.seeds]
 
 
 def corner_trials(space: Space) -> list[Trial]:
-    """Trials at every combination of a range's ends and a list's values: bounds of any search."""
-    rows = itertools.product(*(_ends(values) for values in space.vary.values()))
-    return [Trial(dict(zip(space.vary, row, strict=True)), space.seeds[0]) for row in rows]
+    """Trials at the bounds of the search."""
+    return [Trial(point, space.seeds[0]) for point in _corners(space)]
+
+
+def _corners(space: Space) -> list[Point]:
+    """Every combination of a grid. Of a search, whose lists may have too many of them, every
+    combination of the ranges' ends, with one list's values after the other, the other lists at
+    their first."""
+    ends = {leaf: _ends(values) for leaf, values in space.vary.items()}
+    if space.search == "grid":
+        return _product(ends)
+    lists = [leaf for leaf, values in space.vary.items() if isinstance(values, list)]
+    points = _product({leaf: of[:1] if leaf in lists else of for leaf, of in ends.items()})
+    return points + [p | {leaf: v} for p in points for leaf in lists for v in ends[leaf][1:]]
+
+
+def _product(values: Mapping[str, list[Any]]) -> list[Point]:
+    return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
 
 
 def tune_domains(space: Space) -> dict[str, Any]:
@@ -290,11 +343,6 @@ def _leaf_type(leaf: str) -> set[Any]:
     return set(get_args(annotation)) if union else {annotation}
 
 
-def _values(values: list[Any] | Range) -> list[Any]:
-    assert isinstance(values, list)
-    return values
-
-
 def _ends(values: list[Any] | Range) -> list[Any]:
     if isinstance(values, list):
         return values
@@ -302,12 +350,14 @@ def _ends(values: list[Any] | Range) -> list[Any]:
 
 
 def drawn(space: Space, point: Point) -> Point:
-    """A point that a search drew: four digits of what comes from a range, in Python's own numbers,
-    which YAML and JSON know."""
+    """A point that a search drew: four digits of what comes from a range, or one of its ends, in
+    Python's own numbers, which YAML and JSON know."""
 
     def plain(leaf: str, value: Any) -> Any:
         value = value.item() if isinstance(value, np.generic) else value
-        is_drawn = isinstance(space.vary[leaf], Range) and isinstance(value, float)
-        return float(short(value)) if is_drawn else value
+        values = space.vary[leaf]
+        if isinstance(values, Range) and isinstance(value, float):
+            return min(max(float(short(value)), values.low), values.high)
+        return value
 
     return {leaf: plain(leaf, value) for leaf, value in point.items()}

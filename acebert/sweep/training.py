@@ -20,7 +20,7 @@ from acebert.config import Settings
 from acebert.data.partitions import count_pairs
 from acebert.data.plan_arithmetic import Layout, layout_of
 from acebert.data.tokens import backbone_digest
-from acebert.errors import UserError
+from acebert.errors import UserError, reason_of
 from acebert.pipeline import (
     before_finetuning,
     catalogue_stages,
@@ -31,6 +31,7 @@ from acebert.pipeline import (
 from acebert.sweep.space import Space, Trial, corner_trials, trials_of
 from acebert.tracking import shared
 from acebert.training import finetune
+from acebert.training.validation import K
 from acebert.workdir import Stage, digest_of
 
 log = logging.getLogger(__name__)
@@ -52,44 +53,77 @@ def prepare(base: Settings, space: Space) -> Prepared:
     Points that make the same mini-batches (values of n/(P·W) that round to one P) are one point.
 
     Raises:
-        UserError: a point with more partitions than batches (paper section 4.3: P ≤ n/W), or what
-            the stages of every trial raise.
+        UserError: a metric that tells no trial from another on this data, a point with more
+            partitions than batches (paper section 4.3: P ≤ n/W), or what the stages of every trial
+            raise.
     """
     ingested = ingest_stage(shared(base))
+    _check_metric(space, base, ingested)
     pairs = count_pairs(ingested.path / "pairs.parquet")
-    if space.search == "optuna":
-        corners = corner_trials(space)
-        for corner in corners:
-            _layout(pairs, corner, base)
-        data = catalogue_stages(shared(base))
-        pretrained = pretrain_stage(shared(base)) if base.model.start == "pretrain" else None
-        stages: list[Stage | None] = [data.ingested, data.tokens, data.features, pretrained]
-        return Prepared(_identity(stages, corners, base), [])
-
-    trials: list[Trial] = []
-    seen: dict[str, Trial] = {}
-    for trial in trials_of(space, base):
-        layout = _layout(pairs, trial, base)
-        others = {k: v for k, v in trial.point.items() if not k.startswith("plan.")}
-        same = repr((others, layout))
-        if same in seen:
-            log.info("sweep: %s makes the batches of %s: left out", trial.name, seen[same].name)
-            continue
-        seen[same] = trial
-        trials.append(trial)
-    failed: list[UserError] = []
-    stages = [ingested]
+    if space.search == "optuna":  # it chooses between these, whose stages are all that it needs
+        before, trials = _before_any_plan, corner_trials(space)
+        for trial in trials:
+            _layout(pairs, trial, base)
+    else:
+        before, trials = _before, _distinct(trials_of(space, base), pairs, base)
+    failed: list[Exception] = []
+    stages: list[Stage | None] = [ingested]
     for trial in trials:
         try:
-            made = before_finetuning(trial.settings(base))
-            data = made.data
-            stages += [data.tokens, data.features, made.planned, made.pretrained, made.mined]
-        except UserError as error:  # the trial will meet it again, and be noted as failed
-            log.warning("sweep: what comes before %s cannot be made: %s", trial.name, error)
+            stages += before(trial.settings(base))
+        except Exception as error:  # the trial will meet it again, and be noted as failed
+            reason = reason_of(error)
+            log.warning("sweep: what comes before %s cannot be made: %s", trial.name, reason)
             failed.append(error)
     if len(failed) == len(trials):
         raise failed[0]
-    return Prepared(_identity(stages, trials, base), trials)
+    return Prepared(_identity(stages, trials, base), [] if space.search == "optuna" else trials)
+
+
+def _before(settings: Settings) -> list[Stage | None]:
+    made = before_finetuning(settings)
+    data = made.data
+    return [data.tokens, data.features, made.planned, made.pretrained, made.mined]
+
+
+def _before_any_plan(settings: Settings) -> list[Stage | None]:
+    settings = shared(settings)
+    data = catalogue_stages(settings)
+    pretrained = pretrain_stage(settings) if settings.model.start == "pretrain" else None
+    return [data.tokens, data.features, pretrained]
+
+
+def _distinct(trials: Sequence[Trial], pairs: int, base: Settings) -> list[Trial]:
+    """Of trials that make the same batches, the first."""
+    seen: dict[str, Trial] = {}
+    for trial in trials:
+        layout = _layout(pairs, trial, base)
+        others = {k: v for k, v in trial.point.items() if not k.startswith("plan.")}
+        first = seen.setdefault(repr((others, layout)), trial)
+        if first is not trial:
+            log.info("sweep: %s makes the batches of %s: left out", trial.name, first.name)
+    return list(seen.values())
+
+
+def _check_metric(space: Space, base: Settings, ingested: Stage) -> None:
+    """
+    Raises:
+        UserError: the validation day of this data cannot measure it.
+    """
+    report = _read(ingested.path / "report.json")
+    day = report["splits"]["valid"]
+    if space.metric == "gauc" and day["rows"] == day["clicks"]:
+        raise UserError(
+            "metric: gauc needs products that were shown and not clicked, and the validation day "
+            "has none; take recall_100 (and --train.valid_metric recall_100)"
+        )
+    samples = [trial.settings(base).train.valid_products for trial in corner_trials(space)]
+    products = min(report["products"]["rows_kept"], *samples)
+    if space.metric == "recall_100" and products <= K:
+        raise UserError(
+            f"metric: recall_100 of {products} products finds them all, whatever the trial; take "
+            "gauc (and --train.valid_metric gauc), or more --train.valid_products"
+        )
 
 
 def _identity(stages: Iterable[Stage | None], trials: Sequence[Trial], base: Settings) -> str:

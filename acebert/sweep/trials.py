@@ -27,6 +27,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 from acebert.config import Settings, settings_from
 from acebert.errors import UserError, reason_of
 from acebert.sweep.space import Space, Trial, drawn, tune_domains
+from acebert.tracking import server_environment
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +78,10 @@ def run_trials(
     """
     tree = base.model_dump()
     directory = os.getcwd()  # relative paths in the settings start here
-    server = os.environ.get("MLFLOW_TRACKING_URI")  # a cluster's workers have its own environment
 
-    def run_one(config: dict[str, Any]) -> None:
+    def run_one(config: dict[str, Any], environment: dict[str, str]) -> None:
         os.chdir(directory)
-        if server:
-            os.environ["MLFLOW_TRACKING_URI"] = server
+        os.environ.update(environment)  # a cluster's workers have its own
         try:
             result = objective(_trial_of(config, space).settings(settings_from(tree)))
         except Exception as error:
@@ -97,7 +96,10 @@ def run_trials(
     listed = {} if trials is None else {"trial": tune.grid_search([vars(t) for t in trials])}
     left = len(space.seeds) * ((space.points or 0) - len(points_tried(known)))
     tuner = tune.Tuner(
-        tune.with_resources(run_one, tune.PlacementGroupFactory([{here: 0.001}])),
+        tune.with_resources(
+            tune.with_parameters(run_one, environment=server_environment()),
+            tune.PlacementGroupFactory([{here: 0.001}]),
+        ),
         param_space=listed,
         tune_config=tune.TuneConfig(
             metric=space.metric,
@@ -164,7 +166,8 @@ def _optuna(space: Space, base: Settings, known: Sequence[Outcome]) -> Any:
     done = points_tried(known)
     tried, rewards = [], []
     for outcomes in done:
-        values = [o.result[space.metric] for o in outcomes if o.status == "finished"]
+        ended = [o for o in outcomes if o.status in ("finished", "stopped")]
+        values = [o.result[space.metric] for o in ended if space.metric in o.result]
         if values:
             tried.append({f"point/{k}": v for k, v in outcomes[0].trial.point.items()})
             rewards.append(sum(values) / len(values))
@@ -205,17 +208,24 @@ class _Watcher(tune.Callback):
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        error = trial.get_pickled_error()  # by Tune, in this process
-        if error is None or isinstance(error, RayActorError):
-            self._end(trial, "failed", "its process died (killed, or out of memory)")
-        else:
-            self._end(trial, "failed", reason_of(error))
+        self._end(trial, "failed", _reason(trial))
 
     def _end(self, trial: TuneTrial, status: Status, reason: str | None = None) -> None:
         last = {k: v for k, v in trial.last_result.items() if k not in NO_RESULT}
         last = {} if status == "failed" else last
         seconds = float(trial.last_result.get("time_total_s", 0.0))
         self.on_end(Outcome(_trial_of(trial.config, self.space), status, last, seconds, reason))
+
+
+def _reason(trial: TuneTrial) -> str:
+    """Of an error that Tune wrote to this machine's disk: as an object where the trial's process
+    met it, else, of Tune or of a callback, as text alone."""
+    if trial.pickled_error_file is None:
+        return Path(trial.error_file).read_text().strip().splitlines()[-1]
+    error = ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    if isinstance(error, RayActorError):
+        return "its process died (killed, or out of memory)"
+    return reason_of(error)
 
 
 NO_RESULT = {

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
 from ray import tune
 
 from acebert.config import Settings, load_settings
+from acebert.data.demo import build_demo
 from acebert.errors import UserError
-from acebert.pipeline import finetune_stage
+from acebert.pipeline import Inputs, finetune_stage
 from acebert.sweep import training
 from acebert.sweep.run import sweep
 from acebert.sweep.space import Space, trials_of
@@ -29,7 +31,7 @@ TINY = [
     *["--recipe", "twinbert_tiny", "--demo.products", "120", "--demo.searches_per_day", "300"],
     *["--demo.days", "4", "--model.width", "32", "--model.heads", "2", "--model.layers", "1"],
     *["--text.vocab_size", "400", "--train.batch_size", "32", "--train.validate_every", "4"],
-    *["--train.precision", "fp32", "--train.valid_products", "100", "--train.max_steps", "8"],
+    *["--train.precision", "fp32", "--train.valid_products", "110", "--train.max_steps", "8"],
     *["--train.threads_per_worker", "1", "--eval.bootstrap", "0"],
 ]
 
@@ -75,6 +77,7 @@ def test_a_trial_trains_as_the_job_alone_does_and_asha_stops_one_that_is_behind(
     assert frozen["status"] == "stopped"
     assert 50 <= frozen["step"] < 500
     assert 0 < learns["test_recall_100"] <= 1
+    assert (directory / "sweep.png").exists()
     assert not list((tmp_path / "sweep" / "train").iterdir())  # no checkpoints of either
 
     alone = tiny(tmp_path / "alone", "--seed", "3", "--train.lr", "1e-3", *long)
@@ -153,6 +156,20 @@ def test_more_partitions_than_batches_are_refused_before_anything_is_built(tmp_p
     assert not (tmp_path / "tokens").exists()
 
 
+def test_a_metric_that_tells_no_trials_apart_on_this_data_is_refused(tmp_path: Path):
+    few = tiny(tmp_path, "--train.valid_products", "100")
+    with pytest.raises(UserError, match="recall_100 of 100 products finds them all"):
+        prepare(few, Space(vary={"train.lr": [1e-3]}))
+    log = build_demo(few).path
+    clicks = pq.read_table(log / "impressions").filter(pc.field("clicked"))
+    pq.write_table(clicks, tmp_path / "clicks.parquet")
+    own = ["--data.products", str(log / "products.parquet"), "--train.valid_metric", "gauc"]
+    bare = tiny(tmp_path, *own, "--data.impressions", str(tmp_path / "clicks.parquet"))
+    with pytest.raises(UserError, match="gauc needs products that were shown and not clicked"):
+        prepare(bare, Space(vary={"train.lr": [1e-3]}, metric="gauc"))
+    assert not (tmp_path / "tokens").exists()
+
+
 def test_values_that_make_the_same_partitions_are_one_point(tmp_path: Path, ray_cluster: None):
     base = tiny(tmp_path)
     space = Space(vary={"plan.batches_per_partition": [1, 1000, 5000]}, seeds=(0, 1))
@@ -198,6 +215,31 @@ def test_a_training_that_goes_on_tells_tune_of_its_earlier_validations(
     run_config = tune.RunConfig(storage_path=str(tmp_path / "tune"), verbose=0, callbacks=[Hear()])
     tune.Tuner(trial, run_config=run_config).fit()
     assert told.read_text().splitlines() == ["1 0.25", "1 0.25", "2 0.5"]
+
+
+def test_optuna_finds_the_stages_of_all_values_that_it_may_choose(
+    tmp_path: Path, ray_cluster: None
+):
+    vary = {"text.title_tokens": [4, 8, 16], "plan.batches_per_partition": {"low": 1, "high": 9}}
+    prepare(tiny(tmp_path), Space(vary=vary, search="optuna", points=2))
+    assert len(list((tmp_path / "tokens").glob("[!.]*"))) == 3
+    assert not (tmp_path / "plan").exists()  # of a point that it has still to choose
+
+
+def test_a_point_whose_stages_fail_leaves_the_others_theirs(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    made = training.before_finetuning
+
+    def fail_once(settings: Settings) -> Inputs:
+        if settings.seed == 0:
+            raise RuntimeError("a worker of pre-training failed")
+        return made(settings)
+
+    monkeypatch.setattr(training, "before_finetuning", fail_once)
+    ready = prepare(tiny(tmp_path), Space(vary={"train.lr": [1e-3]}, seeds=(0, 1)))
+    assert [trial.seed for trial in ready.trials] == [0, 1]
+    assert len(list((tmp_path / "plan").glob("[!.]*"))) == 1
 
 
 def test_start_weights_that_are_replaced_in_their_directory_make_another_sweep(tmp_path: Path):

@@ -9,18 +9,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
 from mlflow.entities import Run as MlflowRun
+from optuna.study import Study
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
 from acebert.evaluation import evaluate as evaluate_module
 from acebert.sweep import run as sweep_run
+from acebert.sweep.children import Children
+from acebert.sweep.placement import place
+from acebert.sweep.records import Records
 from acebert.sweep.run import sweep
-from acebert.sweep.space import Space, with_leaves
-from acebert.tracking import client
+from acebert.sweep.space import Space, Trial, drawn, trials_of, with_leaves
+from acebert.sweep.training import Prepared
+from acebert.sweep.trials import Outcome, _optuna, points_tried, run_trials
+from acebert.tracking import client, start_run
 from acebert.workdir import Stage
 
 WIDE = {"loss.gamma": {"low": 1.5, "high": 90, "log": True}}
@@ -223,18 +230,28 @@ def test_trials_track_where_the_sweep_does_though_the_cluster_knows_no_such_serv
     settings: Settings, toy, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'elsewhere.db'}")
-    sweep(settings, "toy", Space(vary={"loss.gamma": [10, 20]}), **toy.parts)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pa55-w0rd")
+
+    run_toy = toy.train
+
+    def train(settings: Settings) -> dict[str, Any]:
+        assert os.environ["MLFLOW_TRACKING_PASSWORD"].startswith("pa55")  # not all: it is pickled
+        return run_toy(settings)
+
+    space = Space(vary={"loss.gamma": [10, 20]})
+    directory = sweep(settings, "toy", space, prepare=toy.prepare, train=train)
+    assert "failed" not in pq.read_table(directory / "trials.parquet")["status"].to_pylist()
     assert {run.info.run_name for run in runs(settings)} == {
         *("sweep toy", "gamma=10 seed=0", "gamma=20 seed=0")
     }
     assert not (settings.workdir / "mlflow.db").exists()
+    files = [path for path in settings.workdir.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"pa55-w0rd" in path.read_bytes()]
 
 
 def test_a_model_that_another_sweep_trained_is_a_row_of_this_one_too(
     settings: Settings, toy, ray_cluster: None
 ):
-    from acebert.tracking import start_run
-
     with start_run(settings, "finetune", "elsewhere") as other:
         pass
     elsewhere = other.run_id
@@ -249,6 +266,69 @@ def test_a_model_that_another_sweep_trained_is_a_row_of_this_one_too(
     assert row.data.tags["table"] == "toy"
     assert row.data.metrics["best/recall_100"] == pytest.approx(0.4)
     assert "table" not in client(settings).get_run(elsewhere).data.tags
+
+
+def test_a_model_that_was_trained_for_another_mlflow_is_a_row_of_this_one(
+    settings: Settings, toy, ray_cluster: None
+):
+    def train(settings: Settings) -> dict[str, object]:
+        return {"recall_100": 0.4, "mlflow_run": "0" * 32, "reused": True}
+
+    space = Space(vary={"loss.gamma": [10]})
+    directory = sweep(settings, "toy", space, prepare=toy.prepare, train=train)
+    (trial,) = pq.read_table(directory / "trials.parquet").to_pylist()
+    assert (trial["status"], trial["reason"]) == ("finished", None)
+    row = next(run for run in runs(settings) if run.info.run_name == "gamma=10 seed=0")
+    assert row.data.metrics["best/recall_100"] == pytest.approx(0.4)
+
+
+def test_what_fails_where_the_sweep_runs_is_the_trials_reason(
+    settings: Settings, toy, ray_cluster: None, tmp_path: Path
+):
+    settings.workdir.mkdir()
+    reasons = []
+
+    def on_end(outcome: Outcome) -> None:
+        if outcome.status == "finished":
+            raise OSError("no space left")
+        reasons.append(outcome.reason)
+
+    space = Space(vary={"loss.gamma": [10]})
+    run_trials(
+        *(space, settings, trials_of(space, settings), [], toy.train, lambda _: None, on_end),
+        at_once=1,
+        storage=tmp_path / "tune",
+    )
+    assert reasons == ["OSError: no space left"]
+
+
+def test_a_run_that_was_deleted_does_not_stop_a_sweep(settings: Settings):
+    with start_run(settings, "sweep", "of", name="sweep toy") as parent:
+        children = Children(parent, "of", "toy")
+        child = start_run(children.adopt(settings), "finetune", "a")
+        parent.client.delete_run(child.run_id)
+        assert children.end() == []
+        trial = Trial({"loss.gamma": 10}, 0)
+        outcome = Outcome(trial, "finished", {"gauc": 0.5, "mlflow_run": child.run_id}, 1.0)
+        noted = children.note(outcome, children.adopt(settings))
+    assert noted.result["mlflow_run"] != child.run_id
+
+
+def test_a_run_that_another_sweep_left_unfinished_becomes_this_ones_by_name_and_is_ended(
+    settings: Settings,
+):
+    for name in ("first", "second"):
+        with start_run(settings, "sweep", name) as parent:
+            children = Children(parent, name, name)
+            trial = with_leaves(children.adopt(settings), {"tracking.run_name": f"of {name}"})
+            run = start_run(trial, "finetune", "of both")
+            if name == "first":
+                parent.client.set_terminated(run.run_id, "FAILED")
+            else:
+                assert children.end("of second") == ["of both"]
+    (of_both,) = [run for run in runs(settings) if run.data.tags["acebert.stage"] == "finetune"]
+    assert (of_both.info.run_name, of_both.info.status) == ("of second", "KILLED")
+    assert of_both.data.tags["table"] == "second"
 
 
 def test_more_trials_at_once_than_the_cluster_holds_are_refused(
@@ -269,19 +349,59 @@ def test_a_space_whose_name_cannot_be_the_trials_tag_is_refused_first(settings: 
 def test_trials_at_once_share_the_cores_and_are_the_same_stage(
     settings: Settings, ray_cluster: None
 ):
-    from acebert.sweep.placement import place
-
     assert place(settings, Space(vary={"loss.gamma": [1]})) == (1, settings)
     at_once, own = place(settings, Space(vary={"loss.gamma": [1]}, trials_at_once=2))
     assert at_once == 2
     assert (own.train.cpus_per_worker, own.train.threads_per_worker) == (0.9, 1)
 
 
+@pytest.mark.parametrize(
+    ("node", "leaves", "wanted"),
+    [
+        ({"CPU": 16.0, "GPU": 4.0}, {"train.num_workers": 2}, (4, 3.6, 4)),
+        ({"CPU": 16.0}, {"train.cpus_per_worker": 8.0}, (4, 8.0, 8)),
+        ({"CPU": 16.0}, {}, (1, None, None)),
+    ],
+    ids=["gpus", "cpus of a given share", "cpus"],
+)
+def test_two_nodes_are_filled_by_gpus_and_by_shares_that_are_given(
+    node: dict[str, float],
+    leaves: dict[str, Any],
+    wanted: tuple[int, float | None, int | None],
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(ray, "nodes", lambda: 2 * [{"Alive": True, "Resources": node}])
+    at_once, own = place(with_leaves(settings, leaves), Space(vary={"loss.gamma": [1]}))
+    assert (at_once, own.train.cpus_per_worker, own.train.threads_per_worker) == wanted
+
+
+def test_what_trials_share_is_made_with_the_whole_cluster(
+    settings: Settings, toy, ray_cluster: None
+):
+    run_toy, seen = toy.train, []
+
+    def prepare(settings: Settings, space: Space) -> Prepared:
+        seen.append(settings.train.cpus_per_worker)
+        return toy.prepare(settings, space)
+
+    def train(settings: Settings) -> dict[str, Any]:
+        assert settings.train.cpus_per_worker == 0.9
+        return run_toy(settings)
+
+    space = Space(vary={"loss.gamma": [1, 10, 20]}, trials_at_once=2)
+    directory = sweep(settings, "toy", space, prepare=prepare, train=train)
+    assert seen == [None]
+    table = pq.read_table(directory / "trials.parquet").to_pylist()
+    assert sorted((row["loss.gamma"], row["status"]) for row in table) == [
+        *((1, "failed"), (10, "finished"), (20, "finished"))
+    ]
+    assert "RUNNING" not in statuses(settings)
+
+
 def test_trials_of_a_given_share_take_no_more_threads_than_it(
     settings: Settings, ray_cluster: None
 ):
-    from acebert.sweep.placement import place
-
     halves = with_leaves(settings, {"train.cpus_per_worker": 1.0})
     at_once, own = place(halves, Space(vary={"loss.gamma": [1]}))
     assert at_once == 2
@@ -310,7 +430,90 @@ def test_a_search_for_more_points_than_there_are_values_ends(
     directory = sweep(settings, "toy", space, **toy.parts)
     assert len(toy.calls(settings)) == 4
     assert sweep(settings, "toy", space, **toy.parts) == directory
+    (directory / "report.txt").unlink()  # it was killed after the last trial
+    sweep(settings, "toy", space, **toy.parts)
     assert len(toy.calls(settings)) == 4
+
+
+def test_a_sweep_that_was_killed_while_it_wrote_writes_everything_when_started_again(
+    settings: Settings, toy, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    run_toy = toy.train
+
+    def train(settings: Settings) -> dict[str, Any]:
+        return {**run_toy(settings), "model": str(settings.workdir)}
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    row = settings.workdir / "row"
+    row.mkdir(parents=True)
+    (row / "metrics.json").write_text('{"overall": {"gauc": 0.7, "recall_100": 0.2}}')
+    evaluated = Stage("evaluate", row, "0", 0.0, reused=False)
+    monkeypatch.setattr(sweep_run, "evaluate_stage", lambda *_: (None, evaluated))
+    monkeypatch.setattr(sweep_run, "log_model", lambda *_: None)
+
+    def start(evaluate: bool) -> Path:
+        space = Space(vary={"loss.gamma": [10, 20]})
+        parts = {"prepare": toy.prepare, "train": train, "evaluate": evaluate}
+        return sweep(settings, "toy", space, **parts)
+
+    for evaluate in (False, True):
+        with monkeypatch.context() as killed:
+            killed.setattr(sweep_run, "sweep_figure", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                start(evaluate)
+        directory = start(evaluate)
+        assert (directory / "sweep.png").exists()
+        assert statuses(settings) == {"FINISHED"}
+        parent = next(run for run in runs(settings) if run.info.run_name == "sweep toy")
+        artifacts = client(settings).list_artifacts(parent.info.run_id)
+        assert {artifact.path for artifact in artifacts} == {
+            *("best.yaml", "report.txt", "space.yaml", "sweep.png", "trials.parquet")
+        }
+    tested = pq.read_table(directory / "trials.parquet")["test_recall_100"]
+    assert tested.to_pylist() == [0.2, 0.2]
+    assert len(toy.calls(settings)) == 2
+
+
+def test_optuna_knows_what_ended_before_and_the_ends_of_a_range(settings: Settings):
+    low, high = 1.00004, 9.99996  # of more digits than a point has
+    space = Space(vary={"loss.gamma": {"low": low, "high": high}}, search="optuna", points=9)
+    known = [
+        Outcome(Trial(drawn(space, {"loss.gamma": gamma}), 0), status, result, 1.0)
+        for gamma, status, result in (
+            (low, "finished", {"recall_100": 0.1}),
+            (high, "stopped", {"recall_100": 0.2}),
+            (5.0, "stopped", {}),
+            (6.0, "failed", {}),
+        )
+    ]
+    study = _optuna(space, settings, known)._ot_study
+    told = [(trial.params["point/loss.gamma"], trial.value) for trial in study.trials]
+    assert told == [(low, 0.1), (high, 0.2)]
+
+
+def test_optuna_is_told_each_points_mean_and_again_when_the_sweep_goes_on(
+    settings: Settings, toy, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    told, tell = [], Study.tell
+
+    def hear(self: Study, trial: Any, values: Any = None, **more: Any) -> Any:
+        told.append((trial.params["point/loss.gamma"], values))
+        return tell(self, trial, values, **more)
+
+    monkeypatch.setattr(Study, "tell", hear)
+    space = Space(vary=WIDE, search="optuna", points=3, seeds=(0, 1))
+    directory = sweep(settings, "toy", space, **toy.parts)
+    points = points_tried(known := Records(directory / "trials").ended())
+    means = [
+        (of[0].trial.point["loss.gamma"], np.mean([o.result["recall_100"] for o in of]))
+        for of in points
+    ]
+    np.testing.assert_allclose(told, means, rtol=1e-3)  # points have four digits
+    study = _optuna(space, settings, known).searcher._ot_study
+    again = [(trial.params["point/loss.gamma"], trial.value) for trial in study.trials]
+    np.testing.assert_allclose(again, means)
 
 
 def test_a_trial_whose_model_was_removed_runs_again_and_the_others_do_not(

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import runpy
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +13,15 @@ import yaml
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
-from acebert.sweep.space import Space, Trial, check_space, read_space, trials_of
+from acebert.sweep.space import (
+    Space,
+    Trial,
+    check_space,
+    corner_trials,
+    read_space,
+    trials_of,
+    with_leaves,
+)
 
 SPACES = Path(__file__).parents[2] / "tune_spaces"
 
@@ -139,6 +149,13 @@ def test_a_trials_settings_are_the_bases_but_for_its_point_and_seed(base: Settin
             "new text stages between trials",
         ),
         (
+            {
+                "vary": {"pretrain.lr": {"low": 1e-5, "high": 1e-3}},
+                **{"search": "optuna", "points": 3},
+            },
+            "new pretrain stages between trials",
+        ),
+        (
             {"vary": {"train.lr": [1e-3]}, "metric": "gauc"},
             r"metric: gauc, but a trial keeps .* by --train\.valid_metric recall_100",
         ),
@@ -149,6 +166,79 @@ def test_what_is_wrong_is_named(
 ):
     with pytest.raises(UserError, match=words):
         check_space(read_space(written(tmp_path, **tree)), base)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "values", "others", "words"),
+    [
+        ("adversary.k", [1, 5], {"adversary.form": "off"}, "adversary.form is off"),
+        (
+            "image.pixel_source",
+            ["roi", "photo"],
+            {"model.patches": False, "model.pixels": False},
+            "neither model.patches nor model.pixels",
+        ),
+        ("cnn.lr", [1e-3], {"image.cnn_weights": "random"}, "no CNN is trained"),
+        ("pretrain.lr", [1e-3], {"model.start": "backbone"}, "model.start is backbone"),
+        ("plan.batches_per_partition", [1, 65], {"plan.partitions": 3}, "plan.partitions is 3"),
+        ("model.width", [32, 64], {"model.backbone": "bert"}, "backbone bert brings its own"),
+        ("text.vocab_size", [400], {"model.backbone": "bert"}, "backbone bert brings its own"),
+        ("loss.hard_negative_ranks", [[1, 9]], {"loss.hard_negatives": 0}, "hard_negatives is 0"),
+    ],
+)
+def test_a_setting_that_does_nothing_beside_the_others_is_refused(
+    leaf: str, values: list[object], others: dict[str, object], words: str, base: Settings
+):
+    with pytest.raises(UserError, match=f"vary.{leaf}: all its values train the same: .*{words}"):
+        check_space(Space(vary={leaf: values}), with_leaves(base, others))
+
+
+def test_a_setting_that_does_something_beside_some_values_of_another_is_not_refused(
+    base: Settings,
+):
+    vary = {"adversary.form": ["off", "minimax"], "adversary.k": [1, 5]}
+    check_space(Space(vary=vary), base)
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(32, 120), (64, 60), (96, 40), (100_000, 1)])
+def test_trials_of_any_batch_size_are_validated_after_as_many_pairs(
+    batch: int, steps: int, base: Settings
+):
+    of = with_leaves(base, {"train.batch_size": 64, "train.validate_every": 60})
+    trial = Trial({"train.batch_size": batch}, seed=0)
+    assert trial.settings(of).train.validate_every == steps
+    both = Trial({"train.batch_size": batch, "train.validate_every": 7}, seed=0)
+    assert both.settings(of).train.validate_every == 7
+
+
+def test_optuna_takes_no_ranges_of_an_encoder_that_is_pre_trained(base: Settings):
+    space = Space(vary={"model.dropout": {"low": 0, "high": 0.5}}, search="optuna", points=3)
+    check_space(space, base)
+    with pytest.raises(UserError, match=r"model\.dropout: Optuna would ask for new pretrain"):
+        check_space(space, with_leaves(base, {"model.start": "pretrain"}))
+
+
+def test_the_bounds_of_a_search_over_many_lists_are_few():
+    lists = {f"loss.x{number}": list(range(10)) for number in range(8)}
+    ranges = {"loss.gamma": {"low": 1, "high": 2}, "train.lr": {"low": 3, "high": 4}}
+    space = Space(vary={**lists, **ranges}, search="random", points=3)
+    points = [trial.point for trial in corner_trials(space)]
+    assert len(points) == 4 * (1 + 8 * 9)
+    ends = {(point["loss.gamma"], point["train.lr"]) for point in points}
+    assert ends == {(1, 3), (1, 4), (2, 3), (2, 4)}
+    for leaf, values in lists.items():
+        assert {point[leaf] for point in points} == set(values)
+
+
+def test_the_job_refuses_a_wrong_space_by_a_line_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    space = written(tmp_path, vary={"plan.partition": [1]})
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--space", str(space)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SPACES.parent / "ray_jobs" / "sweep.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: vary.plan.partition: there is no such")
 
 
 def test_a_space_that_is_not_there_or_no_yaml_is_said_so(tmp_path: Path):
