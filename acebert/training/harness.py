@@ -353,10 +353,12 @@ def _run_rank(given: dict[str, bytes]) -> str | None:
     checkpoints = Checkpoints(loop["directory"], loop["identity"], settings.train.checkpoints_kept)
     send = _in_the_background(_mlflow_sender(loop["actor"], loop["mlflow_run"]))
     path = broadcast_from_rank_zero(checkpoints.newest() if rank == 0 else None)
+    is_trial = settings.tracking.parent_run is not None
     if path is not None:
         progress = load_progress(path)
-        for validation in progress.validations:
-            ray.train.report(validation)  # a sweep that was stopped has forgotten them
+        # A sweep that was stopped has forgotten them. Ray Train takes two a second.
+        for validation in progress.validations if is_trial else ():
+            ray.train.report(validation)
         if rank == 0:
             log.info("goes on after step %d, with %d workers", progress.step, world)
             send(progress)
@@ -376,8 +378,8 @@ def _run_rank(given: dict[str, bytes]) -> str | None:
         # The others would wait for rank 0 in the next step.
         if any(of_rank_zero([float(problem is not None)], world)):
             raise AgreedError(problem or "rank 0 could not write the checkpoint")
-        if validated:
-            ray.train.report(progress.validations[-1])  # a sweep looks at these
+        if validated and is_trial:  # the sweep looks at these
+            ray.train.report(progress.validations[-1])
 
     try:
         try:
