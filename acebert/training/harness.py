@@ -202,8 +202,8 @@ def _fit(
                 result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
             return result.return_value
         except WorkerGroupError as error:
-            if told.exists():
-                return told.read_text()
+            if message := _message_in(told):
+                return message
             failures = error.worker_failures.values()
             newest = checkpoints.newest()
             if newest == before:
@@ -223,6 +223,11 @@ def _fit(
 def _told_by_a_rank(directory: Path) -> Path:
     """The file that takes the message of a UserError which one rank met alone."""
     return directory.parent / "error.txt"
+
+
+def _message_in(told: Path) -> str:
+    """Empty where there is none, or where the disk had no room for it."""
+    return told.read_text() if told.exists() else ""
 
 
 def _first_line(failures: Collection[Exception]) -> str:
@@ -339,8 +344,8 @@ def _run_rank(given: dict[str, bytes]) -> str | None:
     """One rank, inside Ray Train. Returns the message of a UserError."""
     loop: dict[str, Any] = ray.cloudpickle.loads(given["loop"])
     told = _told_by_a_rank(loop["directory"])
-    if told.exists():
-        return told.read_text()
+    if message := _message_in(told):
+        return message
     set_up_logging()
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train made it INFO: it prints each report
     settings = settings_from(loop["settings"])

@@ -201,6 +201,17 @@ def test_the_code_that_trains_is_known_by_file():
     assert not any("serving" in name or "sweep" in name for name in code)
 
 
+def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_its_room_to_others(
+    small_disk: Path,
+) -> None:
+    checkpoints = Checkpoints(small_disk / "run", IDENTITY, keep=2)
+    for step in (1, 2):
+        checkpoints.save(state(step, size=5_000_000), progress(step))  # 20 of the 32 MB
+    with pytest.raises(UserError, match="the disk is full, a checkpoint takes 19 MiB"):
+        checkpoints.wait()
+    assert list(checkpoints.directory.iterdir()) == [checkpoints.at(1)]
+
+
 class Unwanted:
     def __reduce__(self) -> tuple:
         return os.system, ("false",)
