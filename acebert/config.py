@@ -205,6 +205,12 @@ class ImageSettings(Section):
     """directory of the node's copies (none: acebert-UID in the node's $TMPDIR, for node_memory in
     /dev/shm)"""
 
+    @field_validator("feature_cache", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        """On the command line the word `none` is read as no value."""
+        return "none" if value is None else value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.pixel_side % 7:

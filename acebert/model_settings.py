@@ -16,21 +16,24 @@ from acebert.errors import UserError
 
 NOT_THE_MODELS = ("workdir", "data", "eval", "serve", "experiment", "tracking")
 """settings that do not come with a trained model"""
+OF_THE_NODES = ("feature_cache", "feature_cache_dir")
+"""leaves of `image` that do not either: where a node reads features changes none"""
 OF_DISTILLATION = ("distill", *(f"train.{leaf}" for leaf in sorted(HOW_IT_RUNS)))
 """sections and leaves that a distillation has beside these; the others are the teacher's"""
 
 
 def model_settings(settings: Settings, model: Path) -> Settings:
-    """The settings that a model was trained with, but for NOT_THE_MODELS, which are those of
-    `settings`."""
+    """The settings that a model was trained with, but for NOT_THE_MODELS and OF_THE_NODES, which
+    are those of `settings`."""
     own = settings_from(read_recipe(str(_settings_file(model))))
     ours = {name: getattr(settings, name) for name in NOT_THE_MODELS}
-    return own.model_copy(update=ours)
+    of_nodes = {name: getattr(settings.image, name) for name in OF_THE_NODES}
+    return own.model_copy(update={**ours, "image": own.image.model_copy(update=of_nodes)})
 
 
 def settings_for(model: Path, argv: Sequence[str], also: Collection[str] = ()) -> Settings:
-    """For the jobs that use a trained model: its own settings, with those of NOT_THE_MODELS and of
-    `also` (sections and leaves) that `argv` gives.
+    """For the jobs that use a trained model: its own settings, with those of NOT_THE_MODELS, of
+    OF_THE_NODES and of `also` (sections and leaves) that `argv` gives.
 
     Raises:
         UserError: `argv` gives one that belongs to the model.
@@ -43,12 +46,12 @@ def settings_for(model: Path, argv: Sequence[str], also: Collection[str] = ()) -
         image = given.image.model_copy(update={"cnn_weights": kept})
         given = given.model_copy(update={"image": image})
     was, now = flatten(own.model_dump()), flatten(given.model_dump())
-    free = {*NOT_THE_MODELS, *also}
+    free = (*NOT_THE_MODELS, *(f"image.{leaf}" for leaf in OF_THE_NODES), *also)
     for leaf in now:
-        if now[leaf] != was.get(leaf) and free.isdisjoint((leaf, leaf.split(".")[0])):
+        if now[leaf] != was.get(leaf) and not {leaf, leaf.split(".")[0]}.intersection(free):
             raise UserError(
                 f"--{leaf}: {model} was trained with {was.get(leaf)}, and is used as it was "
-                f"trained. What can be set: {', '.join((*NOT_THE_MODELS, *also))}"
+                f"trained. What can be set: {', '.join(free)}"
             )
     return given
 

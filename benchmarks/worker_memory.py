@@ -32,7 +32,7 @@ from acebert.data.features import Shard, write_shard, write_shard_list
 from acebert.data.partitions import SCHEMA, STEPS_SCHEMA, epoch_dir, part_file
 
 PATCH_DIM = 64
-SHARD = 5_000
+SHARD = 1_000  # as many as preprocess writes at most, so that as many files are mapped
 CHUNK = 50_000
 ROWS_A_DAY = 200_000
 STEPS = 30

@@ -291,3 +291,10 @@ def test_a_mapping_without_an_equals_sign_is_told_how_one_is_given():
 def test_an_empty_path_is_refused_by_its_setting():
     with pytest.raises(UserError, match=r"--data\.impressions: it is empty: a path or URI"):
         load_settings(["--data.products", "", "--data.impressions", ""])
+
+
+def test_no_feature_cache_can_be_asked_for_where_the_recipe_has_one(tmp_path: Path):
+    recipe = tmp_path / "cached.yaml"
+    recipe.write_text("image: {feature_cache: node_disk}")
+    settings = load_settings(["--recipe", str(recipe), "--image.feature_cache", "none"])
+    assert settings.image.feature_cache == "none"

@@ -120,6 +120,18 @@ def test_settings_that_repeat_the_models_own_are_taken(model: Path) -> None:
     assert settings_for(model, argv) == settings_for(model, [])
 
 
+def test_where_nodes_read_features_is_the_jobs_and_not_the_models(model: Path) -> None:
+    """They are another cluster's, and a copy of its training's is not wanted by every job."""
+    tree = yaml.safe_load((model / "settings.yaml").read_text())
+    tree["image"] |= {"feature_cache": "node_disk", "feature_cache_dir": "/nvme", "cnn_side": 128}
+    (model / "settings.yaml").write_text(yaml.safe_dump(tree))
+    given = settings_for(model, ["--image.feature_cache", "none"])
+    assert given.image.feature_cache == "none"
+    assert str(given.image.feature_cache_dir) == "/nvme"
+    used = model_settings(load_settings(["--image.cnn_side", "256"]), model).image
+    assert (used.feature_cache, used.feature_cache_dir, used.cnn_side) == ("none", None, 128)
+
+
 @pytest.mark.parametrize("asked", ["trained", "a file"])
 def test_features_are_those_of_the_cnns_weights_after_these_are_gone(
     asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

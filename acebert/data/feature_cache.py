@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from acebert.config import ImageSettings
+from acebert.config import ImageSettings, Settings
 from acebert.data.features import (
     SHARDS_FILE,
     FeatureStore,
@@ -50,6 +50,13 @@ def open_features(image: ImageSettings, directory: Path) -> FeatureStore:
     """
     place = _place(image)
     return FeatureStore(directory if place is None else local_copy(directory, place))
+
+
+def without_copy(settings: Settings) -> Settings:
+    """`settings` for a process that reads little of the features: it makes no copy of them all for
+    its node."""
+    image = settings.image.model_copy(update={"feature_cache": "none"})
+    return settings.model_copy(update={"image": image})
 
 
 def _place(image: ImageSettings) -> Path | None:

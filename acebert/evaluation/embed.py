@@ -42,6 +42,7 @@ from acebert.data.earlier import (
     same_key,
     stage_key,
 )
+from acebert.data.feature_cache import without_copy
 from acebert.data.lookups import Lookups
 from acebert.data.mapped import new_array
 from acebert.data.schema import normalize_query
@@ -257,7 +258,7 @@ def embed_products(
         Numbers of products that are `new`, `changed`, `as_before` or `gone`.
     """
     ids = product_ids(paths.ingest)
-    digests = _Products(settings, paths).digests(image_key)
+    digests = _Products(without_copy(settings), paths).digests(image_key)
     counts = {"new": len(ids), "changed": 0, "as_before": 0, "gone": 0}
     kept = None
     if digests is not None:
@@ -309,7 +310,7 @@ def product_vectors(
     """Vectors of the catalogue's rows, float32 [n, d], mapped from a file under `out` for as long
     as the block lasts. `lists`: hot queries of the training days, or all before the test day."""
     n = sum(pq.read_metadata(part).num_rows for part in _parts(paths))
-    make = partial(_Products, settings, paths, lists)
+    make = partial(_Products, paths=paths, lists=lists)
     return _vectors(settings, model, "products", n, make, out, kept)
 
 
@@ -325,7 +326,7 @@ def query_vectors(
     empty = [query for query, text in zip(queries, texts, strict=True) if not text]
     if empty:
         raise UserError(f"{len(empty)} queries are empty after normalisation, e.g. {empty[0]!r}")
-    make = partial(_Queries, settings, model, ray.put(pa.array(texts, pa.string())))
+    make = partial(_Queries, model=model, texts=ray.put(pa.array(texts, pa.string())))
     return _vectors(settings, model, "queries", len(queries), make, out, kept)
 
 
@@ -347,7 +348,7 @@ class _Embedder:
         self,
         settings: Settings,
         model: Path,
-        make: Callable[[], Inputs],
+        make: Callable[[Settings], Inputs],
         threads: int,
         rows: NDArray[np.int64] | None = None,
     ) -> None:
@@ -359,7 +360,7 @@ class _Embedder:
         self.bf16 = settings.train.precision == "bf16"
         self.batch_size = settings.eval.batch_size
         self.dimensions = settings.eval.dimensions
-        self.inputs = make()
+        self.inputs = make(settings)
 
     def __call__(self, run: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
         rows = np.arange(run["start"][0], run["stop"][0])
@@ -383,7 +384,7 @@ def _vectors(
     model: Path,
     what: str,
     n: int,
-    make: Callable[[], Inputs],
+    make: Callable[[Settings], Inputs],
     out: Path,
     kept: _Kept | None = None,
 ) -> Iterator[NDArray[np.float32]]:
@@ -420,7 +421,7 @@ def _vectors(
 def _embedded(
     settings: Settings,
     model: Path,
-    make: Callable[[], Inputs],
+    make: Callable[[Settings], Inputs],
     rows: NDArray[np.int64] | None,
     total: int,
 ) -> Iterator[dict[str, NDArray[Any]]]:
@@ -428,7 +429,7 @@ def _embedded(
     earlier stage leaves are embedded here, sooner than actors would start."""
     pool = encoder_pool(settings.eval.num_actors, node_resources())
     if rows is not None and total <= FEW_ROWS:
-        here = _Embedder(settings, model, make, pool.threads, rows)
+        here = _Embedder(without_copy(settings), model, make, pool.threads, rows)
         yield here({"start": np.array([0]), "stop": np.array([total])})
         return
     run = min(RUN_ROWS, -(-total // (RUNS_AN_ACTOR * pool.actors)))

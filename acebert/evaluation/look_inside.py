@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from acebert.cluster import encoder_pool, node_resources
 from acebert.config import Settings
+from acebert.data.feature_cache import without_copy
 from acebert.data.features import FeatureStore
 from acebert.data.preprocess import crop_spec
 from acebert.data.tokens import Ragged, load_tokenizer
@@ -139,9 +140,7 @@ def write_suspicious(
 @torch.inference_mode()
 def draw_examples(settings: Settings, model: Path, paths: StagePaths) -> list[Example]:
     """What the model guesses for each word of some held-out titles, one masked at a time."""
-    here = settings.model_copy(  # a few products: no copy of all features for the driver's node
-        update={"image": settings.image.model_copy(update={"feature_cache": "none"})}
-    )
+    here = without_copy(settings)
     batches = PretrainBatches(here, paths, rank=0, world=1)
     sample = HeldOut(batches)
     lent = np.flatnonzero(sample.photos[OTHER] != NO_PHOTO)

@@ -148,7 +148,9 @@ class Checkpoints:
                 writing.result()
         except (OSError, RuntimeError) as error:  # torch.save's errors carry no errno
             size = sum(buffer.nbytes for buffer in self._buffers.values())
-            if is_disk_full(error) or shutil.disk_usage(self.directory).free < size:
+            full = is_disk_full(error) or shutil.disk_usage(self.directory).free < size
+            self._remove_halves()  # or there is no room to say it
+            if full:
                 raise UserError(
                     f"{self.directory}: the disk is full, a checkpoint takes {size / 2**20:.0f} "
                     "MiB. Free some space and start the job again: it goes on from the last one"
@@ -163,8 +165,7 @@ class Checkpoints:
             UserError: it is of other settings, inputs or code; the differences are named.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        for left in self.directory.glob(".step-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        self._remove_halves()
         for path in reversed(self._paths()):
             broken = why_broken(path)
             if broken is None:
@@ -177,6 +178,11 @@ class Checkpoints:
     def at(self, step: int) -> Path:
         """Where the checkpoint after `step` steps lies."""
         return self.directory / f"step-{step:08d}"
+
+    def _remove_halves(self) -> None:
+        """What a writer left that failed or died."""
+        for half in self.directory.glob(".step-*"):
+            shutil.rmtree(half, ignore_errors=True)
 
     def _paths(self) -> list[Path]:
         return sorted(p for p in self.directory.glob("step-*") if p.suffix != ".corrupt")

@@ -4,6 +4,7 @@ The run is named by the stage's digest, so a job that was stopped and is started
 its newest checkpoint, in the same MLflow run (`acebert.training.harness`).
 """
 
+import logging
 import shutil
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,13 @@ from acebert.data.features import FeatureStore
 from acebert.data.tokens import backbone_digest, load_tokenizer, special_ids
 from acebert.errors import UserError
 from acebert.models.dual import DualEncoder
-from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors, why_broken
+from acebert.training.checkpoint import (
+    Checkpoints,
+    Progress,
+    load_progress,
+    load_tensors,
+    why_broken,
+)
 from acebert.training.harness import trained_stage
 from acebert.training.loop import run
 from acebert.training.pairs import StagePaths
@@ -26,6 +33,8 @@ from acebert.workdir import Stage
 
 if TYPE_CHECKING:
     from acebert.tracking import Run
+
+log = logging.getLogger(__name__)
 
 VERSION = 4
 SETTINGS_THAT_MATTER = ("model", "text", "loss", "adversary")
@@ -121,24 +130,45 @@ def _worker(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
 def _export(
     settings: Settings, config: dict[str, Any], checkpoints: Checkpoints, mlrun: "Run", out: Path
 ) -> None:
-    """The model directory: weights of the best validation, history of the whole run."""
+    """The model directory: weights of the best validation whose checkpoint is whole, history of
+    the whole run."""
     from acebert.tracking import log_model  # MLflow, which workers do not need
 
     paths: StagePaths = config["paths"]
     last = checkpoints.newest()
     assert last is not None
     progress = load_progress(last)
-    best = checkpoints.at(progress.best_step)
-    if broken := why_broken(best):
-        raise UserError(
-            f"{best}, the best checkpoint, is broken: {broken}. Remove {checkpoints.directory} to "
-            "train from the start"
-        )
+    chosen = best_whole(checkpoints, progress, settings.train.valid_metric)
+    best = checkpoints.at(int(chosen["step"]))
     model = new_model(settings, paths, config["start"])
     model.load_state_dict(load_tensors(best, torch.device("cpu"))["model"])
     model.save(out)
     shutil.copytree(paths.tokens / "tokenizer", out / "tokenizer")
-    (chosen,) = (row for row in progress.validations if row["step"] == progress.best_step)
     report = {"pairs": progress.step * settings.train.batch_size, "best": chosen}
     write_record(out, settings, progress, mlrun, report)
     log_model(settings, mlrun, out)
+
+
+def best_whole(checkpoints: Checkpoints, progress: Progress, metric: str) -> dict[str, float]:
+    """The validation of the best checkpoint that is whole. Few are kept beside the best; that it
+    is torn is said.
+
+    Raises:
+        UserError: there is none.
+    """
+    rows = sorted(
+        progress.validations,
+        key=lambda row: (row["step"] == progress.best_step, row[metric], row["gauc"]),
+        reverse=True,
+    )
+    for row in rows:
+        path = checkpoints.at(int(row["step"]))
+        broken = why_broken(path)
+        if broken is None:
+            return row
+        if row is rows[0]:
+            log.warning("%s, the best checkpoint, is passed over for the next: %s", path, broken)
+    raise UserError(
+        f"{checkpoints.directory}: no checkpoint of a validation is whole. Remove it to train from "
+        "the start"
+    )

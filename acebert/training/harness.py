@@ -202,8 +202,8 @@ def _fit(
                 result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
             return result.return_value
         except WorkerGroupError as error:
-            if told.exists():
-                return told.read_text()
+            if message := _message_in(told):
+                return message
             failures = error.worker_failures.values()
             newest = checkpoints.newest()
             if newest == before:
@@ -223,6 +223,11 @@ def _fit(
 def _told_by_a_rank(directory: Path) -> Path:
     """The file that takes the message of a UserError which one rank met alone."""
     return directory.parent / "error.txt"
+
+
+def _message_in(told: Path) -> str:
+    """Empty where there is none, or where the disk had no room for it."""
+    return told.read_text() if told.exists() else ""
 
 
 def _first_line(failures: Collection[Exception]) -> str:
@@ -339,8 +344,8 @@ def _run_rank(given: dict[str, bytes]) -> str | None:
     """One rank, inside Ray Train. Returns the message of a UserError."""
     loop: dict[str, Any] = ray.cloudpickle.loads(given["loop"])
     told = _told_by_a_rank(loop["directory"])
-    if told.exists():
-        return told.read_text()
+    if message := _message_in(told):
+        return message
     set_up_logging()
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train made it INFO: it prints each report
     settings = settings_from(loop["settings"])
@@ -353,10 +358,12 @@ def _run_rank(given: dict[str, bytes]) -> str | None:
     checkpoints = Checkpoints(loop["directory"], loop["identity"], settings.train.checkpoints_kept)
     send = _in_the_background(_mlflow_sender(loop["actor"], loop["mlflow_run"]))
     path = broadcast_from_rank_zero(checkpoints.newest() if rank == 0 else None)
+    is_trial = settings.tracking.parent_run is not None
     if path is not None:
         progress = load_progress(path)
-        for validation in progress.validations:
-            ray.train.report(validation)  # a sweep that was stopped has forgotten them
+        # A sweep that was stopped has forgotten them. Ray Train takes two a second.
+        for validation in progress.validations if is_trial else ():
+            ray.train.report(validation)
         if rank == 0:
             log.info("goes on after step %d, with %d workers", progress.step, world)
             send(progress)
@@ -376,8 +383,8 @@ def _run_rank(given: dict[str, bytes]) -> str | None:
         # The others would wait for rank 0 in the next step.
         if any(of_rank_zero([float(problem is not None)], world)):
             raise AgreedError(problem or "rank 0 could not write the checkpoint")
-        if validated:
-            ray.train.report(progress.validations[-1])  # a sweep looks at these
+        if validated and is_trial:  # the sweep looks at these
+            ray.train.report(progress.validations[-1])
 
     try:
         try:

@@ -63,7 +63,7 @@ def model(settings: Settings, paths: StagePaths) -> Path:
 def test_rows_of_a_run_have_the_vectors_of_one_row_at_a_time(
     settings: Settings, paths: StagePaths, model: Path
 ) -> None:
-    actor = embed._Embedder(settings, model, partial(embed._Products, settings, paths), 1)
+    actor = embed._Embedder(settings, model, partial(embed._Products, paths=paths), 1)
     found = actor({"start": np.array([10]), "stop": np.array([40])})
     assert sorted(found["row"].tolist()) == list(range(10, 40))
     inputs, encoder = InputStore(settings, paths), DualEncoder.load(model).eval()
@@ -144,7 +144,7 @@ def test_fewer_dimensions_are_the_first_ones_brought_to_length_one(
     settings: Settings, paths: StagePaths, model: Path
 ) -> None:
     short = settings.model_copy(update={"eval": settings.eval.model_copy(update={"dimensions": 5})})
-    make = partial(embed._Products, settings, paths)
+    make = partial(embed._Products, paths=paths)
     run = {"start": np.array([10]), "stop": np.array([40])}
     found, whole = (embed._Embedder(s, model, make, 1)(run)["embedding"] for s in (short, settings))
     first = whole[:, :5]

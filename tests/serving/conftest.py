@@ -62,7 +62,7 @@ class World:
 def make_bundle(settings: Settings, ingested: Stage, paths: StagePaths, model: Path) -> Stage:
     out = settings.workdir / f"embed-{model.name}"
     out.mkdir()
-    actor = embed._Embedder(settings, model, partial(embed._Products, settings, paths), 1)
+    actor = embed._Embedder(settings, model, partial(embed._Products, paths=paths), 1)
     table = pq.read_table(ingested.path / "products", columns=["product", "product_id"])
     ids = table.sort_by("product")["product_id"]
     found = actor({"start": np.array([0]), "stop": np.array([len(ids)])})

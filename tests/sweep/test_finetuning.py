@@ -183,12 +183,16 @@ def test_values_that_make_the_same_partitions_are_one_point(tmp_path: Path, ray_
 
 
 @pytest.mark.slow
-def test_a_training_that_goes_on_tells_tune_of_its_earlier_validations(
-    tmp_path: Path, ray_cluster: None
+@pytest.mark.parametrize(
+    ("parent", "expected"), [("a-sweep", ["1 0.25", "1 0.25", "2 0.5"]), ("none", [])]
+)
+def test_a_trial_that_goes_on_tells_tune_of_its_earlier_validations_and_other_trainings_of_none(
+    tmp_path: Path, ray_cluster: None, parent: str, expected: list[str]
 ):
     """ASHA compares at its rungs, of which a sweep that was started again knows nothing."""
-    settings = tiny(tmp_path, "--train.cpus_per_worker", "0.4")
+    settings = tiny(tmp_path, "--train.cpus_per_worker", "0.4", "--tracking.parent_run", parent)
     told = tmp_path / "told.txt"
+    told.touch()
 
     def step(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
         state = rank.resume()[1] if rank.resume else Progress()
@@ -214,7 +218,7 @@ def test_a_training_that_goes_on_tells_tune_of_its_earlier_validations(
 
     run_config = tune.RunConfig(storage_path=str(tmp_path / "tune"), verbose=0, callbacks=[Hear()])
     tune.Tuner(trial, run_config=run_config).fit()
-    assert told.read_text().splitlines() == ["1 0.25", "1 0.25", "2 0.5"]
+    assert told.read_text().splitlines() == expected
 
 
 def test_optuna_finds_the_stages_of_all_values_that_it_may_choose(

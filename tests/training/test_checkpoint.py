@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from acebert.config import Settings
 from acebert.errors import UserError
 from acebert.training.checkpoint import (
     HISTORY,
@@ -24,8 +23,7 @@ from acebert.training.checkpoint import (
     load_tensors,
     why_broken,
 )
-from acebert.training.finetune import _export
-from acebert.training.pairs import StagePaths
+from acebert.training.finetune import best_whole
 
 CPU = torch.device("cpu")
 IDENTITY = {"key": {"train": {"lr": 0.001}, "plan": "ab12"}, "code": {"models/losses.py": "ff00"}}
@@ -139,16 +137,31 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before_it(
     assert checkpoints.newest() == checkpoints.at(2)
 
 
-def test_a_torn_best_checkpoint_is_no_models_weights(checkpoints: Checkpoints, tmp_path: Path):
-    """The newest is whole, but the model is that of the best validation."""
-    for step in (1, 2):
-        checkpoints.save(state(step), progress(step, best_step=1))
+def test_a_torn_best_checkpoint_is_passed_over_for_the_best_of_those_that_are_left(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
+):
+    made = Progress()
+    for step, recall in ((1, 0.3), (2, 0.5), (3, 0.4), (4, 0.35)):
+        made.step, made.best_step = step, min(step, 2)
+        made.validations.append({"step": step, "recall_100": recall, "gauc": 0.6})
+        checkpoints.save(state(step), made)
     checkpoints.wait()
-    one_bit(checkpoints.at(1))
-    config = {"paths": StagePaths(tmp_path, tmp_path, None, tmp_path)}
-    with pytest.raises(UserError, match=r"step-0*1, the best checkpoint, is broken: .* Remove"):
-        _export(Settings(), config, checkpoints, None, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+    assert steps(checkpoints.directory) == [2, 3, 4]
+
+    def best() -> float:
+        return best_whole(checkpoints, made, "recall_100")["step"]
+
+    assert best() == 2
+    assert not caplog.records
+    one_bit(checkpoints.at(2))
+    assert best() == 3
+    (record,) = caplog.records
+    assert f"{checkpoints.at(2)}, the best checkpoint, is passed over" in record.message
+    one_bit(checkpoints.at(3))
+    assert best() == 4
+    one_bit(checkpoints.at(4))
+    with pytest.raises(UserError, match=r"run: no checkpoint of a validation is whole"):
+        best()
 
 
 def test_without_any_whole_checkpoint_there_is_none(checkpoints: Checkpoints):
@@ -199,6 +212,17 @@ def test_the_code_that_trains_is_known_by_file():
     code = code_identity()
     assert {"torch", "acebert/training/loop.py", "acebert/models/losses.py"} <= code.keys()
     assert not any("serving" in name or "sweep" in name for name in code)
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_its_room_to_others(
+    small_disk: Path,
+) -> None:
+    checkpoints = Checkpoints(small_disk / "run", IDENTITY, keep=2)
+    for step in (1, 2):
+        checkpoints.save(state(step, size=5_000_000), progress(step))  # 20 of the 32 MB
+    with pytest.raises(UserError, match="the disk is full, a checkpoint takes 19 MiB"):
+        checkpoints.wait()
+    assert list(checkpoints.directory.iterdir()) == [checkpoints.at(1)]
 
 
 class Unwanted:

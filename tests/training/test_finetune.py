@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +19,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from acebert.config import Settings
+from acebert.data.earlier import Earlier
 from acebert.data.image import crop_resize, find_roi
 from acebert.data.patches import PatchCNN
 from acebert.errors import UserError
-from acebert.evaluation.embed import embed
+from acebert.evaluation.embed import INPUTS, embed
 from acebert.models.dual import DualEncoder
 from acebert.models.encoder import ImageInputs, TextInputs
 from acebert.tracking import client, default_server
@@ -168,6 +170,26 @@ def test_embedded_products_are_their_titles_hot_queries_and_photos_put_through_t
             np.testing.assert_allclose(vector, expected, atol=1e-4)
             other = model.encode_products(text_of(row), photo_of(listed[1]))[0].numpy()
             assert np.abs(vector - other).max() > 1e-3  # so another's photo would be seen
+
+
+def test_a_driver_that_tells_what_changed_and_embeds_it_copies_no_features_for_its_node(
+    one_worker: Stage, settings: Settings, stages: dict[str, Stage], tmp_path: Path
+):
+    of_products = [stages[name] for name in ("ingested", "tokens", "features")]
+    embedded = embed(settings, one_worker.path, *of_products, ["red dress"])
+    before = tmp_path / "before"
+    shutil.copytree(embedded.path, before)
+    inputs = np.load(before / INPUTS)
+    inputs[7] += 1
+    np.save(before / INPUTS, inputs)
+    cache = {"feature_cache": "node_disk", "feature_cache_dir": tmp_path / "node"}
+    image = settings.image.model_copy(update=cache)
+    cached = settings.model_copy(update={"image": image})
+    earlier = Earlier(bundle=tmp_path, embed=before)
+    again = embed(cached, one_worker.path, *of_products, ["watch"], earlier)
+    counts = json.loads((again.path / "report.json").read_text())["products"]
+    assert counts == {"new": 0, "changed": 1, "as_before": len(inputs) - 1, "gone": 0}
+    assert not (tmp_path / "node").exists()
 
 
 @pytest.mark.slow

@@ -33,6 +33,12 @@ def has_a_fault(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
     raise ValueError("of our own making")
 
 
+def has_no_room_for_its_message(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
+    (run,) = (settings.workdir / "train").iterdir()
+    (run / "error.txt").touch()
+    raise OSError("of a full disk")
+
+
 def trains_nothing(settings: Settings, config: dict[str, Any], rank: Rank) -> None:
     return
 
@@ -72,6 +78,16 @@ def test_a_fault_of_the_code_ends_it_with_its_traceback(tmp_path: Path, ray_clus
     settings = settings_with(tmp_path, "--train.max_failures", "0")
     with pytest.raises(WorkerGroupError, match=r"in has_a_fault[^$]*ValueError: of our own making"):
         trained_stage(settings, "toy", {"of": "fault"}, has_a_fault, {}, nothing, "data")
+
+
+@pytest.mark.slow
+def test_a_message_that_the_disk_had_no_room_for_ends_nothing_without_a_word(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    settings = settings_with(tmp_path, "--train.max_failures", "1")
+    worker = has_no_room_for_its_message
+    with pytest.raises(WorkerGroupError, match="of a full disk"):
+        trained_stage(settings, "toy", {"of": "room"}, worker, {}, nothing, "data")
 
 
 @pytest.mark.slow

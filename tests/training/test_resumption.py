@@ -1,7 +1,8 @@
 """Training goes on after any death as if nothing had happened: real processes, really killed.
 
 Every disturbed run is compared with one that nobody disturbed, of two workers: weights and losses
-bit for bit, and the metric history of its one MLflow run, step by step.
+bit for bit, and the metric history of its one MLflow run, step by step. Where the number of workers
+is another, dropout is too: there is none then, and losses agree within rounding.
 """
 
 import os
@@ -67,8 +68,19 @@ def of_its_own(settings: Settings, run: int) -> Settings:
 
 
 @pytest.fixture(scope="module")
+def dropping(long: Settings) -> Settings:
+    """With dropout, of which the same number of workers alone draws the same."""
+    return long.model_copy(update={"model": long.model.model_copy(update={"dropout": 0.1})})
+
+
+@pytest.fixture(scope="module")
 def undisturbed(long: Settings, data: dict[str, Stage]) -> Stage:
     return finetune(of_its_own(long, 0), **data)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_dropping(dropping: Settings, data: dict[str, Stage]) -> Stage:
+    return finetune(of_its_own(dropping, 0), **data)
 
 
 def differences(stage: Stage, undisturbed: Stage) -> list[str]:
@@ -163,9 +175,11 @@ def workers_below(process: psutil.Process) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_nothing(long: Settings, data: dict[str, Stage], undisturbed: Stage):
+def test_a_killed_worker_costs_nothing(
+    dropping: Settings, data: dict[str, Stage], undisturbed_dropping: Stage
+):
     """Not even one of the failures allowed, for there is a checkpoint."""
-    settings, known = with_train(of_its_own(long, 1), max_failures=0), runs(long)
+    settings, known = with_train(of_its_own(dropping, 1), max_failures=0), runs(dropping)
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(finetune, settings, **data)
         before = checkpoint_after(settings, known, 12)
@@ -175,7 +189,7 @@ def test_a_killed_worker_costs_nothing(long: Settings, data: dict[str, Stage], u
         stage = done.result()
     assert 0 < before.step < steps_of(stage)
     assert done_again(stage, before) == []
-    assert differences(stage, undisturbed) == []
+    assert differences(stage, undisturbed_dropping) == []
     assert faults_in_mlflow(settings, stage) == []
 
 
@@ -224,9 +238,9 @@ def finished(process: subprocess.Popen, settings: Settings) -> tuple[Stage, str]
 
 @pytest.mark.slow
 def test_a_job_that_is_killed_then_stopped_goes_on_when_it_is_started_again(
-    long: Settings, data: dict[str, Stage], undisturbed: Stage
+    dropping: Settings, data: dict[str, Stage], undisturbed_dropping: Stage
 ):
-    settings, known = of_its_own(long, 2), runs(long)
+    settings, known = of_its_own(dropping, 2), runs(dropping)
     with job(settings) as first:
         killed = checkpoint_after(settings, known, 12)
         end(first, signal.SIGKILL)
@@ -239,7 +253,7 @@ def test_a_job_that_is_killed_then_stopped_goes_on_when_it_is_started_again(
     assert 0 < killed.step < stopped.step < steps_of(stage)
     assert done_again(stage, killed) == []
     assert done_again(stage, stopped) == []
-    assert differences(stage, undisturbed) == []
+    assert differences(stage, undisturbed_dropping) == []
     assert faults_in_mlflow(settings, stage) == []
 
 
@@ -267,9 +281,9 @@ def kill_a_node(cluster: Cluster) -> None:
 
 @pytest.mark.slow
 def test_a_killed_node_costs_nothing_once_there_is_another(
-    long: Settings, data: dict[str, Stage], undisturbed: Stage, cluster: Cluster
+    dropping: Settings, data: dict[str, Stage], undisturbed_dropping: Stage, cluster: Cluster
 ):
-    settings, known = of_its_own(long, 3), runs(long)
+    settings, known = of_its_own(dropping, 3), runs(dropping)
     with job(settings, "--train.cpus_per_worker=1", address=cluster.address) as driver:
         before = checkpoint_after(settings, known, 12)
         kill_a_node(cluster)
@@ -277,7 +291,7 @@ def test_a_killed_node_costs_nothing_once_there_is_another(
         stage, _ = finished(driver, settings)
     assert 0 < before.step < steps_of(stage)
     assert done_again(stage, before) == []
-    assert differences(stage, undisturbed) == []
+    assert differences(stage, undisturbed_dropping) == []
     assert faults_in_mlflow(settings, stage) == []
 
 
