@@ -65,14 +65,16 @@ def assert_best(world: Any, hits: list[dict[str, Any]], vector: np.ndarray, k: i
     assert len({hit["product_id"] for hit in hits}) == len(hits)
 
 
-def test_hot_and_tail_queries_find_numpys_best_and_say_which_they_were(world, with_service) -> None:
+def test_hot_and_tail_queries_find_numpys_best_100_and_say_which_they_were(
+    world, with_service
+) -> None:
     encoder = QueryEncoder.load(world.model)
 
     async def test(client: httpx.AsyncClient, local: Any) -> None:
         hot = next(iter(local.service.current().bundle.hot))
         for query, path in [(hot, "hot"), (f"  {hot.upper()} ", "hot"), ("purple zebra", "tail")]:
-            answer = await client.get("/search", params={"q": query, "k": 20})
-            assert_best(world, answer.json()["hits"], encoder.encode([query])[0], 20)
+            answer = await client.get("/search", params={"q": query, "k": 100})
+            assert_best(world, answer.json()["hits"], encoder.encode([query])[0], 100)
             assert answer.json()["path"] == path
             assert answer.json()["version"] == encoder.version
 
@@ -256,7 +258,7 @@ def test_a_swap_takes_changes_over_to_the_new_model_and_fails_no_request(
         versions = []
 
         async def swapped() -> bool:
-            answer = await client.get("/search?q=red+shoe&k=81")
+            answer = await client.get("/search?q=red+shoe&k=161")
             assert answer.status_code == 200
             versions.append(answer.json()["version"])
             return versions[-1] != old
@@ -264,7 +266,7 @@ def test_a_swap_takes_changes_over_to_the_new_model_and_fails_no_request(
         await until(swapped, 60)
         new = QueryEncoder.load(world.other_bundle / "model")
         assert versions[-1] == new.version
-        assert "new" in ids(await client.get("/search?q=red+shoe&k=81"))
+        assert "new" in ids(await client.get("/search?q=red+shoe&k=161"))
         encoded = local.service.current().index.vector("new")
         assert encoded is not None
         sent = Source(Product("new", "red shoe"), None)
