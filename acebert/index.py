@@ -269,6 +269,11 @@ def _found(
     return float(good.mean())
 
 
+def ivf_lists(n: int) -> int:
+    """Into how many lists IVF puts n vectors."""
+    return max(1, min(round(4 * n**0.5), n // TRAIN_A_LIST))
+
+
 def _flat(vectors: NDArray[np.float32], codec: Codec) -> Any:
     return _made(vectors, _CODES[codec])
 
@@ -279,7 +284,7 @@ def _hnsw(vectors: NDArray[np.float32], codec: Codec) -> Any:
 
 def _ivf(vectors: NDArray[np.float32], codec: Codec) -> Any:
     n, d = vectors.shape
-    nlist = max(1, min(round(4 * n**0.5), n // TRAIN_A_LIST))
+    nlist = ivf_lists(n)
     return _made(vectors, f"IVF{nlist},{_CODES.get(codec, f'PQ{d // 2}')}", nlist * TRAIN_A_LIST)
 
 

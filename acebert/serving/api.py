@@ -145,7 +145,7 @@ def _searches(app: FastAPI, service: SearchService) -> None:
         "/search/photo", responses={200: {"model": schema.Answer}}, operation_id="search_photo"
     )
     async def search_photo(body: schema.PhotoIn) -> Response:
-        """Products that look like a photo, and fit a text."""
+        """Products that look like a photo, and fit a text; where the model reads no photos, 422."""
         where = Filter(**body.filter.model_dump())
         return JSONResponse(
             _answer(await service.search_photo(body.photo, body.text, body.k, where))

@@ -36,7 +36,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from acebert.config import Settings
+from acebert.config import Settings, read_recipe, settings_from
 from acebert.data.earlier import stage_key
 from acebert.data.features import photo_digest
 from acebert.data.image import BrokenImage, decode
@@ -329,6 +329,7 @@ class Bundle(ProductTable):
 
     Attributes:
         version: of the model, see the module's docstring.
+        reads_photos: whether the model does; photos say nothing to one of titles alone.
         query_mean: of the log's queries, float32 [d].
         vectors: float32 [n, d], mapped.
         index_info: of the index.
@@ -353,6 +354,8 @@ class Bundle(ProductTable):
         of_model = product_side_version(directory / "model")
         if of_model != self.version:
             raise UserError(f"{directory}: model {of_model} in a bundle of model {self.version}")
+        of_training = settings_from(read_recipe(str(directory / "model" / "settings.yaml")))
+        self.reads_photos = of_training.reads_images
         self.hot = {text: row for row, text in enumerate(texts)}
         self.index_info = IndexInfo.read(directory / "index")
         n = len(self.vectors)

@@ -20,6 +20,7 @@ from pymilvus import DataType, MilvusClient
 from pymilvus.exceptions import MilvusException
 
 from acebert.errors import UserError
+from acebert.index import HNSW_LINKS, ivf_lists
 from acebert.serving.bundle import Bundle
 from acebert.serving.catalogue import Unavailable
 from acebert.serving.products import Change, Filter, Hit, Product
@@ -67,6 +68,7 @@ class MilvusIndex:
             UserError: Milvus cannot be reached.
         """
         self._name = _collection(bundle.directory)
+        self._info = bundle.index_info
         self._changed: set[str] = set()
         self._categories = {name for name in bundle.columns()[0] if name is not None}
         try:
@@ -91,8 +93,8 @@ class MilvusIndex:
         schema.add_field("in_stock", DataType.BOOL)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=d)
         index = self._client.prepare_index_params()
-        kind = bundle.index_info.kind
-        params = {"hnsw": {"M": 32, "efConstruction": 200}, "ivf": {"nlist": round(4 * n**0.5)}}
+        kind = self._info.kind
+        params = {"hnsw": {"M": HNSW_LINKS, "efConstruction": 200}, "ivf": {"nlist": ivf_lists(n)}}
         index.add_index(
             "vector",
             index_type={"flat": "FLAT", "hnsw": "HNSW", "ivf": "IVF_FLAT"}[kind],
@@ -122,6 +124,13 @@ class MilvusIndex:
         ]
         self._client.upsert(self._name, rows)
 
+    def _effort(self, k: int) -> dict[str, int]:
+        """As it was set for the bundle's FAISS index, which has as many links, or lists."""
+        effort = self._info.effort
+        return {"flat": {}, "hnsw": {"ef": max(effort, k)}, "ivf": {"nprobe": effort}}[
+            self._info.kind
+        ]
+
     @_answering()
     def search(self, queries: NDArray[np.float32], k: int, where: Filter) -> list[list[Hit]]:
         found = self._client.search(
@@ -130,7 +139,7 @@ class MilvusIndex:
             limit=k,
             filter=_expression(where),
             output_fields=FIELDS,
-            search_params={"metric_type": "IP", "params": {"ef": max(2 * k, 64), "nprobe": 32}},
+            search_params={"metric_type": "IP", "params": self._effort(k)},
         )
         return [[Hit(_product(hit["entity"]), hit["distance"]) for hit in hits] for hits in found]
 

@@ -339,10 +339,13 @@ class SearchService:
         """The products nearest to one that looks like `photo` and is called `text`.
 
         Raises:
+            UserError: the model that is served reads no photos.
             BrokenImage: `photo` is none, or too large.
         """
         start = time.perf_counter()
         loaded = self.current()
+        if not loaded.bundle.reads_photos:
+            raise UserError("the model that is served reads no photos: search by text")
         shown = Source(Product("", text), photo)  # no product of the bundle
         vectors = await self.products.encode(loaded.bundle.directory, [shown])
         self.metrics.stage("encode", "photo", time.perf_counter() - start)

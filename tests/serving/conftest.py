@@ -1,4 +1,4 @@
-"""A bundle of an untrained model on 80 drawn products, and a service over it in this process: made
+"""A bundle of an untrained model on 160 drawn products, and a service over it in this process: made
 without Ray, asked without a socket."""
 
 import asyncio
@@ -36,7 +36,7 @@ from acebert.training.pairs import StagePaths
 from acebert.workdir import Stage
 
 SMALL = [
-    *["--demo.products", "80", "--demo.searches_per_day", "200", "--demo.days", "4"],
+    *["--demo.products", "160", "--demo.searches_per_day", "200", "--demo.days", "4"],
     *["--demo.image_side", "64", "--model.width", "32", "--model.heads", "2"],
     *["--model.layers", "1", "--text.vocab_size", "400", "--train.precision", "fp32"],
     *["--serve.hot_queries", "20", "--serve.follow_seconds", "0.1"],

@@ -21,8 +21,11 @@ import httpx2 as httpx
 import numpy as np
 import pytest
 from PIL import Image
+from untrained import save_untrained
 
+from acebert.data.tokens import load_tokenizer
 from acebert.errors import UserError
+from acebert.models.dual import DualEncoder
 from acebert.serving import service
 from acebert.serving.bundle import Bundle, ProductTable, build_bundle, publish
 from acebert.serving.catalogue import Catalogue, Unavailable
@@ -30,7 +33,7 @@ from acebert.serving.changes import Source
 from acebert.serving.gate import Gate
 from acebert.serving.product_encoder import ProductEncoder
 from acebert.serving.products import Product
-from acebert.serving.query_encoder import QueryEncoder
+from acebert.serving.query_encoder import QueryEncoder, product_side_version
 from acebert.serving.service import Loaded
 from acebert.workdir import Stage
 
@@ -62,14 +65,16 @@ def assert_best(world: Any, hits: list[dict[str, Any]], vector: np.ndarray, k: i
     assert len({hit["product_id"] for hit in hits}) == len(hits)
 
 
-def test_hot_and_tail_queries_find_numpys_best_and_say_which_they_were(world, with_service) -> None:
+def test_hot_and_tail_queries_find_numpys_best_100_and_say_which_they_were(
+    world, with_service
+) -> None:
     encoder = QueryEncoder.load(world.model)
 
     async def test(client: httpx.AsyncClient, local: Any) -> None:
         hot = next(iter(local.service.current().bundle.hot))
         for query, path in [(hot, "hot"), (f"  {hot.upper()} ", "hot"), ("purple zebra", "tail")]:
-            answer = await client.get("/search", params={"q": query, "k": 20})
-            assert_best(world, answer.json()["hits"], encoder.encode([query])[0], 20)
+            answer = await client.get("/search", params={"q": query, "k": 100})
+            assert_best(world, answer.json()["hits"], encoder.encode([query])[0], 100)
             assert answer.json()["path"] == path
             assert answer.json()["version"] == encoder.version
 
@@ -253,7 +258,7 @@ def test_a_swap_takes_changes_over_to_the_new_model_and_fails_no_request(
         versions = []
 
         async def swapped() -> bool:
-            answer = await client.get("/search?q=red+shoe&k=81")
+            answer = await client.get("/search?q=red+shoe&k=161")
             assert answer.status_code == 200
             versions.append(answer.json()["version"])
             return versions[-1] != old
@@ -261,7 +266,7 @@ def test_a_swap_takes_changes_over_to_the_new_model_and_fails_no_request(
         await until(swapped, 60)
         new = QueryEncoder.load(world.other_bundle / "model")
         assert versions[-1] == new.version
-        assert "new" in ids(await client.get("/search?q=red+shoe&k=81"))
+        assert "new" in ids(await client.get("/search?q=red+shoe&k=161"))
         encoded = local.service.current().index.vector("new")
         assert encoded is not None
         sent = Source(Product("new", "red shoe"), None)
@@ -415,7 +420,63 @@ def bomb() -> str:
     return base64.b64encode(png).decode()
 
 
-def test_what_is_no_photo_is_refused_by_name_and_nothing_is_stored(world, with_service) -> None:
+@pytest.fixture
+def reads_photos(world: Any, tmp_path: Path) -> None:
+    """The model that is published reads photos; the vectors of the bundle are of one that does not,
+    those of products that are put are its own."""
+    bundle, side = tmp_path / "reads-photos", 56
+    shutil.copytree(world.bundle, bundle)
+    shutil.rmtree(bundle / "model")
+    model = world.settings.model.model_copy(update={"pixels": True, "image_attention_bias": 0.0})
+    image = world.settings.image.model_copy(update={"pixel_side": side})
+    tokenizer = load_tokenizer(world.model / "tokenizer")
+    settings = world.settings.model_copy(update={"model": model, "image": image})
+    new = DualEncoder.new(
+        model, vocab_size=len(tokenizer), sep_token_id=tokenizer.sep_token_id, pixel_side=side
+    )
+    save_untrained(new, settings, world.model / "tokenizer", bundle / "model", 0)
+    shutil.rmtree(bundle / "query_encoder")
+    shutil.copytree(bundle / "model", bundle / "query_encoder")
+    info = json.loads((bundle / "bundle.json").read_text())
+    info["version"] = product_side_version(bundle / "model")
+    (bundle / "bundle.json").write_text(json.dumps(info))
+    publish(world.settings.workdir, bundle)
+
+
+def test_a_photo_tells_products_of_one_title_apart(reads_photos, with_service) -> None:
+    photos = {"red": jpeg((30, 30, 220)), "blue": jpeg((220, 30, 30))}
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        bodies = [{"product_id": n, "title": "bag", "photo": photo} for n, photo in photos.items()]
+        assert (await client.post("/products", json={"products": bodies})).status_code == 202
+
+        async def known() -> bool:
+            return (await client.get("/products/blue")).status_code == 200
+
+        await until(known)
+        for name, photo in photos.items():
+            found = await client.post("/search/photo", json={"photo": photo, "text": "bag"})
+            assert ids(found)[0] == name
+            best, second = (hit["score"] for hit in found.json()["hits"][:2])
+            assert best == pytest.approx(1, abs=1e-5)
+            assert second < 0.999
+
+    with_service(test)
+
+
+def test_a_model_that_reads_no_photos_refuses_to_search_by_one(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        asked = {"photo": jpeg(), "text": "red shoe"}
+        answer = await client.post("/search/photo", json=asked)
+        assert answer.status_code == 422
+        assert "reads no photos" in answer.json()["error"]
+
+    with_service(test)
+
+
+def test_what_is_no_photo_is_refused_by_name_and_nothing_is_stored(
+    reads_photos, with_service
+) -> None:
     async def test(client: httpx.AsyncClient, local: Any) -> None:
         gif = base64.b64encode(b"GIF89a not really").decode()
         half = base64.b64encode(base64.b64decode(jpeg())[:300]).decode()

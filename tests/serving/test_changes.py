@@ -250,21 +250,37 @@ import numpy as np
 from acebert.serving.changes import ChangeLog, Source
 from acebert.serving.products import Product
 log = ChangeLog(Path(sys.argv[1]))
-for i in range(100_000):
+for i in range(int(sys.argv[2]), 1_000_000):
     name = f"p{i % 50}"
     log.put([Source(Product(name, str(i)), None)], np.full((1, 4), i, np.float32), "v")
     print(name, i, flush=True)
 """
 
 
-def test_what_was_acknowledged_is_there_after_kill_9(tmp_path: Path) -> None:
-    path = tmp_path / "changes.sqlite"
+def test_what_was_acknowledged_is_there_after_each_of_several_kill_9(tmp_path: Path) -> None:
+    path, acknowledged = tmp_path / "changes.sqlite", dict[str, int]()
+    for start, upserts in ((0, 120), (100_000, 7), (200_000, 31)):
+        acknowledged |= acknowledged_before_kill_9(path, start, upserts)
+        log = ChangeLog(path)
+        found = {c.product_id: c for c in log.since(0, "v", 1000)}
+        log.close()
+        assert set(acknowledged) == set(found)
+        for name, value in acknowledged.items():
+            change = found[name]
+            assert change.product is not None
+            assert change.vector is not None
+            assert int(change.product.title) >= value
+            assert change.vector[0] == float(change.product.title)
+
+
+def acknowledged_before_kill_9(path: Path, start: int, upserts: int) -> dict[str, int]:
+    """Products and their last values that a process, killed after so many upserts, said it had."""
     process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", WRITER, str(path), str(start)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     acknowledged: dict[str, int] = {}
-    for _ in range(120):
+    for _ in range(upserts):
         name, value = process.stdout.readline().split()
         acknowledged[name] = int(value)
     os.kill(process.pid, signal.SIGKILL)
@@ -273,13 +289,4 @@ def test_what_was_acknowledged_is_there_after_kill_9(tmp_path: Path) -> None:
             name, value = line.split()
             acknowledged[name] = int(value)
     process.wait()
-    log = ChangeLog(path)
-    found = {c.product_id: c for c in log.since(0, "v", 1000)}
-    assert set(acknowledged) == set(found)
-    for name, value in acknowledged.items():
-        change = found[name]
-        assert change.product is not None
-        assert change.vector is not None
-        assert int(change.product.title) >= value
-        assert change.vector[0] == float(change.product.title)
-    log.close()
+    return acknowledged

@@ -1,5 +1,6 @@
 """Embedded Milvus against the FAISS index: the same bundle, the same changes, the same hits."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from acebert.errors import UserError
+from acebert.index import ivf_lists
 from acebert.serving.bundle import Bundle
 from acebert.serving.catalogue import Unavailable
 from acebert.serving.live_index import LiveIndex
@@ -80,6 +82,23 @@ def test_milvus_answers_as_faiss_does_also_after_changes_and_when_opened_again(
     assert faiss.product(second) == milvus.product(second)
     with pytest.raises(UserError, match="hybrid"):
         milvus.by_words("zebra", queries[0], 3, Filter())
+
+
+def test_milvus_looks_through_as_many_lists_as_the_bundles_index_was_set_to(
+    shared_world, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "ivf"
+    shutil.copytree(shared_world.bundle, bundle)
+    info, n = json.loads((bundle / "index" / "index.json").read_text()), len(shared_world.ids)
+    assert ivf_lists(n) == 2
+    found = []
+    for effort in (1, 2):
+        changed = info | {"kind": "ivf", "effort": effort}
+        (bundle / "index" / "index.json").write_text(json.dumps(changed))
+        milvus = MilvusIndex(Bundle(bundle), str(tmp_path / f"{effort}.db"))
+        (hits,) = milvus.search(shared_world.vectors[:1], n, Filter())
+        found.append(len(hits))
+    assert 0 < found[0] < found[1] == n
 
 
 def test_a_milvus_that_does_not_answer_as_it_should_makes_the_service_unavailable(
