@@ -19,7 +19,7 @@ from acebert.data.tokens import tokenize, vocabulary
 from acebert.errors import UserError
 from acebert.evaluation.embed import embed
 from acebert.evaluation.evaluate import BASELINES, evaluate_baselines, evaluate_embeddings
-from acebert.evaluation.look_inside import look_inside
+from acebert.evaluation.look_inside import SUSPICIOUS, look_inside
 from acebert.evaluation.mine import mine
 from acebert.evaluation.teach import teach
 from acebert.evaluation.testset import evaluation_queries
@@ -336,7 +336,8 @@ def tracked(
     ) as run:
         run.log_metrics({"seconds": stage.seconds, **_numbers(stage.path)})
         for path in sorted(stage.path.rglob("*")):
-            if path.suffix in {".png", ".json", ".html"} and "tokenizer" not in path.parts:
+            seen = path.suffix in {".png", ".json", ".html"} or path.name == SUSPICIOUS
+            if seen and "tokenizer" not in path.parts:
                 below = path.parent.relative_to(stage.path)
                 run.log_artifact(path, None if below == Path(".") else str(below))
     return stage

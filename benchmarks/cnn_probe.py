@@ -54,7 +54,7 @@ def work(arguments: argparse.Namespace) -> None:
             probe(features, [of(labels, rows) for rows in (train, held_out)])
             for of in (category, colour)
         ]
-        print(f"| {weights} | {scores[0]:.3f} | {scores[1]:.3f} | {rate:.0f} |", flush=True)
+        print(f"| {weights} | {scores[0]} | {scores[1]} | {rate:.0f} |", flush=True)
 
 
 def crops_at(store: FeatureStore, rows: np.ndarray, side: int) -> np.ndarray:
@@ -68,17 +68,22 @@ def category(labels: PhotoLabels, rows: np.ndarray) -> np.ndarray:
 
 def colour(labels: PhotoLabels, rows: np.ndarray) -> np.ndarray:
     """The tag of the commonest colour word that the title names, NONE without one."""
-    colours = np.array([i for i, word in enumerate(labels.tags) if word in CSS4_COLORS])
+    colours = np.array([i for i, word in enumerate(labels.tags) if word in CSS4_COLORS], int)
+    if not len(colours):
+        return np.full(len(rows), NONE)
     named = labels.named_in_title(rows)[:, colours]
     return np.where(named.any(axis=1), colours[named.argmax(axis=1)], NONE)
 
 
-def probe(features: list[np.ndarray], targets: list[np.ndarray]) -> float:
-    """Accuracy on the second set of a regression fitted on the first, where there is a target."""
+def probe(features: list[np.ndarray], targets: list[np.ndarray]) -> str:
+    """Accuracy on the second set of a regression fitted on the first, where there is a target; '-'
+    where there is nothing to tell apart."""
     known = [target != NONE for target in targets]
+    if len(np.unique(targets[0][known[0]])) < 2 or not known[1].any():
+        return "-"
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
     model.fit(features[0][known[0]], targets[0][known[0]])
-    return float(model.score(features[1][known[1]], targets[1][known[1]]))
+    return f"{model.score(features[1][known[1]], targets[1][known[1]]):.3f}"
 
 
 if __name__ == "__main__":

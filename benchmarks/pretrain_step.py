@@ -3,13 +3,14 @@
     python benchmarks/pretrain_step.py --recipe cebert_tiny
     python benchmarks/pretrain_step.py --recipe cebert --model.backbone none --device cuda
 
-The catalogue is drawn: titles of random words, random photos and patch features of the recipe's
-sizes, written as the stages write them and read as training reads them. `--resident` makes the
-batches beforehand and keeps them on the device, so that what is left is the step itself;
-`--profile` prints where its time goes. A sample is a row: a title with one photo. No Ray is needed.
+The catalogue is drawn: titles and queries of random words, random photos and patch features of the
+recipe's sizes, written as the stages write them and read as training reads them. `--resident` makes
+the batches beforehand and keeps them on the device, so that what is left is the step itself;
+`--profile` prints where its time goes. A sample is a row: a text, with one photo where the recipe
+reads photos. No Ray is needed.
 
-FLOPs are torch's own count of the matrix products of a step, padding included; the peak is what
-this machine does on products of the encoder's sizes alone.
+FLOPs are torch's own count of the matrix products of a step, padding included; the peak is the
+trainer's own, what this machine does on products of the encoder's sizes alone.
 """
 
 import argparse
@@ -26,14 +27,13 @@ import pyarrow.parquet as pq
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertTokenizer
 
 from acebert.config import Settings, load_settings
 from acebert.data.features import N_PATCHES, Shard, ShardEntry, write_shard, write_shard_list
-from acebert.data.tokens import Ragged, train_wordpiece
-from acebert.models.encoder import load_backbone
-from acebert.models.pretraining import start_pretraining
-from acebert.training.flops import matrix_peak
+from acebert.data.tokens import SPECIAL_TOKENS, Ragged
 from acebert.training.pairs import StagePaths
+from acebert.training.pretrain import new_model
 from acebert.training.pretrain_batches import PretrainBatch, PretrainBatches
 from acebert.training.pretrainer import Pretrainer
 
@@ -43,60 +43,54 @@ SHARD_ROWS = 500
 PATCH_DIM = {"resnet18": 512}  # the other CNNs of the recipes have 2048
 
 
-def draw_catalogue(root: Path, products: int, patch_dim: int, pixel_side: int) -> StagePaths:
-    """Files of the stages before training, with titles of 4 to 20 word pieces."""
+def draw_catalogue(settings: Settings, root: Path, products: int) -> StagePaths:
+    """Files of the stages before training, with titles of 4 to 20 word pieces and as many queries,
+    of 1 to 7."""
     rng = np.random.default_rng(0)
-    ingest, tokens, features = (root / name for name in ("ingest", "tokens", "features"))
-    for folder in (ingest / "products", ingest / "lookups", tokens, features):
+    ingest, tokens = root / "ingest", root / "tokens"
+    for folder in (ingest / "products", ingest / "lookups", tokens):
         folder.mkdir(parents=True)
-    tokenizer = train_wordpiece((f"w{i}" for i in range(2000)), vocab_size=2000)
-    tokenizer.save_pretrained(tokens / "tokenizer")
-    low = len(tokenizer.all_special_ids)
-    lengths = rng.integers(4, 21, products)
-    Ragged.from_rows([rng.integers(low, len(tokenizer), n).tolist() for n in lengths]).save(
-        tokens, "titles"
-    )
-    Ragged.from_rows([[low]]).save(tokens, "queries")
+    words = [*SPECIAL_TOKENS, *(f"w{i}" for i in range(VOCABULARY - len(SPECIAL_TOKENS)))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    BertTokenizer(vocab=vocabulary).save_pretrained(tokens / "tokenizer")
+    for name, least, most in (("titles", 4, 20), ("queries", 1, 7)):
+        lengths = rng.integers(least, most + 1, products)
+        texts = [rng.integers(len(SPECIAL_TOKENS), VOCABULARY, n).tolist() for n in lengths]
+        Ragged.from_rows(texts).save(tokens, name)
     columns = {
         "title": [f"title {i}" for i in range(products)],
         "category_code": pa.array(rng.integers(0, CATEGORIES, products), pa.int32()),
     }
     pq.write_table(pa.table(columns), ingest / "products" / "part-00000.parquet")
+    pq.write_table(pa.table({"clicks": np.ones(products, int)}), ingest / "queries.parquet")
     for name in ("pair_hot_list", "product_hot_lists", "product_pairs"):
         np.save(ingest / "lookups" / f"{name}.npy", np.zeros(1, np.int32))
     for name in ("clicked", "hot_lists"):
         Ragged.from_rows([[0]]).save(ingest / "lookups", name)
+    features = draw_features(settings, root, products) if settings.reads_images else None
+    return StagePaths(ingest, tokens, features)
+
+
+def draw_features(settings: Settings, root: Path, products: int) -> Path:
+    """Patches and pixels of a photo a product, both, whichever the recipe reads."""
+    rng = np.random.default_rng(0)
+    features = root / "features"
+    features.mkdir()
+    D1, S = PATCH_DIM.get(settings.image.cnn, 2048), settings.image.pixel_side
     entries: list[ShardEntry] = []
     for first in range(0, products, SHARD_ROWS):
         rows = np.arange(first, min(products, first + SHARD_ROWS), dtype=np.int32)
-        n, S = len(rows), pixel_side
+        n = len(rows)
         shard = Shard(
             rows,
             np.ones(n, bool),
             np.zeros((n, 4), np.int32),
-            rng.random((n, N_PATCHES, patch_dim), np.float32).astype(np.float16),
+            rng.random((n, N_PATCHES, D1), np.float32).astype(np.float16),
             np.frombuffer(rng.bytes(n * S * S * 3), np.uint8).reshape(n, S, S, 3),
         )
         entries.append(write_shard(features, f"part-{first:09d}.arrow", shard))
-    write_shard_list(features, entries, patch_dim, pixel_side)
-    return StagePaths(ingest, tokens, features)
-
-
-def new_trainer(settings: Settings, device: torch.device, patch_dim: int) -> Pretrainer:
-    model = settings.model
-    encoder = load_backbone(
-        model.backbone,
-        layers=model.layers,
-        dropout=model.dropout,
-        vocab_size=VOCABULARY,
-        sep_token_id=3,
-        width=model.width,
-        heads=model.heads,
-        patch_dim=patch_dim if model.patches else 0,
-        pixel_side=settings.image.pixel_side if model.pixels else 0,
-        pooling=model.pooling,
-    )
-    return Pretrainer(settings, start_pretraining(encoder, model.backbone), device, 0, 1)
+    write_shard_list(features, entries, D1, S)
+    return features
 
 
 def flops_of(trainer: Pretrainer, batch: PretrainBatch) -> int:
@@ -116,18 +110,15 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     settings = load_settings(rest)
     device = torch.device(args.device)
-    patch_dim = PATCH_DIM.get(settings.image.cnn, 2048)
     with tempfile.TemporaryDirectory() as scratch:
-        paths = draw_catalogue(Path(scratch), args.products, patch_dim, settings.image.pixel_side)
+        paths = draw_catalogue(settings, Path(scratch), args.products)
         batches = PretrainBatches(settings, paths, rank=0, world=1)
-        trainer = new_trainer(settings, device, patch_dim)
+        trainer = Pretrainer(settings, new_model(settings, paths), device, 0, 1)
         trainer.model.train()
         first = batches.batch(0).to(device)
         rows, L = first.inputs.text.input_ids.shape
-        tokens = rows * (L + trainer.model.config.image_tokens)
-        bf16 = settings.train.precision == "bf16"
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        peak = matrix_peak(trainer.model.config, tokens, device, dtype)
+        trainer.step(first, 0, 0.0)  # measures the peak
+        assert trainer.peak is not None
         flops = flops_of(trainer, first)
         stream: Iterator[PretrainBatch] = batches.stream(0, batches.steps_per_epoch)
         if args.resident:
@@ -165,9 +156,10 @@ def main() -> None:
         for name, values in parts.items():
             mean = float(torch.stack(values).mean())
             print(f"{1e3 * mean:10.1f} ms {name.removeprefix('seconds_')}")
+        rate, peak = flops / seconds, trainer.peak
         print(
-            f"{flops / seconds / 1e9:10,.0f} GFLOP/s, {100 * flops / seconds / peak:.0f} % of the "
-            f"{peak / 1e9:,.0f} measured on the encoder's products"
+            f"{rate / 1e9:10,.0f} GFLOP/s, {100 * rate / peak:.0f} % of the {peak / 1e9:,.0f} "
+            "measured on the encoder's products"
         )
         if args.profile:
             activities = [ProfilerActivity.CPU]

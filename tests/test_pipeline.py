@@ -184,7 +184,7 @@ def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
         settings_for(tmp_path, [])
 
 
-def test_a_stages_pictures_reports_and_numbers_are_in_its_mlflow_run(
+def test_a_stages_pictures_reports_suspicious_pairs_and_numbers_are_in_its_mlflow_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -193,13 +193,14 @@ def test_a_stages_pictures_reports_and_numbers_are_in_its_mlflow_run(
     def build(out: Path) -> None:
         (out / "grid.png").write_bytes(b"a picture")
         (out / "report.json").write_text('{"photos": {"broken": 3}, "roi": "edges"}')
-        (out / "part-0.arrow").write_bytes(b"data")
+        for data in ("part-0.arrow", "part-0.parquet", "suspicious.parquet"):
+            (out / data).write_bytes(b"data")
 
     stage = tracked(settings, run_stage(tmp_path, "features", {"of": "photos"}, build))
     run = finished_run(settings, "features", stage.digest)
     assert run is not None
     artifacts = {file.path for file in client(settings).list_artifacts(run.run_id)}
-    assert artifacts == {"grid.png", "report.json", "stage.json"}
+    assert artifacts == {"grid.png", "report.json", "stage.json", "suspicious.parquet"}
     metrics = client(settings).get_run(run.run_id).data.metrics
     assert metrics["photos/broken"] == 3
     assert metrics["seconds"] >= 0

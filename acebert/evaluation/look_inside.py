@@ -37,6 +37,7 @@ from acebert.workdir import Stage, run_stage
 log = logging.getLogger(__name__)
 
 VERSION = 1
+SUSPICIOUS = "suspicious.parquet"
 ROWS_A_TASK = 4096
 EXAMPLES, SUSPECTS = 8, 24
 TOP = 3  # guesses shown for a word
@@ -127,7 +128,7 @@ def write_suspicious(
     table = ds.dataset(parts).to_table(columns=columns).take(pa.array(products))
     order = np.argsort(match, kind="stable")
     table = table.append_column("match", pa.array(match)).take(pa.array(order))
-    pq.write_table(table, out / "suspicious.parquet")
+    pq.write_table(table, out / SUSPICIOUS)
     top = zip(
         products[order].tolist(),
         table["title"].to_pylist()[:SUSPECTS],

@@ -3,6 +3,7 @@
 The budget is used up: the last weights are the result.
 """
 
+import logging
 from collections.abc import Iterator
 
 from acebert.config import Settings
@@ -13,6 +14,8 @@ from acebert.training.pretrain_batches import PretrainBatch, PretrainBatches
 from acebert.training.pretrain_validation import HeldOut
 from acebert.training.pretrainer import Pretrainer
 from acebert.training.steps import Metrics, Rank, Training, train
+
+log = logging.getLogger(__name__)
 
 
 def run(settings: Settings, paths: StagePaths, model: CEBertForPreTraining, rank: Rank) -> Progress:
@@ -31,6 +34,11 @@ class PreTraining(Training[PretrainBatch]):
     def __init__(
         self, settings: Settings, paths: StagePaths, model: CEBertForPreTraining, rank: Rank
     ) -> None:
+        if rank.rank == 0 and paths.features and settings.image.feature_cache == "device":
+            log.warning(  # no error: fine-tuning, for which the setting is, may be what comes next
+                "pretrain: --image.feature_cache device is for fine-tuning; here photos are read "
+                "from the work directory (node_disk and node_memory are for both)"
+            )
         self.own = settings.pretrain
         self.batch_size = settings.pretrain.batch_size
         self.validate_every = settings.pretrain.validate_every

@@ -1,6 +1,7 @@
 """Pre-training in plain torch on a catalogue made by hand."""
 
 import copy
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -263,6 +264,18 @@ def test_text_alone_is_pre_trained_on_titles_and_queries(
     assert not model.ce_bert.config.reads_images
     assert {"mpm", "tip"}.isdisjoint(state.history.column_names)
     assert set(state.validations[-1]) == {"step", "seconds", "mlm_loss", "mlm_accuracy"}
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_features_on_the_device_are_said_to_be_fine_tunings_alone(
+    settings: Settings, handmade_paths: StagePaths, caplog: pytest.LogCaptureFixture, cache: str
+) -> None:
+    image = settings.image.model_copy(update={"feature_cache": cache})
+    cached = with_pretrain(settings, max_steps=1).model_copy(update={"image": image})
+    with caplog.at_level(logging.WARNING, "acebert"):
+        train(cached, handmade_paths)
+    said = "feature_cache device is for fine-tuning; here photos are read from the work directory"
+    assert caplog.text.count(said) == (cache == "device")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_what_to_do(
