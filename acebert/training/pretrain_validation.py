@@ -187,8 +187,9 @@ class HeldOut:
             def by_row(
                 values: torch.Tensor, inputs: PretrainInputs = inputs
             ) -> NDArray[np.float64]:
-                of = inputs.word_rows.numpy()
-                return np.bincount(of, values.double().cpu().numpy(), len(inputs.photo))
+                sums = np.zeros(len(inputs.photo))
+                np.add.at(sums, inputs.word_rows.numpy(), values.double().cpu().numpy())
+                return sums
 
             match, patch_loss = outputs.match, torch.zeros(0)
             if kind == OWN and outputs.patches is not None:
