@@ -76,7 +76,7 @@ def semantic_matching_loss(
     metrics = {
         "loss": loss.detach(),
         "accuracy": correct / b,
-        "masked": torch.tensor(masked, device=v_q.device),
+        "masked": torch.tensor(masked).to(v_q.device, non_blocking=True),
     }
     return loss, metrics
 

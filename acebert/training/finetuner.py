@@ -101,10 +101,11 @@ class Finetuner:
                 "pairs", self.settings.train.batch_size, batch.waited, flops, self.peak
             ),
         }
-        on_device = torch.tensor(list(values.values()), device=self.device).unbind()
-        metrics |= dict(zip(values, on_device, strict=True))
+        on_device = torch.tensor(list(values.values())).to(self.device, non_blocking=True)
+        metrics |= dict(zip(values, on_device.unbind(), strict=True))
         metrics["grad_norm"] = norm.detach()
-        metrics["gamma"] = torch.as_tensor(self.model.gamma, device=self.device).detach()
+        gamma = torch.as_tensor(self.model.gamma).detach()
+        metrics["gamma"] = gamma.to(self.device, non_blocking=True)
         return metrics, v_q, v_p
 
     def _gradients(

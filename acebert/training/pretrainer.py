@@ -96,7 +96,7 @@ class Pretrainer:
         texts = self.settings.pretrain.batch_size
         speed = self.timer.record("texts", texts, batch.waited, flops, self.peak)
         host = {"lr": self.settings.pretrain.lr * factor, **speed}
-        on_device = torch.tensor(list(host.values()), device=self.device).unbind()
+        on_device = torch.tensor(list(host.values())).to(self.device, non_blocking=True).unbind()
         metrics |= {"loss": loss.detach(), "grad_norm": norm.detach()}
         return metrics | dict(zip(host, on_device, strict=True))
 

@@ -184,7 +184,7 @@ def train(training: Training[B], rank: Rank) -> Progress:
         state.step += 1
         now = time.perf_counter()
         state.seconds += now - clock
-        metrics["seconds"] = torch.tensor(now - clock, device=rank.device)
+        metrics["seconds"] = torch.tensor(now - clock).to(rank.device, non_blocking=True)
         clock = now
         pending.append(metrics)
         if rank.rank == 0 and now - spoken > SECONDS_BETWEEN_LINES:

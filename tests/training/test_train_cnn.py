@@ -85,6 +85,7 @@ def test_one_batch_seen_again_and_again_is_learned_by_heart(small: Settings, pat
     batches = PhotoBatches(settings.cnn, paths, rank=0, world=1)
     model = new_model(settings, batches.labels)
     trainer = CNNTrainer(settings, model, batches.labels.words_per_product(), CPU, 0, 1)
+    trainer.model.train()  # as the loop has it: BatchNorm counts on the batch
     batch = batches.batch(0)
     steps = [trainer.step(batch, step, share=0.0) for step in range(60)]
     entropy = torch.special.entr(batch.targets) + torch.special.entr(1 - batch.targets)
