@@ -3,7 +3,8 @@
     python docs/mlflow_pictures.py --uri sqlite:///W/mlflow.db --table fig5_partitions
 
 `mlflow_runs.png`: the runs that carry the tag `table`. `mlflow_compare.png`: these runs after
-Compare, as parallel coordinates above the table of their params and metrics. Chromium is the
+Compare, as parallel coordinates of what was varied and of Recall@100 on the validation day, above
+the table of their params and metrics. Chromium is the
 system's (`apt-get install chromium`), else the one that `playwright install chromium` brings.
 """
 
@@ -27,6 +28,7 @@ from playwright.sync_api import Page, sync_playwright
 
 SIZE = {"width": 1500, "height": 900}
 START_SECONDS = 120
+METRIC = "best/recall_100"
 
 
 @contextmanager
@@ -101,15 +103,29 @@ def _photograph(page: Page, names: list[str], nested: bool, out: Path) -> list[P
     page.get_by_text(names[0]).first.wait_for()
     boxes = page.get_by_role("checkbox", name="Press Space to toggle row")
     for cell, box in zip(run_names.all(), boxes.all(), strict=True):
-        if cell.inner_text().strip() in names:  # a trial, not a sweep
+        if cell.inner_text().splitlines()[-1] in names:  # below its colour; a trial, not a sweep
             box.check()
     _settle(page)
     page.screenshot(path=pictures[0])
     page.get_by_role("button", name="Compare").click()
     page.get_by_text("Parallel Coordinates Plot").wait_for()
     _settle(page)
+    _show(page, METRIC)
     page.screenshot(path=pictures[1])
     return pictures
+
+
+def _show(page: Page, metric: str) -> None:
+    """This metric in the plot, and no other."""
+    box = page.get_by_role("combobox").nth(1)  # the first is of parameters
+    chosen = box.locator("xpath=ancestor::*[contains(@class, 'select-selector')]")
+    names = chosen.locator("[class*='selection-item-content']").all_inner_texts()
+    for name in {*names, metric} - ({*names} & {metric}):
+        box.click()
+        box.fill(name)
+        box.press("Enter")  # chosen, or chosen no more
+        box.press("Escape")
+    _settle(page)
 
 
 def _settle(page: Page) -> None:

@@ -65,7 +65,10 @@ def write_recipe(trial: Outcome, base: Settings, path: Path) -> None:
     path.write_text(f"# Best of a sweep: {words}\n" + yaml.safe_dump(tree, sort_keys=False))
 
 
-def table_text(space: Space, outcomes: Sequence[Outcome], width: int = 100) -> str:
+WIDEST = 200  # a table is as wide as it needs to be, up to this
+
+
+def table_text(space: Space, outcomes: Sequence[Outcome]) -> str:
     """A row a point: mean over its seeds, the spread over them, and what did not finish."""
     shown = [name for name in METRICS if any(name in o.result for o in outcomes)]
     tests = [
@@ -74,14 +77,10 @@ def table_text(space: Space, outcomes: Sequence[Outcome], width: int = 100) -> s
     plan = any("hard_share" in o.result for o in outcomes)
     table = Table(title=f"validation day, best by {METRICS[space.metric]}", title_justify="left")
     for leaf in space.vary:
-        table.add_column(leaf.split(".")[-1], justify="right")
-    if plan:
-        for name in ("P", "n/(P·W)", "hard"):
-            table.add_column(name, justify="right")
-    for name in [*shown, *tests]:
-        table.add_column(_label(name), justify="right", no_wrap=True)
-    table.add_column("trials", justify="right")
-    table.add_column("s", justify="right")
+        table.add_column(leaf.split(".")[-1], justify="right", no_wrap=True)
+    others = [*(("P", "n/(P·W)", "hard") if plan else ()), *map(_label, [*shown, *tests])]
+    for name in (*others, "trials", "s"):
+        table.add_column(name, justify="right", no_wrap=True)
     winner = best(space, outcomes)
     for of in points_tried(outcomes):
         point = of[0].trial.point
@@ -96,7 +95,7 @@ def table_text(space: Space, outcomes: Sequence[Outcome], width: int = 100) -> s
         is_best = winner is not None and winner[0].trial.point == point
         table.add_row(*cells, style="bold" if is_best else None)
     text = io.StringIO()
-    console = Console(width=width, file=text)
+    console = Console(width=WIDEST, file=text)
     console.print(table)
     for outcome in outcomes:
         if outcome.status == "failed":
