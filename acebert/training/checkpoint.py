@@ -200,7 +200,9 @@ class Checkpoints:
         final = self.at(progress.step)
         aside = self.directory / f".{final.name}.{uuid.uuid4().hex[:6]}"
         aside.mkdir(parents=True)
-        torch.save(tensors, aside / STATE)
+        # By its name, torch leaves the file open while its error is known, and the disk full.
+        with (aside / STATE).open("wb") as file:
+            torch.save(tensors, file)
         counters = {k: v for k, v in vars(progress).items() if k != "history"}
         (aside / PROGRESS).write_text(json.dumps(counters))
         pq.write_table(progress.history, aside / HISTORY)
