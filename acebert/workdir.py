@@ -51,6 +51,8 @@ def digest_of(key: Any) -> str:
 
 
 _using: list[dict[Path, Stage]] = []
+_said: set[Path] = set()
+"""Stages that the log has named: a sweep asks for the same ones again for each trial."""
 
 
 @contextmanager
@@ -79,6 +81,9 @@ def run_stage(
         UserError: the work directory cannot be written, or the disk is full.
     """
     stage = _stage(workdir, name, key, build)
+    if stage.reused and stage.path not in _said:
+        log.info("%s: reused %s", name, stage.path)
+    _said.add(stage.path)
     for used in _using:
         used[stage.path] = stage
     return stage
@@ -113,7 +118,6 @@ def _acquire(lock: FileLock, name: str) -> None:
 
 def _reused(name: str, final: Path, digest: str) -> Stage:
     record = json.loads((final / STAGE_FILE).read_text())
-    log.info("%s: reused %s", name, final)
     return Stage(name, final, digest, seconds=record["seconds"], reused=True)
 
 

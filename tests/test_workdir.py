@@ -44,6 +44,24 @@ def test_stages_used_are_those_asked_for_in_the_block_built_or_reused(tmp_path: 
     assert all_used[built.path].seconds == built.seconds
 
 
+def test_reuse_is_said_once_and_not_of_what_was_just_built(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    for key in ({}, {}, {"a": 1}):
+        run_stage(tmp_path, "s", key, lambda _: None)
+    assert "reused" not in caplog.text
+    program = (
+        "import logging, sys; from pathlib import Path; from acebert.workdir import run_stage\n"
+        "logging.basicConfig(level='INFO')\n"
+        "for _ in range(3): run_stage(Path(sys.argv[1]), 's', {}, lambda _: None)"
+    )
+    later = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert later.stderr.count("s: reused") == 1
+
+
 def test_digest_does_not_depend_on_the_order_of_keys():
     assert digest_of({"a": 1, "b": [2, 3]}) == digest_of({"b": [2, 3], "a": 1})
     assert digest_of({"a": 1}) != digest_of({"a": 1.5})

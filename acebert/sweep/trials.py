@@ -79,11 +79,11 @@ def run_trials(
     tree = base.model_dump()
     directory = os.getcwd()  # relative paths in the settings start here
 
-    def run_one(config: dict[str, Any], environment: dict[str, str]) -> None:
+    def run_one(config: dict[str, Any], environment: dict[str, str], train: Objective) -> None:
         os.chdir(directory)
         os.environ.update(environment)  # a cluster's workers have its own
         try:
-            result = objective(_trial_of(config, space).settings(settings_from(tree)))
+            result = train(_trial_of(config, space).settings(settings_from(tree)))
         except Exception as error:
             # Reported, not raised: a raise costs the process, and the next trial its start.
             if not isinstance(error, UserError):
@@ -97,7 +97,9 @@ def run_trials(
     left = len(space.seeds) * ((space.points or 0) - len(points_tried(known)))
     tuner = tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(run_one, environment=server_environment()),
+            # Tune keeps what it is given until Python ends; DuckDB, which `objective` imports, says
+            # then that it was leaked. Of parameters it keeps references.
+            tune.with_parameters(run_one, environment=server_environment(), train=objective),
             tune.PlacementGroupFactory([{here: 0.001}]),
         ),
         param_space=listed,
