@@ -21,7 +21,13 @@ W, R = 16, 3
 
 def settings_with(**values: object) -> Settings:
     settings = load_settings(["--recipe", "cebert_tiny"])
-    own = {"batch_size": W, "negatives": R, "held_out": 0.25, **values}
+    own = {
+        "batch_size": W,
+        "negatives": R,
+        "same_category_negatives": 0.0,
+        "held_out": 0.25,
+        **values,
+    }
     return settings.model_copy(update={"pretrain": settings.pretrain.model_copy(update=own)})
 
 

@@ -31,7 +31,8 @@ SMALL = [
     *["--model.image_attention_bias", "0", "--pretrain.batch_size", "16"],
     *["--pretrain.held_out", "0.25", "--pretrain.warmup_steps", "5", "--pretrain.lr", "3e-3"],
     *["--pretrain.validate_every", "6", "--train.checkpoint_every", "4"],
-    *["--pretrain.valid_products", "80"],
+    *["--pretrain.valid_products", "80", "--pretrain.negatives", "3"],
+    *["--pretrain.same_category_negatives", "0", "--pretrain.patch_temperature", "1"],
 ]
 
 
