@@ -31,6 +31,7 @@ def connect() -> None:
         UserError: a Ray of our own did not come up in time.
     """
     if ray.is_initialized():
+        _quieten()
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default
     # The dashboard is there because Ray Train's clean-up asks it whether the controller lives.
@@ -44,11 +45,6 @@ def connect() -> None:
             "command again, what is done is reused"
         ) from error
     _quieten()
-    # It says that there are no progress bars: our stages say themselves how far they are.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    data_context = ray.data.DataContext.get_current()
-    data_context.enable_progress_bars = False
-    data_context.print_on_execution_start = False
     total = ray.cluster_resources()
     log.info(
         "ray: %s, %d CPUs, %d GPUs",
@@ -74,6 +70,11 @@ def connect_and_load() -> None:
 def _quieten() -> None:
     for chatty in ("ray.data", "ray.train"):  # after their import, which sets the level
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # It says that there are no progress bars: our stages say themselves how far they are.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    data_context = ray.data.DataContext.get_current()
+    data_context.enable_progress_bars = False
+    data_context.print_on_execution_start = False
 
 
 def wait_for_nodes(

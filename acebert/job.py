@@ -8,6 +8,7 @@ that a wrong setting is told before Ray, torch and MLflow are loaded, which take
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ def run_job(
     `extra` is a parser for arguments that are no settings, made with add_help=False and
     allow_abbrev=False (`--seed` is not `--seeds`); the words that it leaves over are in
     `arguments.settings`, for `work` to read as its job does: by themselves, or on top of a model's
-    own. Exits with 0, or with 2 and the message alone after a `UserError`.
+    own. Exits with 0, with 2 and the message alone after a `UserError`, with 130 after Ctrl-C.
     """
     set_up_logging()
     argv = sys.argv[1:] if argv is None else argv
@@ -45,6 +46,10 @@ def run_job(
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        print("stopped; give the same command again, what is done is reused", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     sys.exit(0)
 
 

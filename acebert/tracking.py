@@ -43,6 +43,8 @@ DIGEST_TAG = "acebert.digest"
 WORKDIR_TAG = "acebert.workdir"
 TABLE_TAG = "table"
 PRODUCT_SIDE_TAG = "acebert.product_side"
+MODEL_TAG = "acebert.model"
+"""of a registered version, and of a trial that trained nothing: its model directory"""
 SHARED_STAGES = ("demo", "ingest", "vocabulary", "tokens", "features", "plan", "cnn_labels")
 """of several recipes and seeds, so that no one's name is right for them"""
 Row = tuple[str, float, int]
@@ -270,13 +272,20 @@ def finished_run(
 
 def log_model(settings: Settings, run: Run, directory: Path) -> None:
     """Log a model directory as an MLflow model of the run and, where `tracking.register_as` says
-    so, register it as a new version under `tracking.alias`."""
+    so, register it as a new version under `tracking.alias`. Where it is a version already, as the
+    best of a sweep may be, the alias alone is moved."""
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
 
     from acebert.serving.query_encoder import product_side_version
 
+    name, alias = settings.tracking.register_as, settings.tracking.alias
+    known = _version_of(run.client, name, directory) if name is not None else None
+    if name is not None and known is not None:
+        run.client.set_registered_model_alias(name, alias, known)
+        log.info("mlflow: model %s version %s is this one, alias %s", name, known, alias)
+        return
     dim = settings.model.embedding_dim
     signature = ModelSignature(
         inputs=Schema([ColSpec("string", "query")]),
@@ -296,15 +305,23 @@ def log_model(settings: Settings, run: Run, directory: Path) -> None:
             signature=signature,
             pip_requirements=[f"acebert=={__version__}"],
         )
-        name = settings.tracking.register_as
         if name is None:
             return
         version = mlflow.register_model(logged.model_uri, name).version
-    run.client.set_model_version_tag(
-        name, version, PRODUCT_SIDE_TAG, product_side_version(directory)
+    tags = {PRODUCT_SIDE_TAG: product_side_version(directory), MODEL_TAG: str(directory)}
+    for tag, value in tags.items():
+        run.client.set_model_version_tag(name, version, tag, value)
+    run.client.set_registered_model_alias(name, alias, version)
+    log.info("mlflow: model %s version %s, alias %s", name, version, alias)
+
+
+def _version_of(mlflow_client: MlflowClient, name: str, directory: Path) -> str | None:
+    """The newest version of a registered model that is this directory's."""
+    found = mlflow_client.search_model_versions(
+        f"name = '{name}'", order_by=["version_number DESC"]
     )
-    run.client.set_registered_model_alias(name, settings.tracking.alias, version)
-    log.info("mlflow: model %s version %s, alias %s", name, version, settings.tracking.alias)
+    same = (str(v.version) for v in found if v.tags.get(MODEL_TAG) == str(directory))
+    return next(same, None)
 
 
 def registered_product_side(settings: Settings, address: str) -> str:

@@ -4,7 +4,8 @@
 
 A space file names what is varied and how: see tune_spaces/ and docs/guide.md. Trials are chosen by
 the validation day; --evaluate measures all of them on the test day afterwards. The same command
-given again goes on where a sweep was stopped. The last line printed is its directory.
+given again goes on where a sweep was stopped. The last line printed is its directory; where a trial
+failed, the others are finished first and the job ends with an error.
 """
 
 import argparse
@@ -23,11 +24,13 @@ def work(arguments: argparse.Namespace) -> None:
     space = read_space(path)
     check_space(space, settings)  # before Ray and torch, which take ten seconds
     connect_and_load()
+    from acebert.sweep.results import refuse_failures
     from acebert.sweep.run import sweep
 
     directory = sweep(settings, path.stem, space, evaluate=arguments.evaluate)
     leave()
     print(directory)
+    refuse_failures(directory)
 
 
 if __name__ == "__main__":

@@ -22,25 +22,32 @@ BOUNDARIES = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
 
 class Metrics:
     def __init__(self) -> None:
-        self.queries = Counter("acebert_queries", "searches", ("path",))
+        self.queries = Counter("acebert_queries", "searches", ("path", "arm"))
         self.stage_ms = Histogram(
-            "acebert_stage_ms", "time by stage [ms]", BOUNDARIES, ("stage", "path")
+            "acebert_stage_ms", "time by stage [ms]", BOUNDARIES, ("stage", "path", "arm")
         )
         self.refused = Counter("acebert_refused", "requests refused", ("status",))
         self.changes = Counter("acebert_changes_applied", "changes of products applied")
         self.not_logged = Counter("acebert_not_logged", "searches and events that were not logged")
         self.behind = Gauge("acebert_behind_s", "since changes were last asked for [s]")
-        self.products = Gauge("acebert_products", "products of the bundle")
+        self.products = Gauge("acebert_products", "products of the bundle", ("arm",))
         self.waiting = Gauge("acebert_queries_waiting", "queries that wait for the encoder")
-        self.drift = Gauge("acebert_query_drift", "cosine distance of live queries from the log's")
-        self.age = Gauge("acebert_age_s", "since a part of the bundle was current [s]", ("part",))
+        self.drift = Gauge(
+            "acebert_query_drift", "cosine distance of live queries from the log's", ("arm",)
+        )
+        self.age = Gauge(
+            "acebert_age_s", "since a part of the bundle was current [s]", ("part", "arm")
+        )
 
-    def stage(self, stage: str, path: str, seconds: float) -> None:
-        self.stage_ms.observe(max(1e-6, 1000 * seconds), {"stage": stage, "path": path})
+    def stage(self, stage: str, labels: dict[str, str], seconds: float) -> None:
+        """`labels`: path and arm."""
+        self.stage_ms.observe(max(1e-6, 1000 * seconds), {"stage": stage, **labels})
 
-    def state(self, bundle: "Bundle") -> None:
+    def state(self, bundle: "Bundle", arm: str, drift: float | None) -> None:
         """What is served, and how old it is by now."""
-        self.products.set(bundle.info["products"])
+        self.products.set(bundle.info["products"], {"arm": arm})
         now = datetime.now(UTC)
         for part, made in bundle.made.items():
-            self.age.set(max(0.0, (now - made).total_seconds()), {"part": part})
+            self.age.set(max(0.0, (now - made).total_seconds()), {"part": part, "arm": arm})
+        if drift is not None:
+            self.drift.set(drift, {"arm": arm})

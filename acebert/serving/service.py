@@ -58,6 +58,7 @@ EVENTS = 500  # of one transaction of the log
 WARN_SECONDS = 60.0  # between two lines on a log that cannot be written
 START_SECONDS = 60.0  # for one answer of the writer, before a replica starts without it
 BACK_OFF = 60.0  # most seconds between two attempts to load a bundle that cannot be loaded
+NO_ARM = ""  # of the metrics: the published bundle answered
 Step = Callable[[], Awaitable[None]]
 EncodeQueries = Callable[[Path, Sequence[str]], Awaitable[tuple[str, NDArray[np.float32]]]]
 """bundle, texts [n] → version of the model, vectors [n, d]: a query encoder elsewhere"""
@@ -192,8 +193,8 @@ class SearchService:
 
     def all_loaded(self) -> list[Loaded]:
         """The published bundle first, then those of an experiment's arms, each once."""
-        arms = self.trial.loaded() if self.trial is not None else []
-        every = [*([self.loaded] if self.loaded else []), *arms]
+        arms = self.trial.by_arm() if self.trial is not None else {}
+        every = [*([self.loaded] if self.loaded else []), *arms.values()]
         return list({loaded.bundle.directory: loaded for loaded in every}.values())
 
     async def load(self, directory: Path, *, starts: bool = False) -> Loaded:
@@ -280,11 +281,11 @@ class SearchService:
 
     def _tell(self) -> None:
         """Metrics of what is served, and of what waits."""
-        loaded = self.current()
-        self.metrics.state(loaded.bundle)
-        self.metrics.waiting.set(loaded.batcher.waiting if loaded.batcher else 0)
-        if loaded.drift.value is not None:
-            self.metrics.drift.set(loaded.drift.value)
+        by_arm = self.trial.by_arm() if self.trial is not None else {}
+        for arm, loaded in {NO_ARM: self.current(), **by_arm}.items():
+            self.metrics.state(loaded.bundle, arm, loaded.drift.value)
+        batchers = [loaded.batcher for loaded in self.all_loaded()]
+        self.metrics.waiting.set(sum(batcher.waiting for batcher in batchers if batcher))
 
     async def search(
         self,
@@ -294,7 +295,7 @@ class SearchService:
         *,
         hybrid: bool = False,
         min_score: float | None,
-        loaded: Loaded | None = None,
+        arm: str = NO_ARM,
     ) -> Found:
         """The best k products for a query.
 
@@ -302,21 +303,21 @@ class SearchService:
             hybrid: fuse the ranks with BM25's on titles.
             min_score: hits whose vectors score below are left out (none: `serve.good_score` only
                 judges the best).
-            loaded: the bundle that answers (none: the published one).
+            arm: of the experiment, whose bundle answers (none: the published one).
         """
         start = time.perf_counter()
-        loaded = loaded or self.current()
+        loaded = self.trial.by_arm()[arm] if self.trial and arm else self.current()
         text = normalize_query(query)
         row = loaded.bundle.hot.get(text)
-        path = "tail" if row is None else "hot"
+        labels = {"path": "tail" if row is None else "hot", "arm": arm}
         if row is not None:
             vector = np.asarray(loaded.bundle.hot_vectors[row])
         else:
             vector = await self._vector(loaded, text)
-            self.metrics.stage("encode", path, time.perf_counter() - start)
+            self.metrics.stage("encode", labels, time.perf_counter() - start)
         loaded.drift.add(vector)
         return await self._nearest(
-            loaded, vector, k, where, path, start, text if hybrid else None, min_score
+            loaded, vector, k, where, labels, start, text if hybrid else None, min_score
         )
 
     async def search_many(self, queries: Sequence[str], k: int, where: Filter) -> list[Found]:
@@ -331,7 +332,8 @@ class SearchService:
         vector = await asyncio.to_thread(loaded.index.vector, product_id)
         if vector is None:
             return None
-        found = await self._nearest(loaded, vector, k + 1, where, "product", start, None, None)
+        labels = {"path": "product", "arm": NO_ARM}
+        found = await self._nearest(loaded, vector, k + 1, where, labels, start, None, None)
         others = [hit for hit in found.hits if hit.product.product_id != product_id][:k]
         return Found(others, found.path, found.version, False, found.seconds)
 
@@ -348,8 +350,9 @@ class SearchService:
             raise UserError("the model that is served reads no photos: search by text")
         shown = Source(Product("", text), photo)  # no product of the bundle
         vectors = await self.products.encode(loaded.bundle.directory, [shown])
-        self.metrics.stage("encode", "photo", time.perf_counter() - start)
-        return await self._nearest(loaded, vectors[0], k, where, "photo", start, None, None)
+        labels = {"path": "photo", "arm": NO_ARM}
+        self.metrics.stage("encode", labels, time.perf_counter() - start)
+        return await self._nearest(loaded, vectors[0], k, where, labels, start, None, None)
 
     async def photo(self, product_id: str) -> bytes | None:
         """JPEG of a product of any bundle that is served, or None."""
@@ -383,7 +386,7 @@ class SearchService:
         vector: NDArray[np.float32],
         k: int,
         where: Filter,
-        path: str,
+        labels: dict[str, str],
         start: float,
         hybrid: str | None,
         min_score: float | None,
@@ -406,10 +409,10 @@ class SearchService:
             rankings = [[hit for hit in some if hit.score >= min_score] for some in rankings]
         hits = rankings[0] if hybrid is None else fuse(k, *rankings)
         end = time.perf_counter()
-        self.metrics.stage("index", path, end - asked)
-        self.metrics.stage("total", path, end - start)
-        self.metrics.queries.inc(1, {"path": path})
-        return Found(hits, path, loaded.version, no_good_match, end - start)
+        self.metrics.stage("index", labels, end - asked)
+        self.metrics.stage("total", labels, end - start)
+        self.metrics.queries.inc(1, labels)
+        return Found(hits, labels["path"], loaded.version, no_good_match, end - start)
 
 
 class Trial:
@@ -440,9 +443,9 @@ class Trial:
         for arm in self._experiment.arms:
             self._arms[arm] = await self._bundle(published(self._workdir, arm), starts=True)
 
-    def loaded(self) -> list[Loaded]:
+    def by_arm(self) -> dict[str, Loaded]:
         """The bundles of the arms."""
-        return list(self._arms.values())
+        return self._arms
 
     def _write(self, events: Sequence[Event]) -> list[None]:
         if self._log is None:
@@ -523,7 +526,7 @@ class Trial:
 
         async def by(arm: str) -> Found:
             return await self._service.search(
-                query, k, where, hybrid=hybrid, min_score=min_score, loaded=self._arms[arm]
+                query, k, where, hybrid=hybrid, min_score=min_score, arm=arm
             )
 
         arm, teams = None, None
@@ -584,10 +587,7 @@ class Trial:
         search_id = uuid.uuid4().hex
         sides = self._experiment.sides(search_id)
         left, right = await asyncio.gather(
-            *(
-                self._service.search(query, k, where, min_score=None, loaded=self._arms[arm])
-                for arm in sides
-            )
+            *(self._service.search(query, k, where, min_score=None, arm=arm) for arm in sides)
         )
         products = [hit.product.product_id for hit in [*left.hits, *right.hits]]
         teams = [sides[0]] * len(left.hits) + [sides[1]] * len(right.hits)

@@ -3,6 +3,7 @@
 A column a varied setting, a row a metric and one for the hard share of the batches. Dots are
 trials, the line is the mean over seeds; of the test day, the band is the 95 % interval over seeds
 and queries (`acebert.evaluation.significance`), of the validation day Student's t over the seeds.
+Both end where a share does, at 0 and 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from scipy import stats
 from acebert.data.plan_arithmetic import PAPER_BATCHES_PER_PARTITION
 from acebert.evaluation.tables import interval_of_seeds
 from acebert.sweep.results import METRICS, best
-from acebert.sweep.space import Space
+from acebert.sweep.space import Range, Space
 from acebert.sweep.trials import Outcome, points_tried
 
 Place = Callable[[Outcome], Any]
@@ -28,6 +29,7 @@ Place = Callable[[Outcome], Any]
 PARTITION_LEAVES = ("plan.partitions", "plan.batches_per_partition")
 VALID, TEST, HARD = "#1f5fa8", "#d1495b", "#59a14f"
 FEW = 8  # values that are each marked on the axis
+BANDS = "\nbands: 95 %, over seeds (validation day), over seeds and queries (test day)"
 LOG_FROM = 8  # values that span more than this factor are drawn on a logarithmic axis
 
 
@@ -53,16 +55,19 @@ def sweep_figure(name: str, space: Space, outcomes: Sequence[Outcome], path: Pat
         place = _axis(leaf, finished)
         for axes, row in zip(grid[:, column], rows, strict=True):
             _draw(axes, place, row, finished, alone)
-        _label_x(list(grid[:, column]), leaf, place, finished)
         winner = best(space, outcomes)
         if winner is not None:
             x = place(winner[0])
             label = f"best by {METRICS[space.metric]}"
             for axes in grid[:, column]:
                 axes.axvline(x, color="0.6", linewidth=1, linestyle="--", zorder=0, label=label)
+        _label_x(list(grid[:, column]), leaf, space, place, finished)
+    if len(space.seeds) > 1:
+        grid[0, 0].plot([], [], ".", color="0.5", alpha=0.5, label="one seed")
     grid[0, 0].legend(frameon=False, fontsize=8)
     seeds = len(space.seeds)
-    figure.suptitle(f"{name}: {len(finished)} trials, {seeds} seed{'s' if seeds > 1 else ''}")
+    title = f"{name}: {len(finished)} trials, {seeds} seed{'s' if seeds > 1 else ''}"
+    figure.suptitle(title + (BANDS if len(space.vary) == 1 and seeds > 1 else ""))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -121,7 +126,8 @@ def _draw_metric(
     bounds = [_interval(of, metric) for of in points]
     if all(bound is not None for bound in bounds):
         low, high = zip(*(b for b in bounds if b is not None), strict=True)
-        axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+        band = np.clip(low, 0, 1), np.clip(high, 0, 1)
+        axes.fill_between(at, *band, color=colour, alpha=0.15, linewidth=0)
 
 
 def _interval(trials: Sequence[Outcome], metric: str) -> tuple[float, float] | None:
@@ -137,13 +143,17 @@ def _interval(trials: Sequence[Outcome], metric: str) -> tuple[float, float] | N
     return float(np.mean(of) - half), float(np.mean(of) + half)
 
 
-def _label_x(column: Sequence[Axes], leaf: str, place: Place, finished: Sequence[Outcome]) -> None:
+def _label_x(
+    column: Sequence[Axes], leaf: str, space: Space, place: Place, finished: Sequence[Outcome]
+) -> None:
     top, bottom = column[0], column[-1]
     numbers = [x for o in finished if _is_number(x := place(o))]
+    varied = space.vary[leaf]
+    searched_so = isinstance(varied, Range) and varied.log
     if (
         len(numbers) == len(finished)
         and min(numbers) > 0
-        and max(numbers) > LOG_FROM * min(numbers)
+        and (searched_so or max(numbers) > LOG_FROM * min(numbers))
     ):
         bottom.set_xscale("log")
         if len(set(numbers)) <= FEW:
@@ -162,13 +172,21 @@ def _label_x(column: Sequence[Axes], leaf: str, place: Place, finished: Sequence
     def other(x: Any) -> Any:
         return batches / np.maximum(x, 1e-9)  # its own inverse; the axis asks for 0 too
 
-    second = top.secondary_xaxis("top", functions=(other, other))
-    second.xaxis.set_major_formatter("{x:,g}")
-    second.set_xlabel("n/(P·W), batches in a partition")
     paper = batches / PAPER_BATCHES_PER_PARTITION
+    if paper >= 1:  # else the data has fewer batches than one of the paper's partitions
+        _mark_paper(column, paper)
+    second = top.secondary_xaxis("top", functions=(other, other))
+    low, high = bottom.get_xlim()
+    second.set_xticks([other(x) for x in bottom.get_xticks() if x > 0 and low <= x <= high])
+    second.xaxis.set_major_formatter(lambda x, _: f"{x:,.3g}" if x < 1000 else f"{x:,.0f}")
+    second.minorticks_off()
+    second.set_xlabel("n/(P·W), batches in a partition")
+
+
+def _mark_paper(column: Sequence[Axes], paper: float) -> None:
     for axes in column:
         axes.axvline(paper, color="0.3", linewidth=1, linestyle=":")
-    top.annotate(
+    column[0].annotate(
         f"paper's best: n/(P·W) = {PAPER_BATCHES_PER_PARTITION}",
         (paper, 0.02),
         (3, 0),

@@ -29,7 +29,15 @@ from acebert.sweep.children import Children
 from acebert.sweep.figure import sweep_figure
 from acebert.sweep.placement import place
 from acebert.sweep.records import Records
-from acebert.sweep.results import METRICS, best, table_text, values, write_recipe, write_table
+from acebert.sweep.results import (
+    METRICS,
+    best,
+    best_trial,
+    table_text,
+    values,
+    write_recipe,
+    write_table,
+)
 from acebert.sweep.space import Space, Trial, check_space, with_leaves
 from acebert.sweep.training import Prepared
 from acebert.sweep.trials import Objective, Outcome, points_tried, run_trials
@@ -207,24 +215,30 @@ class _Sweep:
         """The table so far, and how long the rest will take."""
         ended = self.records.ended()
         spent = [o.seconds for o in ended if not o.result.get("reused")]
-        left = float(np.mean(spent or [0.0])) * (total - len(ended)) / at_once / 60
+        left = ""
+        if len(ended) < total:  # the whole table comes at the end
+            if spent:
+                minutes = float(np.mean(spent)) * (total - len(ended)) / at_once / 60
+                left = f", about {minutes:.0f} min left"
+            left += f"\n{table_text(self.space, ended)}"
         log.info(
-            "sweep: %s %s, %d of %d trials ended, about %.0f min left\n%s",
+            "sweep: %s %s, %d of %d trials ended%s",
             outcome.trial.name,
-            outcome.status,
+            "was trained before" if outcome.result.get("reused") else outcome.status,
             len(ended),
             total,
             left,
-            table_text(self.space, ended),
         )
 
     def _evaluate(self, children: Children) -> None:
         """GAUC and Recall@100 on the test day; which point is best is decided without them."""
-        tracking = self.base.tracking.model_copy(update={"tag": None})
-        base = self.base.model_copy(update={"tracking": tracking})
-        for outcome in self.records.ended():
-            if outcome.status != "finished" or self._is_tested(outcome):
-                continue
+        ended = self.records.ended()
+        to_do = [o for o in ended if o.status == "finished" and not self._is_tested(o)]
+        for i, outcome in enumerate(to_do, 1):
+            log.info("sweep: evaluates %d of %d, %s", i, len(to_do), outcome.trial.name)
+            below = {"tag": None, "parent_run": outcome.result.get("mlflow_run")}
+            tracking = self.base.tracking.model_copy(update=below)
+            base = self.base.model_copy(update={"tracking": tracking})
             settings = outcome.trial.settings(base)
             _, row = evaluate_stage(settings, Path(outcome.result["model"]))
             overall = read_metrics(row.path)["overall"]
@@ -240,10 +254,11 @@ class _Sweep:
         outcomes = self.records.ended()
         space = self.space.model_dump(mode="json")
         (self.directory / "space.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
-        write_table(outcomes, self.directory / "trials.parquet")
-        winner = best(self.space, outcomes)
-        if winner is not None:
-            write_recipe(winner[0], self.settings, self.directory / "best.yaml")
+        write_table(self.space, outcomes, self.directory / "trials.parquet")
+        winners = best(self.space, outcomes)
+        if winners is not None:
+            path = self.directory / "best.yaml"
+            write_recipe(self.name, self.space, winners, self.settings, path)
 
     def _write(self, run: Run) -> str:
         """Everything but the report, which is returned."""
@@ -251,18 +266,18 @@ class _Sweep:
         text = table_text(self.space, outcomes)
         print(text)
         self._write_tables()
-        winner = best(self.space, outcomes)
-        if winner is not None:
+        winners = best(self.space, outcomes)
+        if winners is not None:
             run.log_metrics(
                 {
-                    f"best/{m}": float(np.mean(values(winner, m)))
+                    f"best/{m}": float(np.mean(values(winners, m)))
                     for m in METRICS
-                    if m in winner[0].result
+                    if m in winners[0].result
                 }
             )
-            if "model" in winner[0].result:
-                settings = winner[0].trial.settings(self.base)
-                log_model(settings, run, Path(winner[0].result["model"]))
+            winner = best_trial(self.space, winners)
+            if "model" in winner.result:
+                log_model(winner.trial.settings(self.base), run, Path(winner.result["model"]))
         try:
             sweep_figure(self.name, self.space, outcomes, self.directory / "sweep.png")
         except Exception:  # whatever was varied: the rest says all that the figure does

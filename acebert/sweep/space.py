@@ -10,6 +10,7 @@ A point gives each varied setting a value; a trial is a point and a seed. Everyt
 wrong is found before anything runs.
 """
 
+import difflib
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ Point = dict[str, Any]
 
 SHARED = ("image", "cnn", "text", "pretrain")
 """sections whose stages are made before the first trial"""
+SPACES = Path(__file__).parents[2] / "tune_spaces"
 VARIABLE = (*SHARED, "model", "plan", "loss", "adversary", "train")
 """sections that may be varied: those that make another model out of the same data"""
 
@@ -168,7 +170,7 @@ def read_space(path: Path) -> Space:
             contradict each other; it names the file and the key.
     """
     if not path.is_file():
-        known = ", ".join(str(p) for p in sorted(path.parent.glob("*.yaml")))
+        known = ", ".join(str(p) for p in sorted(SPACES.glob("*.yaml")))
         raise UserError(f"--space {path}: no such file" + (f". There are {known}" if known else ""))
     try:
         tree = yaml.safe_load(path.read_text())
@@ -203,7 +205,8 @@ def check_space(space: Space, base: Settings) -> None:
         try:
             corners.append(with_leaves(base, leaves))
         except UserError as error:
-            raise UserError(f"vary {leaves}: {error}") from error
+            point = " ".join(f"{leaf}={value}" for leaf, value in leaves.items())
+            raise UserError(f"vary {point}: {error}") from error
     pretrains = any(settings.model.start == "pretrain" for settings in corners)
     for leaf, values in space.vary.items():
         if space.search == "optuna" and isinstance(values, Range):
@@ -315,6 +318,8 @@ def _complaints(error: ValidationError) -> Iterator[str]:
             yield f"{key}: there is no such key; a space has {', '.join(Space.model_fields)}"
         elif item["type"] == "value_error":
             yield f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
+        elif item["type"] == "tuple_type":
+            yield f"{key}: takes a list, e.g. [0, 1, 2], got {item['input']!r}"
         elif item["type"] == "model_type":
             yield f"{key}: takes a list of values or {{low: …, high: …}}, got {item['input']!r}"
         else:
@@ -325,7 +330,9 @@ def _leaf_type(leaf: str) -> set[Any]:
     """The types that a leaf takes, e.g. {int, NoneType}."""
     section, _, name = leaf.partition(".")
     if section not in Settings.model_fields:
-        raise UserError(f"vary.{leaf}: there is no such setting (docs/settings.md lists them all)")
+        raise UserError(
+            f"vary.{leaf}: there is no such setting{_like(leaf)}; docs/settings.md lists them all"
+        )
     if section == "seed":
         raise UserError("vary.seed: list the seeds under seeds:")
     if section not in VARIABLE:
@@ -337,10 +344,25 @@ def _leaf_type(leaf: str) -> set[Any]:
     assert issubclass(kind, BaseModel)
     if name not in kind.model_fields:
         known = ", ".join(f"{section}.{field}" for field in kind.model_fields)
-        raise UserError(f"vary.{leaf}: there is no such setting. {section} has {known}")
+        raise UserError(
+            f"vary.{leaf}: there is no such setting{_like(leaf)}. {section} has {known}"
+        )
     annotation = kind.model_fields[name].annotation
     union = get_origin(annotation) in (Union, UnionType)
     return set(get_args(annotation)) if union else {annotation}
+
+
+def _like(leaf: str) -> str:
+    """The setting that may have been meant: called alike, or this leaf without its section."""
+    known = [
+        f"{section}.{name}"
+        for section in VARIABLE
+        if isinstance(kind := Settings.model_fields[section].annotation, type)
+        for name in kind.model_fields
+    ]
+    meant = [name for name in known if name.split(".")[1] == leaf]
+    meant += difflib.get_close_matches(leaf, known, n=1)
+    return f" ({meant[0]}?)" if meant else ""
 
 
 def _ends(values: list[Any] | Range) -> list[Any]:

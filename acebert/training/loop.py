@@ -40,6 +40,8 @@ class FineTuning(Training[TrainBatch]):
     def __init__(
         self, settings: Settings, paths: StagePaths, model: DualEncoder, rank: Rank
     ) -> None:
+        if settings.tracking.parent_run is not None:  # a trial, others may run beside it
+            self.stage = f"finetune {settings.tracking.run_name}"
         self.settings = settings
         self.own = settings.train
         self.batch_size = settings.train.batch_size

@@ -95,7 +95,7 @@ class Training(ABC, Generic[B]):
         trainer: model and optimisers
     """
 
-    stage: ClassVar[str]
+    stage: str
     section: ClassVar[str]
     unit: ClassVar[str]
     said: ClassVar[tuple[tuple[str, str], ...]]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from acebert.config import ExperimentSettings
+from acebert.experiment.assignment import Experiment
 from acebert.serving.bundle import publish
 from acebert.serving.drift import WINDOW
 from acebert.serving.leases import held
@@ -161,6 +162,15 @@ def test_every_metric_that_the_dashboard_asks_for_is_one_that_the_service_export
         until(exported, 120)
     except AssertionError:
         assert missing == set()
+    experiment = Experiment.of(ExperimentSettings(name="test", arms=("old", "new")))
+    assert experiment is not None
+
+    def by_arm(metric: str) -> set[str]:
+        lines = re.findall(rf"^ray_{metric}{{.*", httpx.get(address).text, re.MULTILINE)
+        return {match[1] for line in lines if (match := re.search(r'arm="(\w*)"', line))}
+
+    until(lambda: by_arm("acebert_queries_total") == {"", experiment.arm("u")}, 120)
+    assert by_arm("acebert_age_s") == by_arm("acebert_products") == {"", "old", "new"}
 
 
 def test_replicas_that_are_shut_down_hold_no_bundle_any_more(

@@ -39,6 +39,17 @@ def test_an_alias_that_moves_changes_what_is_served(
         assert wanted() == world.settings.workdir / "bundle" / bundle.name
 
 
+def test_a_model_that_is_registered_already_moves_the_alias_and_is_no_new_version(
+    world: Any,
+) -> None:
+    settings = serves(world, "models:/acebert@candidate")
+    for bundle in (world.bundle, world.other_bundle, world.bundle):
+        register(settings, bundle / "model")
+    registry = client(settings)
+    assert len(registry.search_model_versions("name = 'acebert'")) == 2
+    assert registry.get_model_version_by_alias("acebert", "candidate").version == 1
+
+
 def test_where_the_alias_leads_nowhere_the_last_bundle_stands(
     world: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

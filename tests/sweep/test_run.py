@@ -250,7 +250,7 @@ def test_trials_track_where_the_sweep_does_though_the_cluster_knows_no_such_serv
 
 
 def test_a_model_that_another_sweep_trained_is_a_row_of_this_one_too(
-    settings: Settings, toy, ray_cluster: None
+    settings: Settings, toy, ray_cluster: None, caplog: pytest.LogCaptureFixture
 ):
     with start_run(settings, "finetune", "elsewhere") as other:
         pass
@@ -259,8 +259,11 @@ def test_a_model_that_another_sweep_trained_is_a_row_of_this_one_too(
     def train(settings: Settings) -> dict[str, object]:
         return {"recall_100": 0.4, "mlflow_run": elsewhere, "reused": True}
 
-    space = Space(vary={"loss.gamma": [10]})
+    caplog.set_level("INFO", logger="acebert")
+    space = Space(vary={"loss.gamma": [10, 20]})
     sweep(settings, "toy", space, prepare=toy.prepare, train=train)
+    assert "gamma=10 seed=0 was trained before, " in caplog.text
+    assert "min left" not in caplog.text  # no trial has told how long one takes
     row = next(run for run in runs(settings) if run.info.run_name == "gamma=10 seed=0")
     assert row.data.tags["acebert.trained_by"] == elsewhere
     assert row.data.tags["table"] == "toy"
