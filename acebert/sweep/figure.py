@@ -30,6 +30,7 @@ PARTITION_LEAVES = ("plan.partitions", "plan.batches_per_partition")
 VALID, TEST, HARD = "#1f5fa8", "#d1495b", "#59a14f"
 FEW = 8  # values that are each marked on the axis
 BANDS = "\nbands: 95 %, over seeds (validation day), over seeds and queries (test day)"
+SAME_SHARE = 0.02  # between plans of one kind, by their draw
 LOG_FROM = 8  # values that span more than this factor are drawn on a logarithmic axis
 
 
@@ -39,8 +40,8 @@ def sweep_figure(name: str, space: Space, outcomes: Sequence[Outcome], path: Pat
     if not finished:
         return
     rows = [metric for metric in METRICS if metric in finished[0].result]
-    shares = {o.result.get("hard_share") for o in finished}
-    if len(shares) > 1:
+    shares = [o.result["hard_share"] for o in finished if "hard_share" in o.result]
+    if shares and max(shares) - min(shares) > SAME_SHARE:
         rows.append("hard_share")
     figure, grid = plt.subplots(
         len(rows),

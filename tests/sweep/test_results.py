@@ -217,6 +217,17 @@ def test_a_band_ends_where_a_share_does(tmp_path: Path, monkeypatch: pytest.Monk
     assert (edges.min(), edges.max()) == (0, 1)
 
 
+def test_a_hard_share_that_only_the_draw_of_plans_changes_is_not_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(figure.plt, "close", lambda _: None)
+    alike = [
+        replace(o, result={**o.result, "hard_share": 0.2 + o.trial.seed / 100}) for o in OUTCOMES
+    ]
+    sweep_figure("alike", SPACE, alike, tmp_path / "sweep.png")
+    assert [axes.get_ylabel() for axes in plt.gcf().axes] == ["GAUC", "Recall@100"]
+
+
 def test_a_range_that_is_searched_by_its_logarithm_is_drawn_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
