@@ -1,5 +1,6 @@
 """Trials that are real fine-tunings: Ray Tune above Ray Train, a tiny demo catalogue."""
 
+import json
 import os
 import subprocess
 import sys
@@ -110,16 +111,21 @@ def test_a_trial_trains_as_the_job_alone_does_and_asha_stops_one_that_is_behind(
 def test_what_trials_start_from_is_pre_trained_before_the_first_and_is_no_row(
     tmp_path: Path, ray_cluster: None
 ):
-    mlm = ["--recipe", "twinbert_mlm_tiny", "--pretrain.max_steps", "4"]
+    start = ["--recipe", "cebert_tiny", "--model.start", "pretrain", "--pretrain.max_steps", "4"]
     more = ["--pretrain.validate_every", "2", "--pretrain.held_out", "0.2"]
-    base = tiny(tmp_path, *mlm, *more)
+    small = ["--pretrain.batch_size", "16", "--image.pixel_side", "35"]
+    base = tiny(tmp_path, *start, *more, *small)
     directory = sweep(base, "rates", Space(vary={"train.lr": [1e-3, 1e-4]}))
     rows = pq.read_table(directory / "trials.parquet").to_pylist()
     assert [row["status"] for row in rows] == ["finished", "finished"]
+    (stage,) = (tmp_path / "pretrain").glob("*/stage.json")
+    for row in rows:
+        key = json.loads((Path(row["model"]) / "stage.json").read_text())["key"]
+        assert key["pretrain"] == stage.parent.name
     mlflow = client(base)
     experiment = mlflow.get_experiment_by_name(base.tracking.experiment).experiment_id
     (pretrained,) = mlflow.search_runs([experiment], "tags.`acebert.stage` = 'pretrain'")
-    assert pretrained.info.run_name.startswith("pretrain twinbert_mlm_tiny")
+    assert pretrained.info.run_name.startswith("pretrain cebert_tiny")
     table = mlflow.search_runs([experiment], "tags.table = 'rates'")
     assert {run.info.run_name for run in table} == {"lr=0.001 seed=0", "lr=0.0001 seed=0"}
 
