@@ -178,6 +178,19 @@ def test_a_list_with_spaces_survives_a_jobs_own_arguments():
     assert (settings.eval.ks, settings.distill.layers, settings.seed) == ((7, 9), (1, 2), 3)
 
 
+def test_a_job_that_is_stopped_says_in_a_line_how_it_goes_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work(settings: Settings) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run_job(work, "A job.", argv=[])
+    assert stopped.value.code == 130  # 128 + SIGINT, as shells have it
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "stopped; give the same command again, what is done is reused"
+
+
 def test_a_second_value_of_what_is_no_list_is_refused():
     with pytest.raises(UserError, match="unrecognized arguments: 2"):
         load_settings(["--train.lr", "1", "2"])
