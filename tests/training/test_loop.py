@@ -152,3 +152,16 @@ def test_a_run_that_diverges_is_stopped_with_what_to_do(settings, paths):
     settings = settings.model_copy(update={"train": wild})
     with pytest.raises(UserError, match=r"not finite.*--train\.lr"):
         train(settings, paths)
+
+
+def test_lines_of_a_trial_name_it_for_another_may_run_beside_it(
+    settings, paths, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", logger="acebert")
+    short = settings.train.model_copy(update={"max_steps": 5})
+    own = {"parent_run": "0" * 32, "run_name": "gamma=20 seed=1"}
+    trial = settings.tracking.model_copy(update=own)
+    train(settings.model_copy(update={"train": short, "tracking": trial}), paths)
+    lines = [line for line in caplog.messages if "step" in line]
+    assert lines
+    assert all(line.startswith("finetune gamma=20 seed=1: ") for line in lines)
