@@ -14,7 +14,8 @@ __version__ = "0.1.0"
 # from here listens on 127.0.0.1 only and sends no usage reports; a process that joins a cluster
 # (RAY_ADDRESS) is reached at its node's own address.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Ray shows one of lines that differ in numbers only, so one of two trainings side by side.
+# Of lines that differ in numbers only, and so of two trainings side by side, Ray shows one. What it
+# skips is torch's warning that a node's name cannot be looked up, which no training needs.
 os.environ.setdefault("RAY_DEDUP_LOGS_ALLOW_REGEX", "(finetune|pretrain|cnn|distill)[^:]*: ")
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "hostname of the client socket cannot be")
 if os.environ.get("RAY_ADDRESS", "local") == "local":

@@ -33,6 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from acebert import __version__
 from acebert.config import Settings, flatten
 from acebert.errors import UserError
+from acebert.workdir import STAGE_FILE, digest_of, file_digests
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,8 @@ DIGEST_TAG = "acebert.digest"
 WORKDIR_TAG = "acebert.workdir"
 TABLE_TAG = "table"
 PRODUCT_SIDE_TAG = "acebert.product_side"
-MODEL_TAG = "acebert.model"
-"""of a registered version, and of a trial that trained nothing: its model directory"""
+CONTENT_TAG = "acebert.content"
+"""of a registered version: digest of its model directory's files"""
 SHARED_STAGES = ("demo", "ingest", "vocabulary", "tokens", "features", "plan", "cnn_labels")
 """of several recipes and seeds, so that no one's name is right for them"""
 Row = tuple[str, float, int]
@@ -144,7 +145,8 @@ def _experiment(mlflow_client: MlflowClient, settings: Settings) -> str:
 
 
 class Run:
-    """One MLflow run, ended whatever stops the block that it is used in."""
+    """One MLflow run, ended whatever stops the block that it is used in. An error does not end it
+    anew where somebody else did: a trial that its sweep stops dies of that, after its run."""
 
     def __init__(self, mlflow_client: MlflowClient, run_id: str) -> None:
         self.client = mlflow_client
@@ -173,7 +175,8 @@ class Run:
     ) -> None:
         stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
         status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
-        self.client.set_terminated(self.run_id, status)
+        if kind is None or self.client.get_run(self.run_id).info.status == "RUNNING":
+            self.client.set_terminated(self.run_id, status)
 
 
 def log_rows(mlflow_client: MlflowClient, run_id: str, rows: list[Row]) -> None:
@@ -281,8 +284,8 @@ def log_model(settings: Settings, run: Run, directory: Path) -> None:
     from acebert.serving.query_encoder import product_side_version
 
     name, alias = settings.tracking.register_as, settings.tracking.alias
-    known = _version_of(run.client, name, directory) if name is not None else None
-    if name is not None and known is not None:
+    content = _content(directory)
+    if name is not None and (known := _version_of(run.client, name, content)):
         run.client.set_registered_model_alias(name, alias, known)
         log.info("mlflow: model %s version %s is this one, alias %s", name, known, alias)
         return
@@ -308,19 +311,26 @@ def log_model(settings: Settings, run: Run, directory: Path) -> None:
         if name is None:
             return
         version = mlflow.register_model(logged.model_uri, name).version
-    tags = {PRODUCT_SIDE_TAG: product_side_version(directory), MODEL_TAG: str(directory)}
+    tags = {PRODUCT_SIDE_TAG: product_side_version(directory), CONTENT_TAG: content}
     for tag, value in tags.items():
         run.client.set_model_version_tag(name, version, tag, value)
     run.client.set_registered_model_alias(name, alias, version)
     log.info("mlflow: model %s version %s, alias %s", name, version, alias)
 
 
-def _version_of(mlflow_client: MlflowClient, name: str, directory: Path) -> str | None:
-    """The newest version of a registered model that is this directory's."""
+def _content(directory: Path) -> str:
+    """Of a model directory: while it is built, under another name, as when it is whole."""
+    files = file_digests(directory)
+    files.pop(STAGE_FILE, None)  # written last
+    return digest_of(files)
+
+
+def _version_of(mlflow_client: MlflowClient, name: str, content: str) -> str | None:
+    """The newest version of a registered model that has these files."""
     found = mlflow_client.search_model_versions(
         f"name = '{name}'", order_by=["version_number DESC"]
     )
-    same = (str(v.version) for v in found if v.tags.get(MODEL_TAG) == str(directory))
+    same = (str(v.version) for v in found if v.tags.get(CONTENT_TAG) == content)
     return next(same, None)
 
 

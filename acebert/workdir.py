@@ -50,6 +50,16 @@ def digest_of(key: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def file_digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file below a directory, by its name from there."""
+    found = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            name = path.relative_to(directory).as_posix()
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
 _using: list[dict[Path, Stage]] = []
 _said: set[Path] = set()
 """Stages that the log has named: a sweep asks for the same ones again for each trial."""

@@ -62,6 +62,15 @@ def test_a_run_is_ended_whatever_stops_it_and_a_second_try_goes_on_in_it(
     assert other.run_id != first.run_id
 
 
+def test_a_run_that_somebody_else_ended_keeps_that_end_when_its_process_dies_of_it(
+    settings: Settings,
+):
+    with pytest.raises(ValueError), start_run(settings, "finetune", "d1") as run:
+        client(settings).set_terminated(run.run_id, "KILLED")
+        raise ValueError
+    assert client(settings).get_run(run.run_id).info.status == "KILLED"
+
+
 def test_another_training_of_the_same_digest_is_another_run(settings: Settings):
     with start_run(settings, "finetune", "d1") as first:
         first.log_metrics({"train/loss": 5.0}, step=20)

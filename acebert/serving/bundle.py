@@ -16,7 +16,6 @@ change log (`acebert.serving.changes`): later than the catalogue was written (`m
 says when, and as of when its other parts are).
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -46,7 +45,7 @@ from acebert.errors import UserError
 from acebert.index import TUNE_QUERIES, IndexInfo, Kind, ProductIndex
 from acebert.serving.products import Product
 from acebert.serving.query_encoder import product_side_version
-from acebert.workdir import Stage, run_stage, sync
+from acebert.workdir import Stage, file_digests, run_stage, sync
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ def build_bundle(
     key = {
         "version": VERSION,
         "model": version,
-        "query_encoder": _digests(query_encoder),
+        "query_encoder": file_digests(query_encoder),
         "embed": embedded.digest,
         "ingest": ingested.digest,
         "index": [serve.index, serve.codec, serve.target_recall, settings.eval.ann_from],
@@ -136,17 +135,6 @@ def build_bundle(
         log.info("bundle: %s", info)
 
     return run_stage(settings.workdir, "bundle", key, build)
-
-
-def _digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of each file of a query encoder's directory."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    found = {}
-    for path in files:
-        with path.open("rb") as file:
-            name = path.relative_to(directory).as_posix()
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
 
 
 def _times(model: Path, ingested: Path) -> dict[str, str]:

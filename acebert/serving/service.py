@@ -193,7 +193,7 @@ class SearchService:
 
     def all_loaded(self) -> list[Loaded]:
         """The published bundle first, then those of an experiment's arms, each once."""
-        arms = self.trial.by_arm() if self.trial is not None else {}
+        arms = self.trial.arms if self.trial is not None else {}
         every = [*([self.loaded] if self.loaded else []), *arms.values()]
         return list({loaded.bundle.directory: loaded for loaded in every}.values())
 
@@ -281,8 +281,8 @@ class SearchService:
 
     def _tell(self) -> None:
         """Metrics of what is served, and of what waits."""
-        by_arm = self.trial.by_arm() if self.trial is not None else {}
-        for arm, loaded in {NO_ARM: self.current(), **by_arm}.items():
+        arms = self.trial.arms if self.trial is not None else {}
+        for arm, loaded in {NO_ARM: self.current(), **arms}.items():
             self.metrics.state(loaded.bundle, arm, loaded.drift.value)
         batchers = [loaded.batcher for loaded in self.all_loaded()]
         self.metrics.waiting.set(sum(batcher.waiting for batcher in batchers if batcher))
@@ -306,7 +306,7 @@ class SearchService:
             arm: of the experiment, whose bundle answers (none: the published one).
         """
         start = time.perf_counter()
-        loaded = self.trial.by_arm()[arm] if self.trial and arm else self.current()
+        loaded = self.trial.arms[arm] if self.trial and arm else self.current()
         text = normalize_query(query)
         row = loaded.bundle.hot.get(text)
         labels = {"path": "tail" if row is None else "hot", "arm": arm}
@@ -428,7 +428,8 @@ class Trial:
         settings = service.all_settings
         self._workdir = settings.workdir
         self._directory = events_directory(settings.workdir)
-        self._arms: dict[str, Loaded] = {}
+        self.arms: dict[str, Loaded] = {}
+        """what answers for each"""
         self._thread = ThreadPoolExecutor(1, "events")
         self._log: EventLog | None = None
         self._append = Batcher(self._write, self._thread, EVENTS)
@@ -441,11 +442,7 @@ class Trial:
             UserError: nothing is published for an arm, or a bundle is broken.
         """
         for arm in self._experiment.arms:
-            self._arms[arm] = await self._bundle(published(self._workdir, arm), starts=True)
-
-    def by_arm(self) -> dict[str, Loaded]:
-        """The bundles of the arms."""
-        return self._arms
+            self.arms[arm] = await self._bundle(published(self._workdir, arm), starts=True)
 
     def _write(self, events: Sequence[Event]) -> list[None]:
         if self._log is None:
@@ -474,26 +471,26 @@ class Trial:
 
     async def _bundle(self, directory: Path, *, starts: bool = False) -> Loaded:
         """A bundle that several arms, or all other users, have is there once."""
-        for loaded in (self._service.current(), *self._arms.values()):
+        for loaded in (self._service.current(), *self.arms.values()):
             if loaded.bundle.directory == directory:
                 return loaded
         return await self._service.load(directory, starts=starts)
 
     async def follow(self) -> None:
         """Take over changes of products."""
-        for loaded in {id(arm): arm for arm in self._arms.values()}.values():
+        for loaded in {id(arm): arm for arm in self.arms.values()}.values():
             while await self._service.catch_up(loaded) == LIMIT:
                 pass
 
     def swaps(self) -> list[Step]:
         """For each arm, what takes over a newer bundle."""
-        return [partial(self._swap, arm) for arm in self._arms]
+        return [partial(self._swap, arm) for arm in self.arms]
 
     async def _swap(self, arm: str) -> None:
         wanted = published(self._workdir, arm)
-        if wanted != self._arms[arm].bundle.directory:
+        if wanted != self.arms[arm].bundle.directory:
             async with self._service.loading:
-                self._arms[arm] = await self._bundle(wanted)
+                self.arms[arm] = await self._bundle(wanted)
 
     async def flush(self) -> None:
         """Move this replica's part of the log to Parquet."""

@@ -32,6 +32,7 @@ Point = dict[str, Any]
 SHARED = ("image", "cnn", "text", "pretrain")
 """sections whose stages are made before the first trial"""
 SPACES = Path(__file__).parents[2] / "tune_spaces"
+"""what a space file that is not there is told of"""
 VARIABLE = (*SHARED, "model", "plan", "loss", "adversary", "train")
 """sections that may be varied: those that make another model out of the same data"""
 

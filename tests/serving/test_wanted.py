@@ -1,6 +1,7 @@
 """Which bundle is served: by MLflow's registry, a real one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,11 @@ def test_a_model_that_is_registered_already_moves_the_alias_and_is_no_new_versio
     world: Any,
 ) -> None:
     settings = serves(world, "models:/acebert@candidate")
-    for bundle in (world.bundle, world.other_bundle, world.bundle):
-        register(settings, bundle / "model")
+    being_built = world.settings.workdir / ".0123.partial"  # as a training registers its model
+    shutil.copytree(world.bundle / "model", being_built)
+    (being_built / "stage.json").unlink(missing_ok=True)
+    for model in (being_built, world.other_bundle / "model", world.bundle / "model"):
+        register(settings, model)
     registry = client(settings)
     assert len(registry.search_model_versions("name = 'acebert'")) == 2
     assert registry.get_model_version_by_alias("acebert", "candidate").version == 1

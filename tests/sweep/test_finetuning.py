@@ -103,6 +103,10 @@ def test_a_trial_trains_as_the_job_alone_does_and_asha_stops_one_that_is_behind(
     }
     assert not mlflow.search_runs([experiment], "attributes.status = 'RUNNING'")
     scored = next(run for run in table if run.info.status == "FINISHED")
+    below = f"tags.`mlflow.parentRunId` = '{scored.info.run_id}'"
+    (evaluated,) = mlflow.search_runs([experiment], below)
+    assert evaluated.data.tags["acebert.stage"] == "evaluate"
+    assert "table" not in evaluated.data.tags
     assert scored.data.metrics["test/recall_100"] == pytest.approx(learns["test_recall_100"])
     assert scored.data.metrics["plan/hard_share"] == pytest.approx(learns["hard_share"])
 

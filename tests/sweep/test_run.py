@@ -312,9 +312,12 @@ def test_a_run_that_was_deleted_does_not_stop_a_sweep(settings: Settings):
         parent.client.delete_run(child.run_id)
         assert children.end() == []
         trial = Trial({"loss.gamma": 10}, 0)
-        outcome = Outcome(trial, "finished", {"gauc": 0.5, "mlflow_run": child.run_id}, 1.0)
-        noted = children.note(outcome, children.adopt(settings))
+        result = {"gauc": 0.5, "mlflow_run": child.run_id, "model": "w/finetune/abc"}
+        noted = children.note(Outcome(trial, "finished", result, 1.0), children.adopt(settings))
     assert noted.result["mlflow_run"] != child.run_id
+    row = parent.client.get_run(noted.result["mlflow_run"])
+    assert row.data.tags["acebert.trained_by"] == child.run_id
+    assert row.data.tags["acebert.model"] == "w/finetune/abc"
 
 
 def test_a_run_that_another_sweep_left_unfinished_becomes_this_ones_by_name_and_is_ended(

@@ -20,6 +20,7 @@ from acebert.sweep.space import (
     corner_trials,
     read_space,
     trials_of,
+    why_inert,
     with_leaves,
 )
 
@@ -206,7 +207,12 @@ def test_a_setting_that_does_something_beside_some_values_of_another_is_not_refu
     base: Settings,
 ):
     vary = {"adversary.form": ["off", "minimax"], "adversary.k": [1, 5]}
-    check_space(Space(vary=vary), base)
+    space = Space(vary=vary)
+    check_space(space, base)
+    why = [why_inert("adversary.k", trial.settings(base)) for trial in trials_of(space, base)]
+    assert why == ["adversary.form is off", "adversary.form is off", None, None]
+    with pytest.raises(UserError, match=r"adversary\.k: all its values train the same"):
+        check_space(Space(vary={**vary, "adversary.form": ["off"]}), base)
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(32, 120), (64, 60), (96, 40), (100_000, 1)])
