@@ -65,8 +65,9 @@ def test_a_run_is_ended_whatever_stops_it_and_a_second_try_goes_on_in_it(
 def test_a_run_that_somebody_else_ended_keeps_that_end_when_its_process_dies_of_it(
     settings: Settings,
 ):
-    with pytest.raises(ValueError), start_run(settings, "finetune", "d1") as run:
-        client(settings).set_terminated(run.run_id, "KILLED")
+    run = start_run(settings, "finetune", "d1")
+    client(settings).set_terminated(run.run_id, "KILLED")
+    with pytest.raises(ValueError), run:
         raise ValueError
     assert client(settings).get_run(run.run_id).info.status == "KILLED"
 
