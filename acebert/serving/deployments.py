@@ -45,6 +45,9 @@ KEY_VARIABLE = "ACEBERT_API_KEY"
 BUNDLES = 2  # whose encoders are kept: the old and the new one of a swap
 # So that all of it fits on two cores; serve/config.yaml gives a cluster's replicas whole ones.
 SOME, LITTLE = {"num_cpus": 0.5}, {"num_cpus": 0.2}
+ONE_LOOP = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
+"""A runtime environment of Search: no hand-over between Ray's event loop and a second one, for each
+message of each request. What takes long runs in threads of the service."""
 QUICK, ENCODING = 5.0, 60.0  # seconds to wait for an answer, and for one that may encode products
 ONGOING = 1000  # by Serve's default of 5, slow photos keep replicas from what changed
 QUIET = {"enable_access_log": False}
@@ -190,7 +193,7 @@ async def _asked(response: Any, seconds: float = QUICK) -> Any:
         raise Unavailable("a part of the service restarts: try again") from error
 
 
-@serve.deployment(ray_actor_options=SOME, logging_config=QUIET)
+@serve.deployment(ray_actor_options={**SOME, "runtime_env": ONE_LOOP}, logging_config=QUIET)
 @serve.ingress()
 class Search:
     """The ingress: HTTP, and all that a search needs."""
