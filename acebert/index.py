@@ -10,7 +10,8 @@ mapped from a file, more candidates than asked for are taken by codes and scored
 
 A search among some products only (`among`) looks through all of these where they are few, which is
 cheaper than to walk a graph or lists in which hardly anything counts, and raises the search effort
-by their share where they are many.
+by their share where they are many. Where that finds too few, as among products that all lie far
+from the query, all of the allowed are looked through after all.
 """
 
 import dataclasses
@@ -174,8 +175,8 @@ class ProductIndex:
         """
         queries = np.ascontiguousarray(queries, np.float32)
         if self._vectors is None or exact:
-            return self._search(queries, k, exact, among)
-        _, rows = self._search(queries, min(RESCORED * k, self.info.products), exact, among)
+            return self._whole(queries, k, exact, among)
+        _, rows = self._whole(queries, min(RESCORED * k, self.info.products), exact, among)
         scores = np.einsum("md,mkd->mk", queries, self._vectors[rows])
         scores[rows < 0] = -np.inf
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
@@ -185,6 +186,19 @@ class ProductIndex:
             np.pad(best[0], missing, constant_values=-np.inf),
             np.pad(best[1], missing, constant_values=-1),
         )
+
+    def _whole(
+        self, queries: NDArray[np.float32], k: int, exact: bool, among: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """With as many hits as there are products to be found: a query that the approximate search
+        found too few for is searched exactly."""
+        scores, rows = self._search(queries, k, exact, among)
+        if among is not None and (there := min(k, int(among.sum()))):
+            lacking = rows[:, there - 1] < 0
+            if lacking.any():
+                found = self._search(queries[lacking], k, True, among)
+                scores[lacking], rows[lacking] = found
+        return scores, rows
 
     def _search(
         self, queries: NDArray[np.float32], k: int, exact: bool, among: NDArray[np.bool_] | None

@@ -147,6 +147,24 @@ def test_a_filter_that_few_pass_leaves_rows_of_minus_one(index: ProductIndex):
     assert (rows[:, 3:] == -1).all()
 
 
+@pytest.mark.parametrize(("kind", "codec"), [("hnsw", "fp32"), ("ivf", "fp32"), ("ivf", "int8")])
+def test_a_filter_on_products_far_from_the_query_finds_all_that_there_are(kind, codec):
+    rng, centres = np.random.default_rng(6), np.eye(2, 32)  # shoes, electronics
+    near, far = np.full(2400, 0), np.full(1600, 1)
+    vectors = centres[np.r_[near, far]] + 0.02 * rng.standard_normal((4000, 32))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    queries = vectors[:30]
+    index = ProductIndex.build(
+        vectors, IDS, queries, ann_from=1, k=10, target_recall=0.5, kind=kind, codec=codec
+    )
+    among = np.arange(4000) >= len(near)
+    assert (index._search(queries, 10, False, among)[1] < 0).any()
+    scores, rows = index.search(queries, 10, among=among)
+    assert among[rows].all()
+    best = -np.sort(-(queries @ vectors[among].T), axis=1)[:, :10]
+    np.testing.assert_allclose(scores, best, atol=1e-3 if codec == "int8" else 1e-5)
+
+
 @pytest.mark.slow
 def test_pq_codes_rescored_by_exact_vectors_reach_the_recall_of_the_target():
     products, queries = clustered(4000, 1, 8), clustered(300, 2, 8)
