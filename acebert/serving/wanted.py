@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -13,43 +15,69 @@ from acebert.serving.query_encoder import product_side_version
 log = logging.getLogger(__name__)
 
 ASK_SECONDS = 10.0  # between two questions to MLflow's registry
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+"""of a service, unless its environment says otherwise: MLflow's own are minutes"""
 
 
 class WantedBundle:
     """`wanted()`: the bundle to serve now.
 
     `serve.bundle`; else the newest bundle of the model that `serve.model` names, a directory or an
-    address in MLflow's registry; else the one that was published last. Where the registry fails
-    later, or its alias goes to a model without a bundle, the last answer stands.
+    address in MLflow's registry; else the one that was published last. Of a model the last answer
+    is given at once, and asked for anew in the background: where the registry is away, or its alias
+    goes to a model without a bundle, it stands. Safe for many threads.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._known: Path | None = None
+        self._why_not: str | None = None
         self._asked = 0.0
+        self._asking = threading.Lock()
 
     def __call__(self) -> Path:
         """
         Raises:
-            UserError: there is none.
+            UserError: there is none, or there was none some seconds ago.
         """
         serve, workdir = self._settings.serve, self._settings.workdir
         if serve.bundle or serve.model is None:
             return serve.bundle or published(workdir)
-        if self._known is None or time.monotonic() - self._asked > ASK_SECONDS:
-            try:
-                self._known = _newest(workdir, serve.model, self._product_side(serve.model))
-            except UserError as error:
-                if self._known is None:
-                    raise
-                log.warning("goes on with %s: %s", self._known, error)
-            self._asked = time.monotonic()
+        if self._known is None:
+            with self._asking:
+                if self._known is None and (self._why_not is None or self._is_old()):
+                    self._ask(serve.model)
+            if self._known is None:
+                raise UserError(self._why_not)
+        elif self._is_old() and self._asking.acquire(blocking=False):
+            threading.Thread(target=self._ask_again, args=(serve.model,), daemon=True).start()
         return self._known
+
+    def _is_old(self) -> bool:
+        return time.monotonic() - self._asked > ASK_SECONDS
+
+    def _ask_again(self, model: str) -> None:
+        try:
+            self._ask(model)
+        finally:
+            self._asking.release()
+
+    def _ask(self, model: str) -> None:
+        try:
+            self._known = _newest(self._settings.workdir, model, self._product_side(model))
+        except UserError as error:
+            self._why_not = str(error)
+            if self._known is not None:
+                log.warning("goes on with %s: %s", self._known, error)
+        finally:
+            self._asked = time.monotonic()
 
     def _product_side(self, model: str) -> str:
         if model.startswith("models:/"):
             from acebert.tracking import registered_product_side  # takes seconds
 
+            for name, value in IMPATIENT.items():
+                os.environ.setdefault(name, value)
             return registered_product_side(self._settings, model)
         return product_side_version(Path(model))
 

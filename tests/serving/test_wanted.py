@@ -1,7 +1,12 @@
 """Which bundle is served: by MLflow's registry, a real one."""
 
 import json
+import os
 import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,60 @@ from acebert.errors import UserError
 from acebert.serving import wanted as module
 from acebert.serving.wanted import WantedBundle
 from acebert.tracking import client, log_model, start_run
+
+
+@pytest.fixture(autouse=True)
+def own_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a service sets in its environment does not outlive the test."""
+    for name in module.IMPATIENT:
+        monkeypatch.setenv(name, "")
+        del os.environ[name]
+
+
+class Silent:
+    """A server that takes connections and says nothing; `hang_up` ends them."""
+
+    def __init__(self) -> None:
+        self.taken: list[socket.socket] = []
+        self._hung_up = False
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._take, daemon=True).start()
+
+    def _take(self) -> None:
+        while True:
+            try:
+                taken, _ = self._socket.accept()
+            except OSError:
+                return
+            self.taken.append(taken)
+            if self._hung_up:
+                taken.close()
+
+    def hang_up(self) -> None:
+        self._hung_up = True
+        for taken in self.taken:
+            taken.close()
+
+    def close(self) -> None:
+        self.hang_up()
+        self._socket.close()
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Silent]:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server = Silent()
+    yield server
+    server.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not come true in time")
 
 
 def serves(world: Any, model: str) -> Settings:
@@ -37,7 +96,8 @@ def test_an_alias_that_moves_changes_what_is_served(
     wanted = WantedBundle(settings)
     for version, bundle in (("1", world.bundle), ("2", world.other_bundle), ("1", world.bundle)):
         registry.set_registered_model_alias("acebert", "champion", version)
-        assert wanted() == world.settings.workdir / "bundle" / bundle.name
+        expected = world.settings.workdir / "bundle" / bundle.name
+        until(lambda expected=expected: wanted() == expected)  # type: ignore[misc]
 
 
 def test_a_model_that_is_registered_already_moves_the_alias_and_is_no_new_version(
@@ -63,8 +123,9 @@ def test_where_the_alias_leads_nowhere_the_last_bundle_stands(
     wanted = WantedBundle(settings)
     before = wanted()
     client(settings).delete_registered_model_alias("acebert", "candidate")
+    told = "models:/acebert@candidate: no model that a training registered"
+    until(lambda: wanted() == before and told in caplog.text)
     assert wanted() == before
-    assert "models:/acebert@candidate: no model that a training registered" in caplog.text
     with pytest.raises(UserError, match="no model that a training registered"):
         WantedBundle(settings)()
 
@@ -92,3 +153,48 @@ def test_a_model_without_a_bundle_is_an_error_that_names_the_command(world: Any)
     settings = world.settings.model_copy(update={"serve": serve})
     with pytest.raises(UserError, match=r"no bundle of it.*publish.py --model .* makes one"):
         WantedBundle(settings)()
+
+
+def test_while_mlflow_is_silent_the_last_answer_is_given_and_one_question_is_asked(
+    world: Any, silent: Silent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = serves(world, "models:/acebert@candidate")
+    register(settings, world.bundle / "model")
+    wanted = WantedBundle(settings)
+    before = wanted()
+    monkeypatch.setattr(module, "ASK_SECONDS", 0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", silent.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "300")
+    for _ in range(20):
+        assert wanted() == before
+    until(lambda: len(silent.taken) > 0)
+    for _ in range(20):
+        assert wanted() == before
+    assert len(silent.taken) == 1
+    silent.hang_up()
+    until(lambda: wanted() == before and len(silent.taken) > 1)  # asked again
+
+
+def test_where_no_answer_was_ever_given_those_who_ask_meanwhile_are_refused_without_asking(
+    world: Any, silent: Silent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", silent.uri)
+    silent.hang_up()
+    wanted = WantedBundle(serves(world, "models:/acebert@candidate"))
+    with pytest.raises(UserError, match="does not answer"):
+        wanted()
+    asked = len(silent.taken)
+    assert asked > 0
+    with pytest.raises(UserError, match="does not answer"):
+        wanted()
+    assert len(silent.taken) == asked
+
+
+def test_a_service_waits_seconds_for_mlflow_unless_its_environment_says_otherwise(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "33")
+    with pytest.raises(UserError):
+        WantedBundle(serves(world, "models:/acebert@candidate"))()
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "33"
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
