@@ -197,7 +197,7 @@ class MilvusIndex:
 def _expression(where: Filter) -> str:
     parts = []
     if where.category is not None:
-        parts.append(f"category == {json.dumps(where.category)}")
+        parts.append(f"category == {json.dumps(where.category, ensure_ascii=False)}")
     if where.min_price is not None or where.max_price is not None:
         parts.append(f"price >= {max(0.0, where.min_price or 0.0)}")
     if where.max_price is not None:

@@ -32,7 +32,7 @@ def test_milvus_answers_as_faiss_does_also_after_changes_and_when_opened_again(
     filters = [
         Filter(),
         Filter(category=first.category),
-        Filter(category='odd " name'),
+        Filter(category='odd " Küche'),
         Filter(min_price=10.0, max_price=50.0),
         Filter(max_price=30.0),
         Filter(min_price=45.9, max_price=45.9),
@@ -40,7 +40,7 @@ def test_milvus_answers_as_faiss_does_also_after_changes_and_when_opened_again(
     ]
     changes = [
         Change(1, first.product_id, None, None),
-        Change(2, "new", Product("new", "zebra", 'odd " name', 20.0), queries[0]),
+        Change(2, "new", Product("new", "zebra", 'odd " Küche', 20.0), queries[0]),
         Change(3, "gone out", Product("gone out", "x", None, None, in_stock=False), queries[1]),
     ]
     second = bundle.products([1])[0].product_id
