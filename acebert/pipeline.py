@@ -273,6 +273,8 @@ def bundle_stage(
 ) -> Stage:
     """What the service needs of a model directory and a query encoder that fits it."""
     settings = model_settings(settings, model)
+    whole = settings.eval.model_copy(update={"dimensions": None})  # as the encoders make them
+    settings = settings.model_copy(update={"eval": whole})
     ingested = ingest_stage(shared(settings), refresh)
     hot = hot_queries(ingested, settings.serve.hot_queries)
     embedded = embed_stage(shared(settings), model, hot, refresh)

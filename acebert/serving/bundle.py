@@ -44,7 +44,7 @@ from acebert.data.photos import Photo, PhotoStorage, Rows
 from acebert.errors import UserError
 from acebert.index import TUNE_QUERIES, IndexInfo, Kind, ProductIndex
 from acebert.serving.products import Product
-from acebert.serving.query_encoder import product_side_version
+from acebert.serving.query_encoder import dimensions, product_side_version
 from acebert.workdir import Stage, file_digests, run_stage, sync
 
 log = logging.getLogger(__name__)
@@ -351,6 +351,24 @@ class Bundle(ProductTable):
             raise UserError(
                 f"{directory}: {n} vectors, an index of {self.index_info.products} and "
                 f"{self.info['products']} products do not belong together"
+            )
+        if len(texts) != len(self.hot_vectors):
+            raise UserError(
+                f"{directory}: {len(texts)} hot queries and {len(self.hot_vectors)} vectors of "
+                "such do not belong together"
+            )
+        of = {
+            "products": self.vectors.shape[1],
+            "index": self.index_info.dimensions,
+            "hot queries": self.hot_vectors.shape[1],
+            "mean query": len(self.query_mean),
+            "model": dimensions(directory / "model"),
+            "query encoder": dimensions(directory / "query_encoder"),
+        }
+        if len(set(of.values())) > 1:
+            each = ", ".join(f"{part} {d}" for part, d in of.items())
+            raise UserError(
+                f"{directory}: vectors of different dimensions ({each}); publish the model again"
             )
 
     @cached_property

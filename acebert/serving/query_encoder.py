@@ -86,7 +86,7 @@ class QueryEncoder:
             forward,
             load_tokenizer(directory / "tokenizer"),
             max_tokens=settings.text.query_tokens,
-            dim=_dimensions(directory),
+            dim=dimensions(directory),
             version=product_side_version(directory),
         )
 
@@ -142,7 +142,12 @@ def product_side_version(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _dimensions(directory: Path) -> int:
+def dimensions(directory: Path) -> int:
+    """Of a model directory's vectors.
+
+    Raises:
+        UserError: it has no configuration of a dual encoder.
+    """
     path = directory / "config.json"
     try:
         return int(json.loads(path.read_text())["embedding_dim"])

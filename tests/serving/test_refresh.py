@@ -155,6 +155,13 @@ def read_by_the_model(bundle: Path) -> dict[str, tuple[Any, ...]]:
     }
 
 
+def test_a_model_that_is_evaluated_cut_has_a_bundle_of_whole_vectors(days: Days) -> None:
+    cut = days.settings.eval.model_copy(update={"dimensions": 16})
+    settings = days.settings.model_copy(update={"eval": cut})
+    made = bundle_stage(settings, days.model, days.model, Refresh(None))
+    assert (made.path, made.reused) == (days.second, True)
+
+
 def test_a_refreshed_bundle_equals_one_from_scratch(days: Days) -> None:
     refreshed, scratch = Bundle(days.second), Bundle(days.scratch)
     assert refreshed.index.product_ids == scratch.index.product_ids
