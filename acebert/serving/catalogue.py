@@ -7,27 +7,34 @@ after a swap, are encoded then. Changes of price or stock alone need no encoding
 """
 
 import asyncio
+import logging
+import sqlite3
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
+from acebert.errors import UserError
 from acebert.serving.bundle import ProductTable, small_photo
 from acebert.serving.changes import ChangeLog, Logged, Source
 from acebert.serving.products import Change, Patch
+from acebert.serving.threads import to_its_end
+
+log = logging.getLogger(__name__)
 
 LIMIT = 500  # changes in one answer
 TOGETHER = 32  # products encoded at a time, so that others get their turn
 
 Encode = Callable[[Path, Sequence[Source]], Awaitable[NDArray[np.float32]]]
 """bundle, products [n] → vectors [n, d]"""
+T = TypeVar("T")
 
 
 class Unavailable(Exception):  # noqa: N818 - what it is, not what went wrong in the code
@@ -75,6 +82,7 @@ class Catalogue:
         self._max_megapixels = max_megapixels
         self._encoding: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by model
         self._busy: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._writing = asyncio.Lock()
         self._table = lru_cache(2)(ProductTable)
 
     async def put(self, sources: Sequence[Source]) -> int:
@@ -83,19 +91,46 @@ class Catalogue:
 
         Raises:
             BrokenImage: a photo is none, or too large; none of the products is taken then.
+            Unavailable: no bundle is published that can be read, or the log cannot be written.
         """
         async with self._alone(source.product.product_id for source in sources):
-            bundle, version = await asyncio.to_thread(self._bundle)
-            table = self._table(bundle)
+            bundle, version, table = await asyncio.to_thread(self._published)
             whole = await asyncio.to_thread(lambda: [self._with_photo(table, s) for s in sources])
             vectors = await self.encode(bundle, whole)
 
-            def write() -> int:
+            def shrink() -> list[Source]:
                 small = (s.photo and small_photo(s.photo, self._max_megapixels) for s in whole)
-                kept = [Source(s.product, photo) for s, photo in zip(whole, small, strict=True)]
-                return self._log.put(kept, vectors, version)
+                return [Source(s.product, photo) for s, photo in zip(whole, small, strict=True)]
 
-            return await asyncio.to_thread(write)
+            kept = await asyncio.to_thread(shrink)
+            return await self._written(lambda: self._log.put(kept, vectors, version))
+
+    def _published(self) -> tuple[Path, str, ProductTable]:
+        """The bundle that is published, its version and its products.
+
+        Raises:
+            Unavailable: there is none that can be read, which no client can mend.
+        """
+        try:
+            bundle, version = self._bundle()
+            return bundle, version, self._table(bundle)
+        except UserError as error:
+            log.warning("changes are refused: %s", error)
+            raise Unavailable("no bundle is published that can be read: try again") from error
+
+    async def _written(self, write: Callable[[], T]) -> T:
+        """What `write` returns, which writes to the log after those that came before it: a change
+        whose request was cancelled undoes no later one.
+
+        Raises:
+            Unavailable: the log cannot be written, as on a full disk.
+        """
+        async with self._writing:
+            try:
+                return await to_its_end(write)
+            except sqlite3.OperationalError as error:
+                log.warning("changes are refused: %s", error)
+                raise Unavailable(f"the change log cannot be written: {error}") from error
 
     @asynccontextmanager
     async def _alone(self, product_ids: Iterable[str]) -> AsyncIterator[None]:
@@ -123,8 +158,12 @@ class Catalogue:
 
     async def patch(self, product_id: str, patch: Patch) -> int | None:
         """Change price or stock of a product, which keeps its vector; durable when it returns.
-        `seq`; None: there is no such product."""
-        table = self._table((await asyncio.to_thread(self._bundle))[0])
+        `seq`; None: there is no such product.
+
+        Raises:
+            Unavailable: as `put`.
+        """
+        _, _, table = await asyncio.to_thread(self._published)
 
         def write() -> int | None:
             logged = self._logged(table, product_id)
@@ -132,12 +171,17 @@ class Catalogue:
                 return None
             return self._log.patch(product_id, patch)
 
-        return await asyncio.to_thread(write)
+        return await self._written(write)
 
     async def delete(self, product_id: str) -> int:
-        """Durable when it returns; `seq`."""
+        """Durable when it returns; `seq`. A product that nobody knows is deleted all the same: a
+        catalogue that a bundle is being made of may have it.
+
+        Raises:
+            Unavailable: the log cannot be written.
+        """
         async with self._alone([product_id]):
-            return await asyncio.to_thread(self._log.delete, product_id)
+            return await self._written(lambda: self._log.delete(product_id))
 
     async def changes(self, since: int, bundle: Path, version: str) -> list[Change]:
         """What comes after `since`, with vectors of `version`, the model of `bundle`."""

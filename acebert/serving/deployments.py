@@ -39,7 +39,10 @@ from acebert.serving.product_encoder import ProductEncoder
 from acebert.serving.products import Change, Patch
 from acebert.serving.query_encoder import QueryEncoder, product_side_version
 from acebert.serving.service import SearchService
+from acebert.serving.threads import to_its_end
 from acebert.serving.wanted import WantedBundle
+
+log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "ACEBERT_API_KEY"
 BUNDLES = 2  # whose encoders are kept: the old and the new one of a swap
@@ -49,6 +52,7 @@ ONE_LOOP = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
 """A runtime environment of Search: no hand-over between Ray's event loop and a second one, for each
 message of each request. What takes long runs in threads of the service."""
 QUICK, ENCODING = 5.0, 60.0  # seconds to wait for an answer, and for one that may encode products
+"""request_timeout_s of the proxies is longer, so that a request ends with our 503 and its reason"""
 ONGOING = 1000  # by Serve's default of 5, slow photos keep replicas from what changed
 QUIET = {"enable_access_log": False}
 """No line in Ray's log for each request, of which replicas alone send two a second; requests are
@@ -67,7 +71,7 @@ class ProductEncoding:
 
     async def encode(self, bundle: Path, sources: Sequence[Source]) -> NDArray[np.float32]:
         async with self._one:
-            return await asyncio.to_thread(lambda: self._encoder(bundle).encode(sources))
+            return await to_its_end(lambda: self._encoder(bundle).encode(sources))
 
 
 @serve.deployment(ray_actor_options=SOME, logging_config=QUIET, max_ongoing_requests=ONGOING)
@@ -175,8 +179,9 @@ async def _asked(response: Any, seconds: float = QUICK) -> Any:
     """What a deployment answered, with its own exceptions and not Ray's around them.
 
     Raises:
-        BrokenImage, UserError: as the deployment raised them.
-        Unavailable: it is not there (a handle would wait for it), or has too much to do.
+        BrokenImage: as the deployment raised it.
+        Unavailable: it is not there (a handle would wait for it), has too much to do, or cannot
+            read its bundle, which no client can mend.
     """
     try:
         return await asyncio.wait_for(response, seconds)
@@ -186,7 +191,10 @@ async def _asked(response: Any, seconds: float = QUICK) -> Any:
         cause: BaseException = error
         while isinstance(cause, RayTaskError) and cause.cause is not None:
             cause = cause.cause
-        if isinstance(cause, BrokenImage | UserError | Unavailable):
+        if isinstance(cause, UserError):
+            log.warning("a part of the service fails: %s", cause)
+            raise Unavailable("a part of the service cannot read its bundle: try again") from cause
+        if isinstance(cause, BrokenImage | Unavailable):
             raise cause from None
         raise
     except (RayError, RayServeException, BackPressureError) as error:

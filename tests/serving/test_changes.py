@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -217,6 +218,63 @@ def test_a_photo_that_comes_while_a_put_without_one_is_encoded_stays(log: Change
     assert order == [False, False, True]
     assert log.photo("a") is not None
     assert not catalogue._busy
+
+
+@pytest.mark.parametrize("method", ["put", "patch", "delete"])
+def test_a_change_that_is_cancelled_while_it_is_written_undoes_no_later_one(
+    log: ChangeLog, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    log.put([source("a")], vector(1), "v")
+    writing, may_write = threading.Event(), threading.Event()
+
+    async def encode(bundle: Path, sources: Sequence[Source]) -> np.ndarray:
+        return np.ones((len(sources), 4), np.float32)
+
+    catalogue = Catalogue(log, encode, lambda: (Path(), "v"), 1.0)
+    catalogue._table = lambda path: Bundles()  # type: ignore[assignment]
+    change: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+        "put": lambda: catalogue.put([source("a", "first")]),
+        "patch": lambda: catalogue.patch("a", Patch(price=1.0)),
+        "delete": lambda: catalogue.delete("a"),
+    }
+    write = getattr(log, method)
+
+    def late(*arguments: Any) -> int:
+        writing.set()
+        may_write.wait(60)
+        return write(*arguments)
+
+    async def run() -> None:
+        monkeypatch.setattr(log, method, late)
+        first = asyncio.create_task(change[method]())
+        await asyncio.to_thread(writing.wait, 60)
+        monkeypatch.setattr(log, method, write)
+        first.cancel()
+        second = asyncio.create_task(catalogue.put([source("a", "second")]))
+        await asyncio.wait([second], timeout=0.3)
+        may_write.set()
+        await second
+        await asyncio.wait([first])
+
+    asyncio.run(run())
+    (change_of_a,) = log.since(0, "v", 10)
+    assert change_of_a.product is not None
+    assert (change_of_a.product.title, change_of_a.product.price) == ("second", 9.5)
+
+
+def test_a_product_that_nobody_knows_is_deleted_from_the_bundle_that_is_to_come(
+    log: ChangeLog,
+) -> None:
+    async def encode(bundle: Path, sources: Sequence[Source]) -> np.ndarray:
+        raise AssertionError("a deletion needs no vector")
+
+    catalogue = Catalogue(log, encode, lambda: (Path(), "v"), 1.0)
+    written = datetime.now(UTC)  # a catalogue with the product, of which no bundle is made yet
+    time.sleep(0.01)
+    asyncio.run(catalogue.delete("of the new catalogue"))
+    seq, _ = asyncio.run(catalogue.begin(written))
+    (change,) = asyncio.run(catalogue.changes(seq, Path(), "v"))
+    assert (change.product_id, change.product, change.patch) == ("of the new catalogue", None, None)
 
 
 class Bundles:
