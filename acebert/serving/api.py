@@ -35,6 +35,7 @@ SAFE = {
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"model": schema.Problem, "description": "The body cannot be read"},
     401: {"model": schema.Problem, "description": "The API key is missing or wrong"},
+    408: {"description": "Ray's proxy waited as long as it may: the same may be sent again"},
     413: {"model": schema.Problem, "description": "The body is too large"},
     422: {"model": schema.Problem, "description": "The request is not what it should be"},
     503: {"model": schema.Problem, "description": "Overloaded, or a part restarts: try again"},

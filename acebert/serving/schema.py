@@ -6,7 +6,8 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, model_validator
 
 MAX_QUERY = 256
 MAX_K = 500
-MAX_BATCH = 256  # queries, or products, in one request
+MAX_BATCH = 256  # queries in one request
+MAX_PRODUCTS = 16  # in one request: so many, with large photos, are encoded in the time that it has
 MAX_HITS = 10_000  # of a batch: they are made into JSON while nobody else is served
 
 Query = Annotated[str, Field(min_length=1, max_length=MAX_QUERY)]
@@ -72,7 +73,7 @@ class NamedProductIn(ProductIn):
 
 
 class ProductsIn(Request):
-    products: list[NamedProductIn] = Field(min_length=1, max_length=MAX_BATCH)
+    products: list[NamedProductIn] = Field(min_length=1, max_length=MAX_PRODUCTS)
 
 
 class ProductOut(BaseModel):

@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 
 EVENTS = 500  # of one transaction of the log
 WARN_SECONDS = 60.0  # between two lines on a log that cannot be written
+OF_A_BATCH = 32  # searches that the index does at a time, so that others get their turn
 START_SECONDS = 60.0  # for one answer of the writer, before a replica starts without it
 BACK_OFF = 60.0  # most seconds between two attempts to load a bundle that cannot be loaded
 NO_ARM = ""  # of the metrics: the published bundle answered
@@ -145,6 +146,8 @@ class SearchService:
         self._pool = ThreadPoolExecutor(  # FAISS counts its threads for each thread that calls it
             threads + 1, "search", faiss.omp_set_num_threads, (threads,)
         )
+        # Of all matches of a frequent word SQLite sorts the scores: no search waits for that.
+        self._word_pool = ThreadPoolExecutor(threads, "words")
         self._wanted = WantedBundle(settings)
         self._lease = Lease(settings.workdir)
         self._coming: set[Path] = set()
@@ -181,6 +184,7 @@ class SearchService:
             await asyncio.to_thread(self.trial.close)
         await asyncio.to_thread(self._lease.end)
         self._pool.shutdown(wait=False)
+        self._word_pool.shutdown(wait=False)
 
     @property
     def behind(self) -> float:
@@ -199,7 +203,11 @@ class SearchService:
 
     async def load(self, directory: Path, *, starts: bool = False) -> Loaded:
         """A bundle with all changes; where the service `starts` and the writer does not answer,
-        with those that it has told."""
+        with those that it has told. One that all users and an arm, or several arms, have is there
+        once."""
+        for loaded in self.all_loaded():
+            if loaded.bundle.directory == directory:
+                return loaded
         self._coming.add(directory)
         try:
             await self._hold()
@@ -308,6 +316,34 @@ class SearchService:
         start = time.perf_counter()
         loaded = self.trial.arms[arm] if self.trial and arm else self.current()
         text = normalize_query(query)
+        vector, labels = await self._of_query(loaded, text, arm)
+        return await self._nearest(
+            loaded, vector, k, where, labels, start, text if hybrid else None, min_score
+        )
+
+    async def search_many(self, queries: Sequence[str], k: int, where: Filter) -> list[Found]:
+        """As many searches at once, of which the index does some at a time."""
+        start = time.perf_counter()
+        loaded = self.current()
+        texts = [normalize_query(query) for query in queries]
+        asked = await asyncio.gather(*(self._of_query(loaded, text, NO_ARM) for text in texts))
+        vectors = np.stack([vector for vector, _ in asked])
+        encoded = time.perf_counter()
+        hits: list[list[Hit]] = []
+        loop = asyncio.get_running_loop()
+        for first in range(0, len(vectors), OF_A_BATCH):
+            some = vectors[first : first + OF_A_BATCH]
+            hits += await loop.run_in_executor(self._pool, loaded.index.search, some, k, where)
+        return [
+            self._found(loaded, own, self._none_good([own], None), labels, start, encoded)
+            for own, (_, labels) in zip(hits, asked, strict=True)
+        ]
+
+    async def _of_query(
+        self, loaded: Loaded, text: str, arm: str
+    ) -> tuple[NDArray[np.float32], dict[str, str]]:
+        """A normalised query's vector, and the labels of its metrics."""
+        start = time.perf_counter()
         row = loaded.bundle.hot.get(text)
         labels = {"path": "tail" if row is None else "hot", "arm": arm}
         if row is not None:
@@ -316,14 +352,7 @@ class SearchService:
             vector = await self._vector(loaded, text)
             self.metrics.stage("encode", labels, time.perf_counter() - start)
         loaded.drift.add(vector)
-        return await self._nearest(
-            loaded, vector, k, where, labels, start, text if hybrid else None, min_score
-        )
-
-    async def search_many(self, queries: Sequence[str], k: int, where: Filter) -> list[Found]:
-        """As many searches at once."""
-        searches = [self.search(query, k, where, min_score=None) for query in queries]
-        return list(await asyncio.gather(*searches))
+        return vector, labels
 
     async def similar(self, product_id: str, k: int, where: Filter) -> Found | None:
         """The products nearest to a product, without it; None: there is no such product."""
@@ -377,7 +406,11 @@ class SearchService:
             return await loaded.batcher(text)
         assert self._encode_apart is not None
         version, vectors = await self._encode_apart(loaded.bundle.directory, [text])
-        check_version(version, loaded.version, loaded.bundle.directory)
+        try:
+            check_version(version, loaded.version, loaded.bundle.directory)
+        except UserError as error:
+            log.warning("a search is refused: %s", error)
+            raise Unavailable("the query encoder is of another model: try again") from error
         return vectors[0]
 
     async def _nearest(
@@ -400,14 +433,29 @@ class SearchService:
         if hybrid is not None:
             by_words = loaded.index.by_words
             rankings.append(
-                await loop.run_in_executor(self._pool, by_words, hybrid, vector, k, where)
+                await loop.run_in_executor(self._word_pool, by_words, hybrid, vector, k, where)
             )
-        scores = [hit.score for ranking in rankings for hit in ranking]
-        good = self.settings.good_score if min_score is None else min_score
-        no_good_match = not scores or (good is not None and max(scores) < good)
+        no_good_match = self._none_good(rankings, min_score)
         if min_score is not None:
             rankings = [[hit for hit in some if hit.score >= min_score] for some in rankings]
         hits = rankings[0] if hybrid is None else fuse(k, *rankings)
+        return self._found(loaded, hits, no_good_match, labels, start, asked)
+
+    def _none_good(self, rankings: Sequence[list[Hit]], min_score: float | None) -> bool:
+        scores = [hit.score for ranking in rankings for hit in ranking]
+        good = self.settings.good_score if min_score is None else min_score
+        return not scores or (good is not None and max(scores) < good)
+
+    def _found(
+        self,
+        loaded: Loaded,
+        hits: list[Hit],
+        no_good_match: bool,
+        labels: dict[str, str],
+        start: float,
+        asked: float,
+    ) -> Found:
+        """Hits as an answer, counted and timed: from `start`, in the index from `asked` on."""
         end = time.perf_counter()
         self.metrics.stage("index", labels, end - asked)
         self.metrics.stage("total", labels, end - start)
@@ -442,7 +490,7 @@ class Trial:
             UserError: nothing is published for an arm, or a bundle is broken.
         """
         for arm in self._experiment.arms:
-            self.arms[arm] = await self._bundle(published(self._workdir, arm), starts=True)
+            self.arms[arm] = await self._service.load(published(self._workdir, arm), starts=True)
 
     def _write(self, events: Sequence[Event]) -> list[None]:
         if self._log is None:
@@ -469,13 +517,6 @@ class Trial:
         if not await self._logged(event):
             raise Unavailable("the log of events cannot be written: try again")
 
-    async def _bundle(self, directory: Path, *, starts: bool = False) -> Loaded:
-        """A bundle that several arms, or all other users, have is there once."""
-        for loaded in (self._service.current(), *self.arms.values()):
-            if loaded.bundle.directory == directory:
-                return loaded
-        return await self._service.load(directory, starts=starts)
-
     async def follow(self) -> None:
         """Take over changes of products."""
         for loaded in {id(arm): arm for arm in self.arms.values()}.values():
@@ -490,7 +531,7 @@ class Trial:
         wanted = published(self._workdir, arm)
         if wanted != self.arms[arm].bundle.directory:
             async with self._service.loading:
-                self.arms[arm] = await self._bundle(wanted)
+                self.arms[arm] = await self._service.load(wanted)
 
     async def flush(self) -> None:
         """Move this replica's part of the log to Parquet."""

@@ -10,7 +10,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from untrained import save_untrained
 
 from acebert.data.tokens import load_tokenizer
 from acebert.errors import UserError
+from acebert.index import ProductIndex
 from acebert.models.dual import DualEncoder
 from acebert.serving import service
 from acebert.serving.bundle import Bundle, ProductTable, build_bundle, publish
@@ -88,6 +89,70 @@ def test_a_batch_answers_as_single_searches_do(world, with_service) -> None:
         for query, answer in zip(queries, batch.json()["answers"], strict=True):
             single = await client.get("/search", params={"q": query, "k": 7})
             assert [hit["product_id"] for hit in answer["hits"]] == ids(single)
+
+    with_service(test)
+
+
+def test_a_large_batch_is_jobs_of_the_index_one_after_another_with_the_answers_of_single_searches(
+    world, with_service, monkeypatch
+) -> None:
+    encoder = QueryEncoder.load(world.model)
+    jobs: list[int] = []
+    running, most = 0, 0
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        loaded = local.service.current()
+        search = loaded.index.search
+
+        def noted(queries: np.ndarray, *arguments: Any) -> Any:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            jobs.append(len(queries))
+            found = search(queries, *arguments)
+            running -= 1
+            return found
+
+        monkeypatch.setattr(loaded.index, "search", noted)
+        queries = [*loaded.bundle.hot, *(f"shoe number {i}" for i in range(50))]
+        batch = await client.post("/search/batch", json={"queries": queries, "k": 20})
+        n, most_a_job = len(queries), service.OF_A_BATCH
+        assert jobs == [*n // most_a_job * [most_a_job], n % most_a_job]
+        assert most == 1
+        vectors = encoder.encode(queries)
+        for query, vector, answer in zip(queries, vectors, batch.json()["answers"], strict=True):
+            assert_best(world, answer["hits"], vector, 20)
+            assert answer["path"] == ("hot" if query in loaded.bundle.hot else "tail")
+        of_none = {"queries": ["shoe"], "filter": {"category": "there is none"}}
+        (none,) = (await client.post("/search/batch", json=of_none)).json()["answers"]
+        assert (none["hits"], none["no_good_match"]) == ([], True)
+
+    with_service(test)
+
+
+def test_searches_do_not_wait_for_the_words_of_hybrid_ones(
+    world, with_service, monkeypatch
+) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        index, may_end = local.service.current().index, threading.Event()
+        by_words = index.by_words
+
+        def slow(*arguments: Any) -> Any:
+            assert may_end.wait(60)
+            return by_words(*arguments)
+
+        monkeypatch.setattr(index, "by_words", slow)
+        asked = [
+            asyncio.create_task(client.get("/search?q=shoe&hybrid=true"))
+            for _ in range(local.service.settings.threads + 3)
+        ]
+        try:
+            await asyncio.wait(asked, timeout=0.2)
+            plain = await asyncio.wait_for(client.get("/search?q=shoe"), 30)
+        finally:
+            may_end.set()
+        assert len(ids(plain)) == 10
+        assert all([ids(await answer) for answer in asked])
 
     with_service(test)
 
@@ -237,7 +302,9 @@ def test_a_put_without_a_photo_keeps_photo_and_hot_queries(world, with_service) 
 def test_a_restarted_service_has_the_changes_it_acknowledged(world, with_service) -> None:
     async def write(client: httpx.AsyncClient, local: Any) -> None:
         bodies = [{"product_id": f"n{i}", "title": f"new thing {i}"} for i in range(30)]
-        assert (await client.post("/products", json={"products": bodies})).status_code == 202
+        for some in (bodies[:16], bodies[16:]):
+            assert (await client.post("/products", json={"products": some})).status_code == 202
+        assert (await client.post("/products", json={"products": bodies})).status_code == 422
         assert (await client.delete(f"/products/{world.ids[0]}")).status_code == 202
 
     async def read(client: httpx.AsyncClient, local: Any) -> None:
@@ -600,6 +667,93 @@ def test_vectors_of_two_models_are_refused(world, with_service, tmp_path) -> Non
     (mixed / "bundle.json").write_text(json.dumps(info | {"version": "another"}))
     with pytest.raises(UserError, match="in a bundle of model another"):
         Bundle(mixed)
+
+
+def cut_to_16_dimensions(bundle: Path, to: Path) -> Path:
+    """A bundle as of a model that was cut when its products were embedded."""
+    shutil.copytree(bundle, to)
+    for name in ("vectors", "hot", "query_mean"):
+        whole = np.load(to / f"{name}.npy")
+        np.save(to / f"{name}.npy", np.ascontiguousarray(whole[..., :16]))
+    vectors, ids = np.load(to / "vectors.npy"), ProductIndex.load(to / "index").product_ids
+    index = ProductIndex.build(vectors, ids, vectors[:50], ann_from=1, kind="flat")
+    index.save(to / "index")
+    return to
+
+
+def test_a_bundle_of_other_dimensions_than_the_query_encoders_is_refused_and_the_old_one_serves(
+    world, with_service, tmp_path, caplog
+) -> None:
+    cut = cut_to_16_dimensions(world.bundle, tmp_path / "cut")
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        publish(world.settings.workdir, cut)
+
+        async def refused() -> bool:
+            return f"{cut}: vectors of different dimensions (products 16, index 16" in caplog.text
+
+        await until(refused)
+        assert len(ids(await client.get("/search?q=purple+zebra"))) == 10
+        assert (await client.get("/version")).json()["bundle"] == world.bundle.name
+
+    with_service(test)
+
+
+def test_hot_queries_and_vectors_of_another_number_are_refused(world, tmp_path) -> None:
+    shutil.copytree(world.bundle, tmp_path / "bundle")
+    hot = np.load(tmp_path / "bundle" / "hot.npy")
+    np.save(tmp_path / "bundle" / "hot.npy", hot[:-1])
+    with pytest.raises(UserError, match=f"{len(hot)} hot queries and {len(hot) - 1} vectors"):
+        Bundle(tmp_path / "bundle")
+
+
+def unavailable(answer: httpx.Response, reason: str) -> bool:
+    assert answer.status_code == 503, answer.text
+    assert int(answer.headers["retry-after"]) >= 1
+    return reason in answer.json()["error"] and "/" not in answer.json()["error"]
+
+
+def test_changes_are_put_off_while_no_bundle_is_published_that_can_be_read(
+    world, with_service
+) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        pointer = world.settings.workdir / "serving" / "published.json"
+        pointer.rename(pointer.with_suffix(".away"))
+        reason, name = "no bundle is published", world.ids[0]
+        assert unavailable(await client.put("/products/new", json={"title": "new"}), reason)
+        assert unavailable(await client.patch(f"/products/{name}", json={"price": 1}), reason)
+        publish(world.settings.workdir, world.bundle)
+        assert (await client.put("/products/new", json={"title": "new"})).status_code == 202
+
+    with_service(test)
+
+
+def test_changes_are_put_off_while_the_disk_is_full(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        db = local.catalogue._log._db
+        (pages,) = db.execute("PRAGMA page_count").fetchone()
+        db.execute(f"PRAGMA max_page_count={pages}")
+        long = {"title": "x" * 2000}
+        bodies = [{"product_id": f"n{i}", **long} for i in range(16)]
+        reason = "the change log cannot be written: database or disk is full"
+        assert unavailable(await client.post("/products", json={"products": bodies}), reason)
+        db.execute(f"PRAGMA max_page_count={pages + 1000}")
+        assert (await client.post("/products", json={"products": bodies})).status_code == 202
+
+    with_service(test)
+
+
+def test_a_query_encoder_apart_that_is_of_another_model_makes_the_service_unavailable(
+    world, with_service
+) -> None:
+    async def other(bundle: Path, texts: Sequence[str]) -> tuple[str, np.ndarray]:
+        return "another", world.vectors[: len(texts)]
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        local.service._encode_apart = other
+        assert unavailable(await client.get("/search?q=purple+zebra"), "of another model")
+
+    with_service(test, encoder_apart=True)
 
 
 def test_many_products_are_encoded_a_few_at_a_time(world, monkeypatch) -> None:

@@ -320,6 +320,26 @@ def test_an_old_log_ages_out_in_a_service_that_runs_no_experiment(world, with_se
     assert list((events / "hot").iterdir()) == []
 
 
+def test_an_arms_bundle_that_is_published_for_all_is_not_loaded_once_more(
+    world, with_service
+) -> None:
+    workdir = world.settings.workdir
+    publish(workdir, world.bundle, "old")
+    publish(workdir, world.other_bundle, "new")
+
+    async def test(client: Any, local: Any) -> None:
+        service = local.service
+        assert service.loaded is service.trial.arms["old"]
+        publish(workdir, world.other_bundle)
+        for _ in range(1200):
+            if service.loaded.bundle.directory == world.other_bundle:
+                break
+            await asyncio.sleep(0.05)
+        assert service.loaded is service.trial.arms["new"]
+
+    with_service(test, experiment={"name": "test", "arms": ("old", "new")})
+
+
 def test_a_service_holds_the_bundles_that_it_has_loaded(world, with_service) -> None:
     workdir = world.settings.workdir
     publish(workdir, world.bundle, "old")
