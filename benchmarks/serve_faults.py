@@ -5,7 +5,8 @@
 A and B are bundles of one catalogue by two models. Two Search replicas behind Ray's HAProxy, which
 asks the other replica when one is gone. In the middle of constant load a replica is killed with -9,
 B is published, another replica is killed; all the while products are added, replaced and deleted.
-At the end every change has to be as it was acknowledged, on every replica that answers.
+At the end every change has to be as it was acknowledged, on every replica that answers. It ends
+with status 1 where a search failed or a product is not so; changes that were refused are counted.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -58,30 +60,41 @@ async def load(
             seen[type(error).__name__] += 1
 
 
-async def change(client: httpx.AsyncClient, truth: dict[str, str | None], left: list[int]) -> None:
-    """Changes of 50 products; `truth` holds what was acknowledged last."""
+async def change(
+    client: httpx.AsyncClient, truth: dict[str, str | None], left: list[int], refused: Counter
+) -> None:
+    """Changes of 50 products; `truth` holds what was acknowledged last, `refused` counts why others
+    were not."""
     number = 0
     while left[0] > 0:
         number += 1
         name = f"fault-{number % 50}"
-        if random.random() < 0.3:
-            answer = await client.delete(f"/products/{name}")
-            value = None
-        else:
-            value = f"thing {number}"
-            answer = await client.put(f"/products/{name}", json={"title": value})
-        if answer.status_code == 202:
+        value = None if random.random() < 0.3 else f"thing {number}"
+        try:
+            if value is None:
+                answer = await client.delete(f"/products/{name}")
+            else:
+                answer = await client.put(f"/products/{name}", json={"title": value})
+            status: object = answer.status_code
+        except httpx.HTTPError as error:
+            status = type(error).__name__
+        if status == 202:
             truth[name] = value
+        else:
+            refused[status] += 1
+            truth.pop(name, None)  # it may have been made or not
         await asyncio.sleep(0.05)
 
 
-async def scenario(arguments: argparse.Namespace, workdir: Path) -> None:
+async def scenario(arguments: argparse.Namespace, workdir: Path) -> bool:
+    """Whether no search failed and every product is as it was acknowledged."""
     from acebert.serving.bundle import publish
 
     info = json.loads((arguments.bundle / "bundle.json").read_text())
     queries = [f"red shoe {i}" for i in range(200)]
     left = [arguments.requests]
     seen: Counter[object] = Counter()
+    refused: Counter[object] = Counter()
     truth: dict[str, str | None] = {}
     limits = httpx.Limits(max_connections=arguments.clients + 4)
     async with httpx.AsyncClient(base_url=URL, timeout=60, limits=limits) as client:
@@ -94,7 +107,7 @@ async def scenario(arguments: argparse.Namespace, workdir: Path) -> None:
             await asyncio.sleep(0.5)
         start = time.perf_counter()
         tasks = [load(client, queries, left, seen) for _ in range(arguments.clients)]
-        running = asyncio.gather(*tasks, change(client, truth, left))
+        running = asyncio.gather(*tasks, change(client, truth, left, refused))
 
         async def when(share: float) -> None:
             while left[0] > (1 - share) * arguments.requests:
@@ -127,7 +140,9 @@ async def scenario(arguments: argparse.Namespace, workdir: Path) -> None:
         )
         for what, count in sorted(seen.items(), key=str):
             print(f"{what}: {count}")
+        print(f"changes that were refused: {dict(refused) or 0}")
         print(f"products that are not as acknowledged: {wrong}")
+    return wrong == 0 and seen[200] == arguments.requests
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -146,9 +161,11 @@ def main(arguments: argparse.Namespace) -> None:
         )
         serve.start(http_options={"port": 8000})
         serve.run(build(settings, replicas=2), blocking=False)
-        asyncio.run(scenario(arguments, Path(folder)))
+        held = asyncio.run(scenario(arguments, Path(folder)))
         serve.shutdown()
         ray.shutdown()
+    if not held:
+        sys.exit("a search failed, or a product is not as it was acknowledged")
 
 
 if __name__ == "__main__":
