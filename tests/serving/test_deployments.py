@@ -1,5 +1,6 @@
 """The service on Ray Serve, over HTTP; replicas and the writer are killed with -9."""
 
+import asyncio
 import json
 import os
 import re
@@ -7,16 +8,24 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from acebert.config import ExperimentSettings
+from acebert.errors import UserError
+from acebert.evaluation import embed
+from acebert.evaluation.recall import DotProduct, search_catalogue
+from acebert.evaluation.testset import load_test_set
 from acebert.experiment.assignment import Experiment
 from acebert.serving.bundle import publish
+from acebert.serving.catalogue import Unavailable
+from acebert.serving.deployments import _asked
 from acebert.serving.drift import WINDOW
 from acebert.serving.leases import held
 from acebert.serving.query_encoder import QueryEncoder
@@ -96,6 +105,42 @@ def test_the_top_100_are_numpys_on_the_embed_stages_vectors(
         best = sorted(of.values(), reverse=True)
         np.testing.assert_allclose(list(found.values()), best[:100], atol=1e-5)
         assert len(best) > 100  # so that the cut matters
+
+
+def test_the_top_100_of_the_test_days_queries_are_those_of_evaluation(
+    client: httpx.Client, shared_world: Any
+) -> None:
+    import ray
+
+    world, none = shared_world, np.empty(0, np.int64)
+    test = load_test_set(world.settings, world.ingested)
+    queries = test.queries[:30]
+    make = partial(embed._Queries, model=world.model, texts=ray.put(pa.array(queries)))
+    # Here, and by no actor: the replicas leave no whole CPU.
+    embedded = embed._Embedder(world.settings, world.model, make, 1)(
+        {"start": np.array([0]), "stop": np.array([len(queries)])}
+    )
+    vectors = np.empty_like(embedded["embedding"])
+    vectors[embedded["row"]] = embedded["embedding"]
+    found = search_catalogue(DotProduct(vectors, world.vectors), len(queries), none, none, 100)
+    for query, rows, scores in zip(queries, found.top, found.top_score, strict=True):
+        answer = client.get("/search", params={"q": query, "k": 100})
+        hits = {hit["product_id"]: hit["score"] for hit in answer.json()["hits"]}
+        np.testing.assert_allclose(list(hits.values()), scores, atol=1e-5)
+        top = dict(zip([test.product_ids[row] for row in rows], scores, strict=True))
+        for name in hits.keys() ^ top.keys():  # of equal products either may be the last
+            assert {**hits, **top}[name] == pytest.approx(scores[-1], abs=1e-5)
+
+
+def test_a_part_that_cannot_read_its_bundle_is_unavailable_and_no_fault_of_the_request() -> None:
+    from ray.exceptions import RayTaskError
+
+    async def fails() -> None:
+        broken = RayTaskError("encode", "traceback", UserError("/srv/bundle: broken"))
+        raise broken.as_instanceof_cause()
+
+    with pytest.raises(Unavailable, match="cannot read its bundle: try again"):
+        asyncio.run(_asked(fails()))
 
 
 def test_changes_reach_both_replicas_and_outlive_a_replica_and_the_writer(

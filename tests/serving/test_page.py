@@ -1,7 +1,12 @@
 """The search page in a real Chromium, by keyboard, on a desktop and on a phone."""
 
+from typing import Any
+from urllib.parse import urlencode
+
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
+
+from acebert.serving.bundle import Bundle
 
 
 def opened(browser: Browser, address: str, width: int, height: int) -> tuple[Page, list[str]]:
@@ -96,3 +101,14 @@ def test_a_title_is_text_and_no_markup(browser: Browser, address: str) -> None:
     expect(page.locator(".card .title")).to_have_text("<img src=x onerror=alert(1)>")
     assert not [line for line in seen if line.startswith("error")]
     page.close()
+
+
+@pytest.mark.slow
+def test_a_query_whose_vector_was_there_is_shown_as_hot_and_another_as_encoded(
+    browser: Browser, address: str, world: Any
+) -> None:
+    hot = next(iter(Bundle(world.bundle).hot))
+    for query, shown in ((hot, "hot query"), ("purple zebra", "encoded now")):
+        page, _ = opened(browser, f"{address}/?{urlencode({'q': query})}", 800, 600)
+        expect(page.locator("#status")).to_contain_text(f"· {shown} ·")
+        page.close()
