@@ -6,8 +6,8 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, model_validator
 
 MAX_QUERY = 256
 MAX_K = 500
-MAX_BATCH = 256  # queries in one request
-MAX_PRODUCTS = 16  # in one request: so many, with large photos, are encoded in the time that it has
+MAX_BATCH = 256  # queries, or products, in one request
+MAX_PHOTOS = 16  # of one request: so many large ones are read and encoded in the time that it has
 MAX_HITS = 10_000  # of a batch: they are made into JSON while nobody else is served
 
 Query = Annotated[str, Field(min_length=1, max_length=MAX_QUERY)]
@@ -73,7 +73,15 @@ class NamedProductIn(ProductIn):
 
 
 class ProductsIn(Request):
-    products: list[NamedProductIn] = Field(min_length=1, max_length=MAX_PRODUCTS)
+    products: list[NamedProductIn] = Field(min_length=1, max_length=MAX_BATCH)
+    """at most 16 of them with a photo"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        photos = sum(product.photo is not None for product in self.products)
+        if photos > MAX_PHOTOS:
+            raise ValueError(f"{photos} products have a photo, {MAX_PHOTOS} at most")
+        return self
 
 
 class ProductOut(BaseModel):
