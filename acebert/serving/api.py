@@ -276,7 +276,7 @@ def _states(app: FastAPI, service: SearchService) -> None:
             "dimensions": info["dimensions"],
             "hot_queries": info["hot_queries"],
             "changes": loaded.seq,
-            "behind_s": round(service.behind, 3),
+            "behind_s": round(loaded.behind, 3),
         }
 
 

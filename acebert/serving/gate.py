@@ -39,6 +39,8 @@ class Gate:
         headers = dict(scope["headers"])
         path = scope["path"]
         probed = path in ("/health", "/ready")
+        if not probed:
+            send = self._counted(send)
         if self.running >= self.max_requests and not probed:
             await self._refuse(send, 503, "overloaded: try again")
         elif not self._may(path, headers):
@@ -51,6 +53,16 @@ class Gate:
                 await self._pass_on(scope, receive, send)
             finally:
                 self.running -= 1
+
+    def _counted(self, send: Send) -> Send:
+        """Count the answer by its status, whoever gives it."""
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.answers.inc(1, {"status": str(message["status"])})
+            await send(message)
+
+        return counted
 
     def _may(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if self.key is None or path == "/" or path.startswith(OPEN):

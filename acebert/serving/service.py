@@ -96,6 +96,8 @@ class Loaded:
         self.seq = 0
         self.begun = False
         """the writer has said where to begin"""
+        self.heard = 0.0
+        """when the writer last said what changed, by the monotonic clock"""
         self.applying = asyncio.Lock()
         self.drift = QueryDrift(self.bundle.query_mean)
         self.index: LiveProducts
@@ -114,6 +116,11 @@ class Loaded:
             self.batcher = Batcher(
                 encoder.encode, pool, serve.batch_size, serve.batch_wait_ms / 1000
             )
+
+    @property
+    def behind(self) -> float:
+        """Seconds since the writer last said what changed."""
+        return time.monotonic() - self.heard
 
 
 def check_version(found: str, expected: str, where: object) -> None:
@@ -155,7 +162,6 @@ class SearchService:
         experiment = Experiment.of(settings.experiment)
         self.trial = Trial(experiment, self) if experiment else None
         self.loading = asyncio.Lock()
-        self._heard = 0.0
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -169,12 +175,14 @@ class SearchService:
         often = self.settings.follow_seconds
         flush = self.all_settings.experiment.flush_seconds
         steps: list[tuple[Step, float, float]]
-        steps = [(self._follow, often, often), (self._swap, often, BACK_OFF)]
+        steps = [(self._swap, often, BACK_OFF)]
         steps += [(self._hold, EVERY_SECONDS, EVERY_SECONDS), (self._tend_log, flush, BACK_OFF)]
         if self.trial is not None:
             await self.trial.start()
-            steps += [(self.trial.follow, often, often), (self.trial.flush, flush, BACK_OFF)]
+            steps += [(self.trial.flush, flush, BACK_OFF)]
             steps += [(swap, often, BACK_OFF) for swap in self.trial.swaps()]
+        # One for each, so that an arm whose changes cannot be encoded holds up no other.
+        steps += [(partial(self._follow, arm), often, often) for arm in self._answering()]
         self._tasks = [asyncio.create_task(self._repeat(*step)) for step in steps]
 
     async def stop(self) -> None:
@@ -186,19 +194,18 @@ class SearchService:
         self._pool.shutdown(wait=False)
         self._word_pool.shutdown(wait=False)
 
-    @property
-    def behind(self) -> float:
-        """Seconds since the writer last said what changed."""
-        return time.monotonic() - self._heard
-
     def current(self) -> Loaded:
         assert self.loaded is not None, "start() was not awaited"
         return self.loaded
 
+    def _answering(self) -> dict[str, Loaded]:
+        """The published bundle as NO_ARM, then those of an experiment's arms."""
+        arms = self.trial.arms if self.trial is not None else {}
+        return {**({NO_ARM: self.loaded} if self.loaded else {}), **arms}
+
     def all_loaded(self) -> list[Loaded]:
         """The published bundle first, then those of an experiment's arms, each once."""
-        arms = self.trial.arms if self.trial is not None else {}
-        every = [*([self.loaded] if self.loaded else []), *arms.values()]
+        every = self._answering().values()
         return list({loaded.bundle.directory: loaded for loaded in every}.values())
 
     async def load(self, directory: Path, *, starts: bool = False) -> Loaded:
@@ -243,7 +250,7 @@ class SearchService:
                 await asyncio.to_thread(loaded.index.apply, changes)
                 loaded.seq = changes[-1].seq
                 self.metrics.changes.inc(len(changes))
-        self._heard = time.monotonic()
+        loaded.heard = time.monotonic()
         return len(changes)
 
     async def _repeat(self, step: Step, seconds: float, most: float) -> None:
@@ -261,13 +268,13 @@ class SearchService:
                 why = "goes on with what it has, tries again in %.1f s: %s"
                 log.warning(why, wait, error, exc_info=not known)
 
-    async def _follow(self) -> None:
+    async def _follow(self, arm: str) -> None:
+        """Take changes over into what answers for `arm`."""
         try:
-            loaded = self.current()
+            loaded = self._answering()[arm]
             while await self.catch_up(loaded) == LIMIT:
                 pass
         finally:
-            self.metrics.behind.set(self.behind)
             self._tell()
 
     async def _hold(self) -> None:
@@ -289,9 +296,8 @@ class SearchService:
 
     def _tell(self) -> None:
         """Metrics of what is served, and of what waits."""
-        arms = self.trial.arms if self.trial is not None else {}
-        for arm, loaded in {NO_ARM: self.current(), **arms}.items():
-            self.metrics.state(loaded.bundle, arm, loaded.drift.value)
+        for arm, loaded in self._answering().items():
+            self.metrics.state(loaded.bundle, arm, loaded.drift.value, loaded.behind)
         batchers = [loaded.batcher for loaded in self.all_loaded()]
         self.metrics.waiting.set(sum(batcher.waiting for batcher in batchers if batcher))
 
@@ -516,12 +522,6 @@ class Trial:
         """
         if not await self._logged(event):
             raise Unavailable("the log of events cannot be written: try again")
-
-    async def follow(self) -> None:
-        """Take over changes of products."""
-        for loaded in {id(arm): arm for arm in self.arms.values()}.values():
-            while await self._service.catch_up(loaded) == LIMIT:
-                pass
 
     def swaps(self) -> list[Step]:
         """For each arm, what takes over a newer bundle."""

@@ -658,6 +658,30 @@ def test_what_is_too_much_is_refused_at_once_and_the_rest_answered(world, with_s
     with_service(test, max_requests=5)
 
 
+def test_every_answer_is_counted_by_its_status_and_probes_are_not(
+    with_service, monkeypatch
+) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        counted: list[str] = []
+
+        def note(count: int, tags: dict[str, str]) -> None:
+            counted.append(tags["status"])
+
+        async def fails(*_: object, **__: object) -> None:
+            raise RuntimeError("a fault of the service")
+
+        monkeypatch.setattr(local.service.metrics.answers, "inc", note)
+        for path in ("/health", "/ready", "/search?q=shoe", "/search", "/products/nobodys"):
+            await client.get(path)
+        await client.post("/search/batch", content=b"x" * (17 << 20))
+        monkeypatch.setattr(local.service, "search", fails)
+        with pytest.raises(RuntimeError):  # as the server would log it
+            await client.get("/search?q=shoe")
+        assert counted == ["200", "422", "404", "413", "500"]
+
+    with_service(test)
+
+
 def test_vectors_of_two_models_are_refused(world, with_service, tmp_path) -> None:
     mixed = tmp_path / "mixed"
     shutil.copytree(world.bundle, mixed)

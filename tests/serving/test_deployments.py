@@ -184,7 +184,7 @@ def test_every_metric_that_the_dashboard_asks_for_is_one_that_the_service_export
         for target in panel["targets"]
         for name in re.findall(r"ray_\w+", target["expr"])
     }
-    assert len(asked) == 10
+    assert len(asked) == 11
     for _ in range(2 * WINDOW // 100):  # drift is told from WINDOW searches of a replica on
         answer = client.post("/search/batch", json={"queries": ["red shoe"] * 100, "k": 1})
         assert answer.status_code == 200, answer.text
@@ -215,7 +215,8 @@ def test_every_metric_that_the_dashboard_asks_for_is_one_that_the_service_export
         return {match[1] for line in lines if (match := re.search(r'arm="(\w*)"', line))}
 
     until(lambda: by_arm("acebert_queries_total") == {"", experiment.arm("u")}, 120)
-    assert by_arm("acebert_age_s") == by_arm("acebert_products") == {"", "old", "new"}
+    for metric in ("acebert_age_s", "acebert_products", "acebert_behind_s"):
+        assert by_arm(metric) == {"", "old", "new"}
 
 
 def test_replicas_that_are_shut_down_hold_no_bundle_any_more(
