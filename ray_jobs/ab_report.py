@@ -53,7 +53,7 @@ def work(arguments: argparse.Namespace) -> None:
             for path in sorted(events.glob("*/*/*.parquet"))
         }
         dealt = settings.experiment.model_dump(include={"name", "arms", "shares", "design", "salt"})
-        key = {"version": 2, "files": digest_of(files), **dealt, **asked}
+        key = {"version": 3, "files": digest_of(files), **dealt, **asked}
         stage = run_stage(settings.workdir, "ab_report", key, build)
     tracked(settings, stage, name=f"A/B {experiment.name}")
     print((stage.path / "report.txt").read_text())

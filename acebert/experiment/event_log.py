@@ -27,7 +27,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -37,6 +37,8 @@ from filelock import FileLock, Timeout
 log = logging.getLogger(__name__)
 
 ROWS = 100_000  # of a row group
+MOVED = 10_000  # events moved to Parquet at a time: bounds the memory, and how long appends wait
+STALE_SECONDS = 3600  # without a byte more, after which a half-written file is nobody's
 DAY_SECONDS = 24 * 3600
 TIME = pa.timestamp("ms", tz="UTC")
 SCHEMAS = {
@@ -51,6 +53,8 @@ SCHEMAS = {
             "products": pa.list_(pa.string()),
             "teams": pa.list_(pa.string()),
             "dealing": pa.string(),
+            "design": pa.string(),
+            "versions": pa.map_(pa.string(), pa.string()),
         }
     ),
     "action": pa.schema(
@@ -63,6 +67,10 @@ SCHEMAS = {
         }
     ),
 }
+
+
+Shown = Literal["split", "interleave", "compare"]
+"""one arm's list, a draft of two, or two lists side by side"""
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,9 @@ class Exposure:
     """as shown, best first"""
     dealing: str
     """how users were dealt to arms, see `Experiment.dealing`"""
+    design: Shown
+    versions: dict[str, str]
+    """arm that answered → version of its model"""
     teams: Sequence[str | None] | None = None
     """interleaved, or two lists side by side (the left one first): the arm that a click on each
     product counts for; None: for no arm"""
@@ -140,13 +151,17 @@ class EventLog:
     def flush(self) -> int:
         """Move what is there to Parquet; how many events those were. Events are appended while
         their files are written."""
+        moved = 0
         with self._flushing:
-            with self._lock:
-                rows = _rows(self._db)
-            _write(rows, self._directory)
-            with self._lock:
-                _delete(self._db, rows)
-            return len(rows)
+            while True:
+                with self._lock:
+                    rows = _rows(self._db)
+                _write(rows, self._directory)
+                with self._lock:
+                    _delete(self._db, rows)
+                moved += len(rows)
+                if len(rows) < MOVED:  # not until none is left: some always may come
+                    return moved
 
     def close(self) -> None:
         """Flush, and leave no file behind."""
@@ -185,8 +200,9 @@ def tend(directory: Path, days: int) -> None:
 
 
 def forget(directory: Path, days: int) -> None:
-    """Delete the days that ended more than `days` days ago, and what was set aside before that.
-    Where another process holds the log's lock it is left for the next time."""
+    """Delete the days that ended more than `days` days ago, what was set aside before that, and
+    half-written files of processes that were killed. Where another process holds the log's lock it
+    is left for the next time."""
     if not directory.is_dir():
         return
     now = datetime.now(UTC)
@@ -196,6 +212,10 @@ def forget(directory: Path, days: int) -> None:
             for folder in (directory / kind).glob("????-??-??"):
                 if folder.name < first:
                     shutil.rmtree(folder)
+            for partial in (directory / kind).glob("*/.*.partial"):
+                with suppress(FileNotFoundError):  # it is whole by now
+                    if partial.stat().st_mtime < now.timestamp() - STALE_SECONDS:
+                        partial.unlink()
         for aside in (directory / "hot").glob("*.broken*"):
             if aside.stat().st_mtime < now.timestamp() - (days + 1) * DAY_SECONDS:
                 aside.unlink()
@@ -204,6 +224,7 @@ def forget(directory: Path, days: int) -> None:
 def compact(directory: Path) -> int:
     """Make one file of each day that is over; how many files were replaced. Replicas only add
     files, so it may run beside them; a kill leaves events twice, of which readers drop the second.
+    A day that cannot be read or written stays as it is, with a line in the log.
 
     Memory: ROWS rows, whatever the length of a day.
     """
@@ -217,8 +238,12 @@ def compact(directory: Path) -> int:
                 files = sorted(folder.glob("*.parquet"))
                 if folder.name >= today or len(files) < 2:
                     continue
-                rows = ds.dataset(files, schema).to_batches(batch_size=ROWS)
-                _write_file(folder, schema, rows)
+                try:
+                    rows = ds.dataset(files, schema).to_batches(batch_size=ROWS)
+                    _write_file(folder, schema, rows)
+                except (OSError, pa.ArrowException) as error:
+                    log.warning("%s: not made one file: %s", folder, error)
+                    continue
                 for file in files:
                     file.unlink()
                 replaced += len(files)
@@ -257,13 +282,15 @@ def _salt(directory: Path) -> bytes:
         if not path.exists():
             directory.mkdir(parents=True, exist_ok=True)
             aside = directory / f".user_salt.{uuid.uuid4().hex}"
-            with os.fdopen(
-                os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
-            ) as out:
-                out.write(secrets.token_bytes(32))
-            with suppress(FileExistsError):  # another replica was faster: its salt holds
-                os.link(aside, path)
-            aside.unlink()
+            try:
+                with os.fdopen(
+                    os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
+                ) as out:
+                    out.write(secrets.token_bytes(32))
+                with suppress(FileExistsError):  # another replica was faster: its salt holds
+                    os.link(aside, path)
+            finally:
+                aside.unlink(missing_ok=True)
         _SALTS[directory] = path.read_bytes()
     return _SALTS[directory]
 
@@ -285,14 +312,18 @@ def _open(path: Path, mode: str, wait: float) -> sqlite3.Connection:
 
 
 def _move(db: sqlite3.Connection, directory: Path) -> int:
-    rows = _rows(db)
-    _write(rows, directory)
-    _delete(db, rows)
-    return len(rows)
+    moved = 0
+    while rows := _rows(db):
+        _write(rows, directory)
+        _delete(db, rows)
+        moved += len(rows)
+    return moved
 
 
 def _rows(db: sqlite3.Connection) -> list[Row]:
-    return db.execute("SELECT seq, kind, body FROM event ORDER BY seq").fetchall()
+    """The oldest, MOVED at most."""
+    sql = "SELECT seq, kind, body FROM event ORDER BY seq LIMIT ?"
+    return db.execute(sql, (MOVED,)).fetchall()
 
 
 def _delete(db: sqlite3.Connection, rows: list[Row]) -> None:
@@ -306,6 +337,8 @@ def _write(rows: list[Row], directory: Path) -> None:
     of_file: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _, kind, body in rows:
         event = json.loads(body)
+        if kind == "exposure":
+            event["versions"] = list(event["versions"].items())  # as Arrow wants a map
         day = f"{datetime.fromtimestamp(event['at'] / 1000, UTC):%Y-%m-%d}"
         of_file.setdefault((kind, day), []).append(event)
     for (kind, day), events in of_file.items():
@@ -315,21 +348,25 @@ def _write(rows: list[Row], directory: Path) -> None:
 
 
 def _write_file(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """One file more, in row groups of at least ROWS; durable when it returns."""
+    """One file more, in row groups of at least ROWS; durable when it returns. What cannot be
+    written whole leaves nothing: on a full disk each try would take some more of it."""
     final = folder / f"{uuid.uuid4().hex}.parquet"
     aside = folder / f".{final.name}.partial"
-    with aside.open("wb") as file:
-        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-            group: list[pa.RecordBatch] = []
-            for batch in batches:
-                group.append(batch)
-                if sum(len(part) for part in group) >= ROWS:
-                    writer.write_table(pa.Table.from_batches(group, schema))
-                    group = []
-            writer.write_table(pa.Table.from_batches(group, schema))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(final)
+    try:
+        with aside.open("wb") as file:
+            with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+                group: list[pa.RecordBatch] = []
+                for batch in batches:
+                    group.append(batch)
+                    if sum(len(part) for part in group) >= ROWS:
+                        writer.write_table(pa.Table.from_batches(group, schema))
+                        group = []
+                writer.write_table(pa.Table.from_batches(group, schema))
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(final)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _unlink(path: Path) -> None:

@@ -5,7 +5,8 @@
 Read from the log's Parquet files by DuckDB, which spills to disk; only sums by user come to memory.
 Of the searches in the days that are asked for, those of the newest dealing count: users whom other
 shares or another salt dealt otherwise are another experiment's.
-A search, and an action on one product of a search, count once however often they were logged.
+A search, and an action on one product of a search, count once however often they were logged; of
+the lists of a search that was sent again the last, for that is the one that the shopper had.
 Actions on searches or products that the log does not show count as strays and nowhere else; users
 who were in two arms are left out and counted.
 """
@@ -22,6 +23,7 @@ from tempfile import TemporaryDirectory
 import duckdb
 import matplotlib
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
@@ -51,14 +53,29 @@ LIFT = 0.05
 
 _SEARCHES = """
 CREATE TABLE searches AS
-SELECT search_id, arm, "user", products, teams, "at", coalesce(dealing, '') AS dealing
+SELECT search_id, arm, "user", products, teams, "at", coalesce(dealing, '') AS dealing, design,
+    versions
 FROM {exposures}
 WHERE experiment = {name} AND CAST("at" AS DATE) BETWEEN {first} AND {last}
-QUALIFY row_number() OVER (PARTITION BY search_id ORDER BY "at") = 1
+QUALIFY row_number() OVER (PARTITION BY search_id ORDER BY "at" DESC) = 1
 """
 
 _OTHER_DEALINGS = """
 DELETE FROM searches WHERE dealing <> (SELECT dealing FROM searches ORDER BY "at" DESC LIMIT 1)
+"""
+
+_DEALT_OTHERWISE = """
+SELECT count(*) FROM searches WHERE dealing <> {dealing}
+"""
+
+_WITHOUT_DESIGN = """
+SELECT count(*) FROM searches WHERE design IS NULL
+"""
+
+_VERSIONS = """
+SELECT entry.key, entry.value, CAST(CAST(min("at") AS DATE) AS TEXT)
+FROM (SELECT unnest(map_entries(versions)) AS entry, "at" FROM searches)
+GROUP BY entry.key, entry.value ORDER BY min("at"), entry.value
 """
 
 _DAYS = """
@@ -109,7 +126,7 @@ _WINS = """
 SELECT sum(sign(b - a)), count(*) FILTER (a <> b) FROM (
     SELECT "user", count(*) FILTER (team = {a}) AS a, count(*) FILTER (team = {b}) AS b
     FROM actions JOIN searches USING (search_id)
-    WHERE shown AND action = 'click' AND searches.teams IS NOT NULL GROUP BY search_id, "user"
+    WHERE shown AND action = 'click' AND design = 'interleave' GROUP BY search_id, "user"
 ) GROUP BY "user" HAVING count(*) FILTER (a <> b) > 0
 """
 
@@ -173,6 +190,10 @@ class Readout:
     last_day: str
     other_dealings: int
     """searches in these days that do not count, for users were dealt otherwise then"""
+    dealt_otherwise: bool
+    """than by the settings that the report is given, whose shares `mismatch_p` is of"""
+    versions: dict[str, list[tuple[str, str]]]
+    """arm → versions of its model, each with its first day; those of the log, the oldest first"""
     mismatch_p: float
     """of the users by arm under the planned shares; below MISMATCH no lift is to be believed"""
     preference: Effect | None
@@ -210,8 +231,8 @@ def read_out(
             of temporary files).
 
     Raises:
-        UserError: the log has no search of this experiment in these days, or other arms; or a file
-            of it cannot be read.
+        UserError: the log has no search of this experiment in these days, or other arms; a file of
+            it cannot be read, or lacks a column.
     """
     exposures, actions = (
         sorted(events.glob(f"{kind}/*/*.parquet")) for kind in ("exposure", "action")
@@ -236,10 +257,9 @@ def read_out(
             )
             ((other_dealings,),) = con.execute(_OTHER_DEALINGS).fetchall()
             without_search = _load_actions(con, exposures, actions)
-        except duckdb.BinderException as error:
-            lacking = _lacking("exposure", exposures) + _lacking("action", actions)
-            raise UserError("; ".join(lacking) or f"{events}: {error}") from error
-        except (duckdb.IOException, duckdb.InvalidInputException) as error:
+        except (duckdb.BinderException, duckdb.IOException, duckdb.InvalidInputException) as error:
+            for kind, paths in (("exposure", exposures), ("action", actions)):
+                _refuse_lacking(kind, paths)
             raise UserError(f"{events}: a file of the log cannot be read: {error}") from error
         arms = {arm for (arm,) in con.sql(_ARMS).fetchall() if arm is not None}
         ((first_day, last_day),) = con.sql(_DAYS).fetchall()
@@ -253,6 +273,11 @@ def read_out(
                 f"--experiment.arms: {', '.join(experiment.arms)} are given, but the log of "
                 f"{experiment.name!r} has {', '.join(sorted(unknown))} too"
             )
+        if unsaid := _count(con, _WITHOUT_DESIGN):
+            raise UserError(
+                f"{events}: {unsaid:,} searches of these days do not say their `design` "
+                "(docs/experiments.md), as those of an earlier version: --from a later day"
+            )
         per_user = _per_user(con, experiment)
         won, won_p, judges = _interleaved(con, experiment)
         return Readout(
@@ -264,6 +289,9 @@ def read_out(
             first_day=first_day,
             last_day=last_day,
             other_dealings=other_dealings,
+            dealt_otherwise=_count(con, _DEALT_OTHERWISE.format(dealing=_text(experiment.dealing)))
+            > 0,
+            versions=_versions(con),
             mismatch_p=_mismatch(experiment, per_user),
             preference=won,
             preference_p=won_p,
@@ -294,13 +322,28 @@ def _count(con: duckdb.DuckDBPyConnection, sql: str) -> int:
     return int(con.sql(sql).fetchall()[0][0])
 
 
-def _lacking(kind: str, paths: list[Path]) -> list[str]:
-    """Files without a column that they need, and which."""
-    return [
-        f"{path}: has no column {', '.join(sorted(lacking))}, which a log of kind {kind} has"
-        for path in paths
-        if (lacking := set(SCHEMAS[kind].names) - set(pq.read_schema(path).names))
-    ]
+def _refuse_lacking(kind: str, paths: list[Path]) -> None:
+    """
+    Raises:
+        UserError: a file without a column that it needs, or one that is no Parquet.
+    """
+    for path in paths:
+        try:
+            lacking = set(SCHEMAS[kind].names) - set(pq.read_schema(path).names)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from error
+        if lacking:
+            raise UserError(
+                f"{path}: has no column {', '.join(sorted(lacking))}, which the log of each "
+                f"{kind} has (docs/experiments.md); an earlier version wrote it?"
+            )
+
+
+def _versions(con: duckdb.DuckDBPyConnection) -> dict[str, list[tuple[str, str]]]:
+    found: dict[str, list[tuple[str, str]]] = {}
+    for arm, version, day in con.sql(_VERSIONS).fetchall():
+        found.setdefault(arm, []).append((version, day))
+    return found
 
 
 PerArm = dict[str, dict[str, PerUser]]
@@ -427,6 +470,18 @@ def _remarks(readout: Readout) -> list[str]:
         lines.append(
             f"{readout.other_dealings:,} searches in these days are left out: users were dealt by "
             "another salt, other arms, shares or another design then"
+        )
+    for arm, versions in readout.versions.items():
+        if len(versions) > 1:
+            told = ", ".join(f"{version} from {day} on" for version, day in versions)
+            lines.append(
+                f"{arm} was answered by {len(versions)} models ({told}): its numbers mix them; "
+                "--from and --until choose the days of one"
+            )
+    if readout.dealt_otherwise:
+        lines.append(
+            "users were dealt by another salt, other shares, arms or another design than these "
+            "settings say: give those of the service, or the next line is of the wrong shares"
         )
     if readout.arms and readout.mismatch_p < MISMATCH:
         lines.append(

@@ -35,6 +35,7 @@ from acebert.experiment.event_log import (
     Event,
     EventLog,
     Exposure,
+    Shown,
     events_directory,
     tend,
     user_key,
@@ -571,6 +572,7 @@ class Trial:
         if experiment.design == "interleave":
             both = await asyncio.gather(*(by(arm) for arm in experiment.arms))
             first, second = ([hit.product.product_id for hit in found.hits] for found in both)
+            versions = {arm: of.version for arm, of in zip(experiment.arms, both, strict=True)}
             seed = experiment.seed("draft", user, normalize_query(query))
             picks = team_draft(first, second, k, seed)
             teams = [None if pick.team is None else experiment.arms[pick.team] for pick in picks]
@@ -583,20 +585,28 @@ class Trial:
         else:
             arm = experiment.arm(user)
             found = await by(arm)
+            versions = {arm: found.version}
         name = search_id or uuid.uuid4().hex
         products = [hit.product.product_id for hit in found.hits]
-        if await self._logged(lambda: self._exposure(name, arm, user, query, products, teams)):
-            return replace(found, search_id=name, arm=arm)
-        return found
+        design = experiment.design
+        start = time.perf_counter()
+        logged = await self._logged(
+            lambda: self._exposure(name, design, arm, user, query, products, teams, versions)
+        )
+        labels = {"path": found.path, "arm": arm or NO_ARM}
+        self._service.metrics.stage("log", labels, time.perf_counter() - start)
+        return replace(found, search_id=name, arm=arm) if logged else found
 
     def _exposure(
         self,
         search_id: str,
+        design: Shown,
         arm: str | None,
         user: str,
         query: str,
         products: list[str],
         teams: Sequence[str | None] | None,
+        versions: dict[str, str],
     ) -> Exposure:
         """
         Raises:
@@ -611,6 +621,8 @@ class Trial:
             normalize_query(query),
             products,
             self._experiment.dealing,
+            design,
+            versions,
             teams,
         )
 
@@ -629,7 +641,12 @@ class Trial:
         )
         products = [hit.product.product_id for hit in [*left.hits, *right.hits]]
         teams = [sides[0]] * len(left.hits) + [sides[1]] * len(right.hits)
-        await self._log_event(lambda: self._exposure(search_id, None, user, query, products, teams))
+        versions = {arm: of.version for arm, of in zip(sides, (left, right), strict=True)}
+        await self._log_event(
+            lambda: self._exposure(
+                search_id, "compare", None, user, query, products, teams, versions
+            )
+        )
         return search_id, left.hits, right.hits
 
     async def vote(self, search_id: str, better: str) -> None:

@@ -1,3 +1,4 @@
+import ast
 import os
 import signal
 import sqlite3
@@ -5,6 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -28,7 +30,11 @@ NOW = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
 
 
 def exposure(name: str, at: datetime = NOW) -> Exposure:
-    return Exposure(name, at, "test", "a", "0" * 32, "red shoe", ["p1", "p2"], "dealt")
+    versions = {"a": "model"}
+    products = ["p1", "p2"]
+    return Exposure(
+        name, at, "test", "a", "0" * 32, "red shoe", products, "dealt", "split", versions
+    )
 
 
 def read(directory: Path, kind: str, column: str = "search_id") -> list[object]:
@@ -50,8 +56,28 @@ def test_events_come_back_from_parquet_as_they_were_by_day(tmp_path: Path) -> No
     assert sorted(map(str, read(tmp_path, "exposure"))) == ["s1", "s2"]
     (file,) = (tmp_path / "action").rglob("*.parquet")
     assert pq.read_table(file).to_pylist() == [vars(bought)]
+    first = next((tmp_path / "exposure" / "2026-03-01").iterdir())
+    searched = vars(exposure("s1")) | {"versions": [("a", "model")]}  # as Arrow tells a map
+    assert pq.read_table(first).to_pylist() == [searched]
     log.close()
     assert list((tmp_path / "hot").iterdir()) == []
+
+
+def test_what_is_moved_comes_in_files_of_a_limited_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_log, "MOVED", 4)
+    for end in ("flush", "close", "collect"):
+        log = EventLog(tmp_path / end)
+        log.append([exposure(f"s{i}") for i in range(10)])
+        if end == "collect":
+            log._db.close()
+            assert collect(tmp_path / end) == 10
+        else:
+            getattr(log, end)()
+        files = (tmp_path / end / "exposure").rglob("*.parquet")
+        assert sorted(pq.read_metadata(file).num_rows for file in files) == [2, 4, 4]
+        assert set(read(tmp_path / end, "exposure")) == {f"s{i}" for i in range(10)}
 
 
 def test_what_a_living_replica_has_is_not_collected(tmp_path: Path) -> None:
@@ -124,7 +150,8 @@ from pathlib import Path
 from acebert.experiment.event_log import EventLog, Exposure
 log = EventLog(Path(sys.argv[1]))
 for i in range(1_000_000):
-    log.append([Exposure(f"s{i}", datetime.now(UTC), "test", "a", "u", "q", ["p"], "d")])
+    event = Exposure(f"s{i}", datetime.now(UTC), "test", "a", "u", "q", ["p"], "d", "split", {})
+    log.append([event])
     print(f"s{i}", flush=True)
     if i % 40 == 39:
         log.flush()
@@ -182,6 +209,61 @@ def test_a_half_written_file_has_no_name_that_readers_take(
     assert read(tmp_path, "exposure") == []
     log.close()
     assert read(tmp_path, "exposure") == ["s1"]
+
+
+FULL_DISK = """
+import resource, sys
+from datetime import UTC, datetime
+from pathlib import Path
+from acebert.experiment import event_log
+directory = Path(sys.argv[1])
+log = event_log.EventLog(directory)
+now, nobody = datetime.now(UTC), {}
+events = [
+    event_log.Exposure(f"s{i}", now, "test", "a", f"{i}", "q", [], "d", "split", nobody)
+    for i in range(5000)
+]
+log.append(events)
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))  # a file's end, as that of a disk
+for _ in range(3):
+    try:
+        log.flush()
+        sys.exit("it was written")
+    except OSError:
+        pass
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+for _ in range(3):
+    try:
+        event_log.user_key(directory, "u")
+        sys.exit("the salt was written")
+    except OSError:
+        pass
+print(sorted(path.name for path in directory.rglob("*") if path.is_file()))
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+assert log.flush() == len(events)
+"""
+
+
+def test_a_disk_that_is_full_is_not_filled_further_by_each_try(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    left = ast.literal_eval(done.stdout)
+    assert [name for name in left if ".sqlite" not in name] == []
+
+
+def test_a_half_written_file_of_a_process_that_was_killed_goes_when_nobody_writes_it_any_more(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "exposure" / f"{datetime.now(UTC):%Y-%m-%d}"
+    folder.mkdir(parents=True)
+    for name, age in (("left", 4000), ("new", 10)):
+        path = folder / f".{name}.parquet.partial"
+        path.write_bytes(b"PAR1 and then")
+        os.utime(path, (time.time() - age,) * 2)
+    forget(tmp_path, 10)
+    assert [path.name for path in folder.iterdir()] == [".new.parquet.partial"]
 
 
 def test_days_are_deleted_when_they_are_too_old(tmp_path: Path) -> None:
@@ -301,6 +383,23 @@ def test_days_that_are_over_become_one_file_with_the_same_events(
     assert compact(tmp_path) == 2
     assert sorted(map(str, read(tmp_path, "exposure"))) == sorted([*before["exposure"], "late"])
     assert compact(tmp_path) == 0
+
+
+def test_a_day_with_a_broken_file_stays_as_it_is_and_the_others_become_one_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = EventLog(tmp_path)
+    for name in ("a", "b"):
+        log.append([exposure(f"{name}{day}", NOW + timedelta(days=day)) for day in range(2)])
+        log.flush()
+    log.close()
+    broken, whole = sorted((tmp_path / "exposure").iterdir())
+    (broken / "broken.parquet").write_bytes(b"PAR1 and then")
+    assert compact(tmp_path) == 2
+    assert len(list(broken.iterdir())) == 3  # nothing half-written either
+    assert len(list(whole.iterdir())) == 1
+    assert f"{broken}: not made one file" in caplog.text
+    assert "broken.parquet" in caplog.text
 
 
 def test_users_are_hashed_by_a_salt_of_the_logs_own_that_outlives_the_process(

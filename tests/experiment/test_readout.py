@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 
 from acebert.errors import UserError
 from acebert.experiment.assignment import Experiment
@@ -24,8 +25,21 @@ def shown(
     search: str, user: str, arm: str | None, teams: list[str | None] | None = None
 ) -> Exposure:
     name = "test" if teams is None else "both"
-    dealing = (SPLIT if teams is None else BOTH).dealing
-    return Exposure(search, NOW, name, arm, user, "q", ["p1", "p2", "p3", "p4"], dealing, teams)
+    of = SPLIT if teams is None else BOTH
+    products = ["p1", "p2", "p3", "p4"]
+    versions = {name: "model" for name in ([arm] if arm else of.arms)}
+    return Exposure(
+        search, NOW, name, arm, user, "q", products, of.dealing, of.design, versions, teams
+    )
+
+
+def beside(search: str, user: str, of: Experiment) -> Exposure:
+    """Two lists of two products."""
+    versions, teams = dict.fromkeys(of.arms, "model"), ["old", "old", "new", "new"]
+    return Exposure(
+        *(search, NOW, of.name, None, user, "q", [*"abcd"]),
+        *(of.dealing, "compare", versions, teams),
+    )
 
 
 def logged(directory: Path, events: list[Exposure | Action]) -> Path:
@@ -88,6 +102,61 @@ def test_interleaved_searches_are_won_by_the_team_with_more_clicks(tmp_path: Pat
     assert (tmp_path / "effects.png").stat().st_size > 5000
 
 
+def test_clicks_on_lists_side_by_side_win_no_interleaved_search(tmp_path: Path) -> None:
+    teams = ["old", "new", "new", "old"]
+    events: list[Exposure | Action] = [
+        shown("s", "u", None, teams),
+        Action("s", NOW, "click", "p2"),
+    ]
+    for user in range(10):
+        events += [beside(f"c{user}", f"r{user}", BOTH), Action(f"c{user}", NOW, "click", "a")]
+    found = read_out(BOTH, logged(tmp_path, events))
+    assert found.preference is not None
+    assert (found.preference.value, found.interleaved_users) == (1.0, 1)
+
+
+def test_of_a_search_that_was_sent_again_the_last_list_counts(tmp_path: Path) -> None:
+    again = replace(shown("s1", "u1", "old"), at=NOW + timedelta(seconds=2), products=["p8", "p9"])
+    clicks = [Action("s1", NOW + timedelta(seconds=9), "click", name) for name in ("p9", "p1")]
+    found = read_out(SPLIT, logged(tmp_path, [again, shown("s1", "u1", "old"), *clicks]))
+    assert found.arms["old"].values["ctr"] == 1 / 2
+    assert (found.arms["old"].searches, found.not_shown) == (1, 1)
+
+
+def test_an_arm_that_more_than_one_model_answered_for_is_told(tmp_path: Path) -> None:
+    events: list[Exposure | Action] = [shown(f"s{i}", f"u{i}", "old") for i in range(3)]
+    for day, version in ((0, "first"), (1, "second"), (2, "second")):
+        at = NOW + timedelta(days=day)
+        events.append(replace(shown(f"n{day}", "v", "new"), at=at, versions={"new": version}))
+    found = read_out(SPLIT, logged(tmp_path, events))
+    assert found.versions["old"] == [("model", "2026-03-01")]
+    assert found.versions["new"] == [("first", "2026-03-01"), ("second", "2026-03-02")]
+    told = "new was answered by 2 models (first from 2026-03-01 on, second from 2026-03-02 on)"
+    assert told in report_text(found)
+    later = read_out(SPLIT, tmp_path, first=date(2026, 3, 2))
+    assert "models" not in report_text(later)
+
+
+def test_settings_that_are_not_those_of_the_log_are_told(tmp_path: Path) -> None:
+    events = [shown(f"s{i}", f"u{i}", SPLIT.arm(f"u{i}")) for i in range(200)]
+    assert not read_out(SPLIT, logged(tmp_path, list(events))).dealt_otherwise
+    found = read_out(replace(SPLIT, shares=(0.1, 0.9)), tmp_path)
+    assert found.dealt_otherwise
+    assert found.mismatch_p < 0.001
+    told = report_text(found)
+    assert told.index("than these settings say") < told.index("MISMATCH")
+
+
+def test_searches_that_do_not_say_how_their_list_was_made_are_refused(tmp_path: Path) -> None:
+    logged(tmp_path, [shown("s1", "u1", "old"), replace(shown("s2", "u2", "old"), design=None)])
+    with pytest.raises(UserError, match="1 searches of these days do not say their `design`"):
+        read_out(SPLIT, tmp_path)
+    (file,) = tmp_path.glob("exposure/*/*.parquet")
+    pq.write_table(pq.read_table(file).drop_columns(["design", "versions"]), file)
+    with pytest.raises(UserError, match="has no column design, versions"):
+        read_out(SPLIT, tmp_path)
+
+
 def test_a_simulated_experiment_prints_and_draws_what_was_planted(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     events: list[Exposure | Action] = []
@@ -106,6 +175,32 @@ def test_a_simulated_experiment_prints_and_draws_what_was_planted(tmp_path: Path
     write_report(found, tmp_path)
     assert (tmp_path / "effects.png").stat().st_size > 5000
     assert "new" in (tmp_path / "report.txt").read_text()
+
+
+def test_no_difference_is_found_at_the_nominal_rate_from_dealing_to_report(tmp_path: Path) -> None:
+    """A/A experiments on the same users, each with a taste of their own, in one log."""
+    rng, users, log = np.random.default_rng(1), 120, EventLog(tmp_path)
+    runs = [replace(SPLIT, name=f"aa{i}") for i in range(24)]
+    for run in runs:
+        events: list[Exposure | Action] = []
+        for user, taste in enumerate(rng.beta(1, 4, users)):
+            arm = run.arm(f"u{user}")
+            for i in range(rng.geometric(0.4)):
+                name = f"{run.name}-{user}-{i}"
+                events.append(replace(shown(name, f"u{user}", arm), experiment=run.name))
+                places = np.flatnonzero(rng.random(4) < taste)
+                events += [Action(name, NOW, "click", f"p{place + 1}") for place in places]
+        log.append(events)
+    log.close()
+    found = [read_out(run, tmp_path) for run in runs]
+    effects = [one.arms["new"].lifts["ctr"] for one in found]
+    alarms = sum(effect.found for effect in effects)
+    assert stats.binomtest(alarms, len(runs), 0.05).pvalue > 0.01
+    squares = sum((np.log1p(effect.value) / effect.error) ** 2 for effect in effects)
+    low, high = stats.chi2(len(runs)).interval(0.998)  # their spread is that of their intervals
+    assert low < squares < high
+    assert sum(one.mismatch_p < 0.05 for one in found) < 6
+    assert {sum(arm.users for arm in one.arms.values()) for one in found} == {users}
 
 
 def test_a_log_without_the_experiment_is_named(tmp_path: Path) -> None:
@@ -136,11 +231,7 @@ def test_a_file_that_is_no_log_is_named(tmp_path: Path, content: bytes | None) -
 
 
 def test_votes_are_counted_by_reviewer_and_the_first_on_a_search_holds(tmp_path: Path) -> None:
-    teams = ["old", "old", "new", "new"]
-    sides = [
-        Exposure(f"s{i}", NOW, "test", None, f"r{i % 4}", "q", [*"abcd"], SPLIT.dealing, teams)
-        for i in range(12)
-    ]
+    sides = [beside(f"s{i}", f"r{i % 4}", SPLIT) for i in range(12)]
     late = NOW + timedelta(minutes=1)
     won = ["new", "new", "old", "new", "new", "new", "new", "", "new", "old", "new", ""]
     events: list[Exposure | Action] = [*sides, shown("t1", "u1", "old"), shown("t2", "u2", "new")]

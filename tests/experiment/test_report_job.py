@@ -20,12 +20,16 @@ def report(workdir: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+def exposure(name: str, at: datetime, arm: str, user: str, products: list[str]) -> Exposure:
+    return Exposure(name, at, "test", arm, user, "q", products, "d", "split", {arm: "model"})
+
+
 def test_the_report_is_a_table_a_picture_and_a_run(tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     log = EventLog(logs)
     for user in range(40):
         arm = ("old", "new")[user % 2]
-        log.append([Exposure(f"s{user}", NOW, "test", arm, f"u{user}", "q", ["p1", "p2"], "d")])
+        log.append([exposure(f"s{user}", NOW, arm, f"u{user}", ["p1", "p2"])])
         if user % 5 == 0 or (arm == "new" and user % 3):  # old: 4 of 40 shown; new: 14 of 40
             log.append([Action(f"s{user}", NOW, "click", "p1")])
     log.close()
@@ -50,7 +54,7 @@ def test_the_report_is_of_the_days_that_are_asked_for_and_deletes_none(tmp_path:
     log = EventLog(events_directory(tmp_path))
     for days in (1, 2, 3, 100):
         at = now - timedelta(days=days)
-        log.append([Exposure(f"{days}-{i}", at, "test", "old", "u", "q", ["p"], "d") for i in "ab"])
+        log.append([exposure(f"{days}-{i}", at, "old", "u", ["p"]) for i in "ab"])
     log.close()
     first, last = (f"{now - timedelta(days=days):%Y-%m-%d}" for days in (3, 2))
     done = report(tmp_path, "--from", first, "--until", last, "--lift", "0.01")

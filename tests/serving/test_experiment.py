@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -32,6 +33,7 @@ from acebert.experiment.readout import Readout, read_out
 from acebert.experiment.shoppers import demo_searches
 from acebert.experiment.simulate import send
 from acebert.serving.bundle import publish
+from acebert.serving.catalogue import Unavailable
 from acebert.serving.leases import held
 from acebert.serving.query_encoder import QueryEncoder
 
@@ -170,6 +172,7 @@ def test_every_answered_search_is_logged_once_when_the_process_is_killed(start) 
         assert row["arm"] == answer["arm"]
         assert row["products"] == [hit["product_id"] for hit in answer["hits"]]
         assert len(row["user"]) == 32
+        assert row["versions"] == [(answer["arm"], answer["version"])]
     assert len(rows) <= len(answered) + 4  # those that were under way
 
 
@@ -199,7 +202,7 @@ def test_clicks_and_purchases_are_in_the_report_and_repeats_are_not(start) -> No
     np.testing.assert_allclose(earned, sum(prices.values()), rtol=1e-5)
 
 
-def test_an_interleaved_answer_is_a_draft_of_both_arms_and_the_same_when_repeated(
+def test_an_interleaved_answer_is_a_draft_of_both_arms_and_its_clicks_are_read_out(
     start, world
 ) -> None:
     server = start(design="interleave")
@@ -207,10 +210,16 @@ def test_an_interleaved_answer_is_a_draft_of_both_arms_and_the_same_when_repeate
     assert answer["arm"] is None
     assert [h["product_id"] for h in server.search("u1")["hits"]] == [
         h["product_id"] for h in answer["hits"]
-    ]
+    ]  # the same when it is repeated
+    shown, searches = demo_searches(world.settings.demo, 10, 40, 0)
+    sent = asyncio.run(send(str(server.client.base_url).rstrip("/"), searches, shown, 4, 0))
+    assert set(sent) == {None}
     server.stop()
-    row = next(r for r in server.logged("exposure") if r["search_id"] == answer["search_id"])
+    rows = {row["search_id"]: row for row in server.logged("exposure")}
+    row = rows[answer["search_id"]]
     assert sorted(row["teams"]) == ["new"] * 5 + ["old"] * 5
+    assert {arm for arm, _ in row["versions"]} == {"new", "old"}
+    assert len({version for _, version in row["versions"]}) == 2
     scores = {}
     for arm, bundle in (("old", world.bundle), ("new", world.other_bundle)):
         vector = QueryEncoder.load(bundle / "model").encode(["red shoe"])[0]
@@ -219,6 +228,17 @@ def test_an_interleaved_answer_is_a_draft_of_both_arms_and_the_same_when_repeate
     best = {max(of.values()) for of in scores.values()}
     firsts = [h["score"] for h in answer["hits"][:2]]
     np.testing.assert_allclose(sorted(firsts), sorted(best), atol=1e-5)
+    lead: Counter[str] = Counter()  # clicks on the new arm's products less those on the old one's
+    for click in (act for act in server.logged("action") if act["action"] == "click"):
+        of = rows[click["search_id"]]
+        team = dict(zip(of["products"], of["teams"], strict=True))[click["product_id"]]
+        lead[click["search_id"]] += {"new": 1, "old": -1, None: 0}[team]
+    won = [int(np.sign(some)) for some in lead.values() if some]
+    found = server.read_out()
+    assert found.preference is not None
+    assert found.preference.value == pytest.approx(sum(won) / len(won))
+    assert found.interleaved_users == len({rows[name]["user"] for name in lead if lead[name]})
+    assert (found.arms, found.not_shown, found.without_search) == ({}, 0, 0)
 
 
 def test_a_draft_is_full_when_one_arms_scores_are_all_too_low(start, world) -> None:
@@ -299,8 +319,8 @@ def test_an_old_log_ages_out_in_a_service_that_runs_no_experiment(world, with_se
     log = EventLog(events)
     log.append(
         [
-            Exposure(f"s{days}", now - timedelta(days=days), "over", "a", "u", "q", [], "d")
-            for days in (5, 20)
+            Exposure(f"s{n}", now - timedelta(days=n), "over", "a", "u", "q", [], "d", "split", {})
+            for n in (5, 20)
         ]
     )
     log._db.close()  # as its process was killed
@@ -350,6 +370,44 @@ def test_a_service_holds_the_bundles_that_it_has_loaded(world, with_service) -> 
 
     with_service(look, experiment={"name": "test", "arms": ("old", "new")})
     assert held(workdir) == set()
+
+
+def test_changes_reach_every_arm_but_the_one_whose_model_cannot_encode_them(
+    world, with_service, tmp_path, monkeypatch
+) -> None:
+    """The failing arm is the first; `behind` tells of it alone."""
+    copied = tmp_path / "of-the-published-model"
+    shutil.copytree(world.bundle, copied)
+    publish(world.settings.workdir, world.other_bundle, "old")
+    publish(world.settings.workdir, copied, "new")
+
+    async def put(client: Any, local: Any) -> None:
+        arms, encode, broken = local.service.trial.arms, local.catalogue.encode, True
+
+        async def of_one_model(bundle: Path, sources: Any) -> np.ndarray:
+            if broken and bundle == world.other_bundle:
+                raise Unavailable("no memory left")
+            return await encode(bundle, sources)
+
+        async def until(condition: Any) -> None:
+            for _ in range(600):
+                if condition():
+                    return
+                await asyncio.sleep(0.05)
+            raise AssertionError("it did not come true in time")
+
+        monkeypatch.setattr(local.catalogue, "encode", of_one_model)
+        answer = await client.put("/products/late", json={"title": "late"})
+        assert answer.status_code == 202
+        seq = answer.json()["seq"]
+        await until(lambda: arms["new"].seq == local.service.current().seq == seq)
+        assert arms["old"].seq < seq
+        await until(lambda: arms["old"].behind > 1)
+        await until(lambda: arms["new"].behind < 0.5 < arms["old"].behind)
+        broken = False
+        await until(lambda: arms["old"].seq == seq and arms["old"].behind < 1)
+
+    with_service(put, experiment={"name": "test", "arms": ("old", "new")})
 
 
 def test_without_an_experiment_there_is_no_log(address: str, world: Any) -> None:
