@@ -1,6 +1,7 @@
 """The stages in their order. Each function makes what is missing before its own stage."""
 
 import json
+import logging
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ from acebert.training.finetune import finetune
 from acebert.training.pretrain import pretrain
 from acebert.training.train_cnn import WEIGHTS, crop_settings, train_cnn
 from acebert.workdir import STAGE_FILE, Stage, run_stage
+
+log = logging.getLogger(__name__)
 
 KEPT_WEIGHTS = "weights"
 """the one stage that is not made again when it is removed: models name its files"""
@@ -293,23 +296,49 @@ def refreshed_bundle_stage(
     """A new day's bundle in place of `before`, the one that is published, if one is.
 
     Raises:
-        UserError: more than this share of the products of `before` is not in the new catalogue: it
-            is told before a bundle is made, for a service may take the newest bundle of a model.
+        UserError: more than this share of the products, the photos or the log's clicks of `before`
+            is not there any more: it is told before a bundle is made, for a service may take the
+            newest bundle of a model.
     """
     refresh = Refresh(Earlier.of_bundle(before) if before else None)
     if before is not None and before.is_dir():
         ingested = ingest_stage(shared(model_settings(settings, model)), refresh)
         known = ProductTable(before).product_ids()
         now = set(product_ids(ingested.path).to_pylist())
-        gone = sum(name not in now for name in known)
-        if gone > max_gone_share * len(known):
+        gone = {"products": (sum(name not in now for name in known), len(known))}
+        try:
+            had = _photos_and_clicks(before.parents[1] / "ingest" / stage_key(before)["ingest"])
+        except (OSError, LookupError) as error:
+            log.warning("refresh: photos and clicks are not compared with %s: %s", before, error)
+        else:
+            has = _photos_and_clicks(ingested.path)
+            gone |= {name: (count - has[name], count) for name, count in had.items()}
+        shares = {
+            f"{lost:,} of the {count:,} {name}": lost / count
+            for name, (lost, count) in gone.items()
+            if lost > max_gone_share * count
+        }
+        if shares:
+            data = settings.data
             raise UserError(
-                f"{settings.data.products or 'the demo'}: {gone:,} of the {len(known):,} products "
-                "that are published are not in this catalogue; is the export whole? Nothing was "
-                f"published. If they are gone, --max_gone_share {gone / len(known) + 0.01:.2f} "
-                f"allows it (now {max_gone_share:g})"
+                f"{data.products or 'the demo'}, {data.impressions or 'its log'}: "
+                f"{', '.join(shares)} behind what is published are not there; is the export whole? "
+                "Nothing was published. If they are gone, --max_gone_share "
+                f"{max(shares.values()) + 0.01:.2f} allows it (now {max_gone_share:g})"
             )
     return bundle_stage(settings, model, query_encoder, refresh)
+
+
+def _photos_and_clicks(ingested: Path) -> dict[str, int]:
+    """How many an ingest has, held-out days too.
+
+    Raises:
+        OSError: it is gone.
+    """
+    report = json.loads((ingested / "report.json").read_text())
+    products = report["products"]
+    clicks = sum(counts["clicks"] for counts in report["splits"].values())
+    return {"photos": products["rows_kept"] - products["without_image"], "clicks": clicks}
 
 
 def baselines_stage(settings: Settings) -> Stage:

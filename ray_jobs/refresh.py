@@ -13,7 +13,8 @@ bundles are made before the first is published.
     python ray_jobs/refresh.py --workdir W --arm old --model OLD --arm new --model NEW ...
 
 What earlier refreshes made is deleted, but for the `--keep` newest and what is published or in use.
-A catalogue that lacks more than `--max_gone_share` of the products that are published is refused.
+A catalogue that lacks more than `--max_gone_share` of the products that are published, or of their
+photos, is refused, and so is a log that lacks more than that of the clicks.
 """
 
 import argparse
@@ -92,6 +93,6 @@ if __name__ == "__main__":
         "--max_gone_share",
         type=float,
         default=0.2,
-        help="of the published products that the new catalogue may lack (default: 0.2)",
+        help="of published products, photos and clicks, that may be gone (default: 0.2)",
     )
     run_job(work, __doc__, parser)

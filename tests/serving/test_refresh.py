@@ -293,14 +293,57 @@ def test_a_catalogue_that_lacks_too_many_products_is_refused_before_a_bundle_is_
     data = days.settings.data.model_copy(update={"products": str(short), **whole})
     settings = days.settings.model_copy(update={"data": data})
     made = set((settings.workdir / "bundle").iterdir())
-    with pytest.raises(UserError, match=r"22 of the 60 products .* --max_gone_share 0\.38"):
+    with pytest.raises(UserError, match=r"22 of the 60 products, \d+ of .* clicks .* 0\.42 "):
         refreshed_bundle_stage(settings, days.model, days.model, days.first, 0.2)
     assert set((settings.workdir / "bundle").iterdir()) == made
-    allowed = refreshed_bundle_stage(settings, days.model, days.model, days.first, 0.38)
+    allowed = refreshed_bundle_stage(settings, days.model, days.model, days.first, 0.42)
     assert len(Bundle(allowed.path).index.product_ids) == 40
 
 
-def test_arms_are_refreshed_together_or_not_at_all(days: Days, tmp_path: Path) -> None:
+def test_an_export_that_lost_its_photos_or_its_clicks_is_refused_before_a_bundle_is_made(
+    days: Days, tmp_path: Path
+) -> None:
+    given = days.settings.data
+    products = pq.read_table(given.products)
+    column = products.schema.get_field_index("image")
+    nothing = pa.nulls(len(products), products.schema.field("image").type)
+    pq.write_table(products.set_column(column, "image", nothing), tmp_path / "products.parquet")
+    (tmp_path / "log").mkdir()
+    shutil.copy(min(Path(given.impressions or "").iterdir()), tmp_path / "log")
+    without_photos = {"products": str(tmp_path / "products.parquet")}
+    without_clicks = {"impressions": str(tmp_path / "log")}
+    made = set((days.settings.workdir / "bundle").iterdir())
+    for changed, told in (
+        (without_photos, r"products\.parquet, .*: (\d+) of the \1 photos behind .* 1\.01 "),
+        (without_clicks, r"log: \d+ of the \d+ clicks behind .* --max_gone_share 0\."),
+    ):
+        data = given.model_copy(update=changed)
+        settings = days.settings.model_copy(update={"data": data})
+        with pytest.raises(UserError, match=told):
+            refreshed_bundle_stage(settings, days.model, days.model, days.first, 0.2)
+    assert set((days.settings.workdir / "bundle").iterdir()) == made
+
+
+KILLED_BETWEEN = """
+import os, runpy, sys
+from pathlib import Path
+
+moved = Path.replace
+
+def replace(path, target):
+    if Path(target).name == "arm-new.json":  # the second arm's
+        os.kill(os.getpid(), 9)
+    return moved(path, target)
+
+Path.replace = replace
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_arms_are_refreshed_together_and_after_a_kill_by_the_same_command(
+    days: Days, tmp_path: Path
+) -> None:
     import ray
 
     workdir, root = tmp_path / "w", days.settings.workdir.parent
@@ -325,6 +368,11 @@ def test_arms_are_refreshed_together_or_not_at_all(days: Days, tmp_path: Path) -
     (broken / "model.safetensors").write_bytes(b"no weights")
     assert refresh(broken).returncode != 0
     assert [published(workdir, arm) for arm in ("old", "new")] == [first, first]
+    killed = [sys.executable, "-c", KILLED_BETWEEN, *command[1:]]
+    killed += [str(days.model), "--arm", "new", "--model", str(days.model)]
+    done = subprocess.run(killed, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == -9, done.stdout + done.stderr
+    assert [published(workdir, arm) for arm in ("old", "new")] == [second, first]
     done = refresh(days.model)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [published(workdir, arm) for arm in ("old", "new")] == [second, second]
