@@ -24,7 +24,7 @@ import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -142,7 +142,7 @@ class EventLog:
     def append(self, events: Sequence[Event]) -> list[None]:
         """Durable when it returns; a None for each event."""
         rows = [
-            (_kind(event), json.dumps(asdict(event), default=_milliseconds)) for event in events
+            (_kind(event), json.dumps(vars(event), default=_milliseconds)) for event in events
         ]
         with self._lock, self._db:
             self._db.executemany("INSERT INTO event (kind, body) VALUES (?, ?)", rows)
