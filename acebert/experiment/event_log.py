@@ -141,9 +141,7 @@ class EventLog:
 
     def append(self, events: Sequence[Event]) -> list[None]:
         """Durable when it returns; a None for each event."""
-        rows = [
-            (_kind(event), json.dumps(vars(event), default=_milliseconds)) for event in events
-        ]
+        rows = [(_kind(event), json.dumps(vars(event), default=_milliseconds)) for event in events]
         with self._lock, self._db:
             self._db.executemany("INSERT INTO event (kind, body) VALUES (?, ?)", rows)
         return [None] * len(events)
