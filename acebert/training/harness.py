@@ -192,7 +192,6 @@ def _fit(
     message of a UserError inside, if there was one.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C.
         UserError: workers died `max_failures` + 1 times without a new checkpoint.
     """
     told = _told_by_a_rank(checkpoints.directory)
@@ -202,8 +201,6 @@ def _fit(
             with _ray_by_address():
                 result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
             return result.return_value
-        except SystemExit as error:  # of Ray Train, after Ctrl-C, when its workers have ended
-            raise KeyboardInterrupt from error
         except WorkerGroupError as error:
             if message := _message_in(told):
                 return message
