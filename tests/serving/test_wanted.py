@@ -98,6 +98,7 @@ def test_an_alias_that_moves_changes_what_is_served(
         registry.set_registered_model_alias("acebert", "champion", version)
         expected = world.settings.workdir / "bundle" / bundle.name
         until(lambda expected=expected: wanted() == expected)  # type: ignore[misc]
+        assert wanted() == expected
 
 
 def test_a_model_that_is_registered_already_moves_the_alias_and_is_no_new_version(
