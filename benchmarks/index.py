@@ -1,13 +1,15 @@
 """Kinds of index: build time, memory, recall@100 against exact search, queries a second.
 
-    python benchmarks/index.py [--products 1000000] [--dimensions 128] [--kinds hnsw-fp32 ...]
+    python benchmarks/index.py [--products 1000000] [--bundle DIR] [--kinds hnsw-fp32 ...]
 
-Unit vectors around 1,000 centres, queries around the same ones, as embeddings of categories lie;
-each index at the search effort that its build set for recall 0.95. `filtered` is the recall@100
-among the 2 % of products that a filter allows. Built with all cores; one query at a time, on one thread.
+Unit vectors around 1,000 centres, queries around the same ones; with `--bundle` around the product
+and hot-query vectors of a model, which lie less apart. Each index at the search effort that its
+build set for recall 0.95. `filtered` is the recall@100 among the 2 % of products that a filter
+allows. All cores build; one thread searches, a query at a time.
 """
 
 import argparse
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -24,10 +26,12 @@ KINDS = (
 K = 100
 
 
-def clustered(n: int, d: int, seed: int) -> np.ndarray:
-    centres = np.random.default_rng(0).standard_normal((1000, d), np.float32)
+def around(centres: np.ndarray, n: int, away: float, seed: int) -> np.ndarray:
+    """`away`: length of the random step from a unit vector that is drawn, before normalising."""
     rng = np.random.default_rng(seed)
-    vectors = centres[rng.integers(0, 1000, n)] + 0.7 * rng.standard_normal((n, d), np.float32)
+    d = centres.shape[1]
+    step = away / math.sqrt(d) * rng.standard_normal((n, d), np.float32)
+    vectors = centres[rng.integers(0, len(centres), n)] + step
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -36,8 +40,16 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    n, d = arguments.products, arguments.dimensions
-    products, tuning, queries = (clustered(m, d, i) for i, m in enumerate((n, 500, 200)))
+    n, d, away = arguments.products, arguments.dimensions, 0.7
+    of_products = np.random.default_rng(0).standard_normal((1000, d), np.float32)
+    of_products /= np.linalg.norm(of_products, axis=1, keepdims=True)
+    of_queries = of_products
+    if arguments.bundle:
+        of_products = np.load(arguments.bundle / "vectors.npy").astype(np.float32)
+        of_queries = np.load(arguments.bundle / "hot.npy").astype(np.float32)
+        d, away = of_products.shape[1], 0.3
+    products = around(of_products, n, away, 0)
+    tuning, queries = around(of_queries, 500, away, 1), around(of_queries, 200, away, 2)
     among = np.random.default_rng(9).random(n) < 0.02
     _, exact = faiss.knn(queries, products, K, metric=faiss.METRIC_INNER_PRODUCT)
     rows = np.flatnonzero(among)
@@ -68,5 +80,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--products", type=int, default=1_000_000)
     parser.add_argument("--dimensions", type=int, default=128)
+    parser.add_argument("--bundle", type=Path)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     main(parser.parse_args())

@@ -7,6 +7,7 @@ asks the other replica when one is gone. In the middle of constant load a replic
 B is published, another replica is killed; all the while products are added, replaced and deleted.
 At the end every change has to be as it was acknowledged, on every replica that answers. It ends
 with status 1 where a search failed or a product is not so; changes that were refused are counted.
+Told too: seconds from a product's acknowledgement until every search of its category shows it.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
@@ -28,8 +30,10 @@ os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
 os.environ.setdefault("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response response-timeout")
 
 import httpx2 as httpx
+import numpy as np
 
 URL = "http://127.0.0.1:8000"
+AGREEING = 6  # searches in a row, of two replicas by turns
 
 
 def replica_pids() -> list[int]:
@@ -86,6 +90,31 @@ async def change(
         await asyncio.sleep(0.05)
 
 
+async def freshness(client: httpx.AsyncClient, left: list[int], delays: list[float]) -> None:
+    """Adds products in categories of their own; `delays` [s]: from the acknowledgement until a
+    search finds the product, and the `AGREEING` - 1 after it, whichever replica answers."""
+    number = 0
+    while left[0] > 0:
+        number += 1
+        name = f"fresh-{number}"
+        with suppress(httpx.HTTPError):
+            answer = await client.put(
+                f"/products/{name}", json={"title": f"new thing {number}", "category": name}
+            )
+            if answer.status_code != 202:
+                continue
+            start = time.perf_counter()
+            found: list[float] = []
+            while len(found) < AGREEING:
+                answer = await client.get("/search", params={"q": "thing", "category": name})
+                if answer.status_code == 200 and answer.json()["hits"]:
+                    found.append(time.perf_counter() - start)
+                else:
+                    found.clear()
+            delays.append(found[0])
+        await asyncio.sleep(0.5)
+
+
 async def scenario(arguments: argparse.Namespace, workdir: Path) -> bool:
     """Whether no search failed and every product is as it was acknowledged."""
     from acebert.serving.bundle import publish
@@ -96,6 +125,7 @@ async def scenario(arguments: argparse.Namespace, workdir: Path) -> bool:
     seen: Counter[object] = Counter()
     refused: Counter[object] = Counter()
     truth: dict[str, str | None] = {}
+    delays: list[float] = []
     limits = httpx.Limits(max_connections=arguments.clients + 4)
     async with httpx.AsyncClient(base_url=URL, timeout=60, limits=limits) as client:
         for _ in range(600):
@@ -107,7 +137,9 @@ async def scenario(arguments: argparse.Namespace, workdir: Path) -> bool:
             await asyncio.sleep(0.5)
         start = time.perf_counter()
         tasks = [load(client, queries, left, seen) for _ in range(arguments.clients)]
-        running = asyncio.gather(*tasks, change(client, truth, left, refused))
+        running = asyncio.gather(
+            *tasks, change(client, truth, left, refused), freshness(client, left, delays)
+        )
 
         async def when(share: float) -> None:
             while left[0] > (1 - share) * arguments.requests:
@@ -142,6 +174,10 @@ async def scenario(arguments: argparse.Namespace, workdir: Path) -> bool:
             print(f"{what}: {count}")
         print(f"changes that were refused: {dict(refused) or 0}")
         print(f"products that are not as acknowledged: {wrong}")
+        median, most = np.quantile(delays, [0.5, 1])
+        print(
+            f"{len(delays)} new products, found after {median:.2f} s (median), {most:.2f} s (most)"
+        )
     return wrong == 0 and seen[200] == arguments.requests
 
 

@@ -22,11 +22,12 @@ import math
 import os
 import platform
 import shutil
+import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -192,13 +193,14 @@ def _fit(
     message of a UserError inside, if there was one.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C.
         UserError: workers died `max_failures` + 1 times without a new checkpoint.
     """
     told = _told_by_a_rank(checkpoints.directory)
     while True:
         told.unlink(missing_ok=True)
         try:
-            with _ray_by_address():
+            with _ray_by_address(), _ctrl_c_as_elsewhere():
                 result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
             return result.return_value
         except WorkerGroupError as error:
@@ -218,6 +220,24 @@ def _fit(
                 ) from error
             log.warning("workers died, goes on from %s: %s", newest, _first_line(failures))
             before = newest
+
+
+@contextmanager
+def _ctrl_c_as_elsewhere() -> Iterator[None]:
+    """Ray Train answers Ctrl-C, when its workers have ended, by ending the process without a word,
+    and goes on to do so after the training.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if current_thread() is main_thread():  # Ray Train leaves signals alone in another
+            signal.signal(signal.SIGINT, before)
 
 
 def _told_by_a_rank(directory: Path) -> Path:

@@ -1,6 +1,11 @@
 """Requests that Schemathesis makes up from the OpenAPI description, right ones and wrong ones."""
 
 import contextlib
+import json
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
 
 import pytest
 import schemathesis
@@ -42,3 +47,35 @@ def test_made_up_requests_get_the_answers_that_the_description_promises(address:
 
             with contextlib.suppress(Unsatisfiable):  # nothing can be wrong with GET /health
                 ask()
+
+
+@pytest.mark.slow
+def test_a_client_generator_makes_a_client_that_searches(address: str, tmp_path: Path) -> None:
+    with urllib.request.urlopen(f"{address}/search?q=red+shoe&k=3", timeout=60) as answer:
+        expected = json.load(answer)
+    generate = ["generate", "--url", f"{address}/openapi.json", "--meta", "none"]
+    made = subprocess.run(
+        [sys.executable, "-m", "openapi_python_client", *generate, "--output-path", "client"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "Warning" not in made.stdout + made.stderr
+    search = """
+import json, sys
+from client import Client
+from client.api.default import search
+found = search.sync(client=Client(base_url=sys.argv[1]), q="red shoe", k=3)
+print(json.dumps([hit.id for hit in found.hits]))
+"""
+    searched = subprocess.run(
+        [sys.executable, "-c", search, address],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert json.loads(searched.stdout) == [hit["id"] for hit in expected["hits"]]
