@@ -2,8 +2,8 @@
 
     python benchmarks/serve_logging.py --bundle DIR [--seconds 5] [--rounds 5] [--clients 8]
 
-The service under plain uvicorn, a process each. `bare`: no experiment, and metrics that count
-nothing. `metrics`: Ray's, of a Ray that runs beside it. `experiment`: metrics too, and each search,
+The service under plain uvicorn, a process each, connected to a Ray that runs beside it. `bare`: no
+experiment, and metrics that count nothing. `metrics`: Ray's. `experiment`: metrics too, and each search,
 of one of 1,000 users, is in the log on the disk before it is answered; both arms are the same
 bundle. Closed loop, hot and tail queries as in serve.py, every request with its user's id. The
 servers take turns, the first of a round by turns too, and one whose turn it is not stands still, so
@@ -103,8 +103,7 @@ def serve(name: str, workdir: str, ray_address: str) -> None:
 
     if name == "bare":
         module.Metrics = Silent  # type: ignore[assignment,misc]
-    else:
-        ray.init(address=ray_address, log_to_driver=False)
+    ray.init(address=ray_address, log_to_driver=False)
     experiment = ["--experiment.name", "cost", "--experiment.arms", "old,new"]
     chosen = load_settings(["--workdir", workdir, *(experiment if name == "experiment" else [])])
 

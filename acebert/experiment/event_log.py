@@ -1,33 +1,36 @@
 """The log of an experiment: searches that were answered, and what became of them.
 
-    EVENTS/hot/<replica>.sqlite          a replica's newest events, durable when `append` returns
+    EVENTS/hot/<id>.jsonl                a replica's newest events, a line each, with its end
     EVENTS/exposure/<day>/<id>.parquet   whole files only: written aside, then renamed
     EVENTS/action/<day>/<id>.parquet
 
-A replica appends to a SQLite file of its own (WAL, so what was written outlives kill -9; the last
-transactions before a power failure may be lost) and moves what is there to Parquet now and then.
-Its file is locked for as long as it lives: whoever finds one unlocked knows that its replica is
-dead, and moves what it left. A kill between the rename and the deletion leaves events twice, with
-one id: readers drop the second. Days are UTC days; whole days are deleted when they are too old.
-Files are deleted and put together by one process at a time, the one that holds the log's lock; who
-reads many of them holds it too.
+A replica appends to a file of its own, by one write to the kernel, so what was appended outlives
+kill -9; the last seconds before a power failure may be lost, and a last line without an end was
+never acknowledged. Now and then it begins a new file and moves the old one to Parquet. It holds the
+lock of its file for as long as it lives: whoever finds one unlocked knows that its replica is dead,
+and moves what it left. A kill between the rename and the deletion leaves events twice, with one id:
+readers drop the second. Days are UTC days; whole days are deleted when they are too old. Files are
+deleted and put together by one process at a time, the one that holds the log's lock; who reads many
+of them holds it too.
 """
 
+import errno
+import fcntl
 import hmac
 import json
 import logging
 import os
 import secrets
 import shutil
-import sqlite3
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -37,7 +40,7 @@ from filelock import FileLock, Timeout
 log = logging.getLogger(__name__)
 
 ROWS = 100_000  # of a row group
-MOVED = 10_000  # events moved to Parquet at a time: bounds the memory, and how long appends wait
+MOVED = 10_000  # events read at a time while they are moved to Parquet: bounds the memory
 STALE_SECONDS = 3600  # without a byte more, after which a half-written file is nobody's
 DAY_SECONDS = 24 * 3600
 TIME = pa.timestamp("ms", tz="UTC")
@@ -113,8 +116,6 @@ class Action:
 
 
 Event = Exposure | Action
-Row = tuple[int, str, str]
-"""seq, kind, event as JSON"""
 
 
 def events_directory(workdir: Path) -> Path:
@@ -123,68 +124,136 @@ def events_directory(workdir: Path) -> Path:
 
 
 class EventLog:
-    """One replica's part of the log; safe for several threads."""
+    """One replica's part of the log; safe for several threads. After the last `flush` it leaves no
+    file behind."""
 
     def __init__(self, directory: Path) -> None:
         (directory / "hot").mkdir(parents=True, exist_ok=True)
         self._directory = directory
-        self._path = directory / "hot" / f"{uuid.uuid4().hex}.sqlite"
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
-        try:
-            self._db = _open(self._path, "rwc", wait=5)  # a collector may look at it
-            self._db.execute("CREATE TABLE event (seq INTEGER PRIMARY KEY, kind TEXT, body TEXT)")
-            self._db.commit()
-        except sqlite3.Error:  # a full disk: whoever tries again has a file of another name
-            _unlink(self._path)
-            raise
+        self._current: _HotFile | None = None
+        """that takes events; there is none before the first after a flush"""
+        self._ended: _HotFile | None = None
+        """to be moved"""
 
-    def append(self, events: Sequence[Event]) -> list[None]:
-        """Durable when it returns; a None for each event."""
-        rows = [(_kind(event), json.dumps(vars(event), default=_milliseconds)) for event in events]
-        with self._lock, self._db:
-            self._db.executemany("INSERT INTO event (kind, body) VALUES (?, ?)", rows)
-        return [None] * len(events)
+    def append(self, events: Sequence[Event]) -> None:
+        """In the kernel's hands when it returns, after some microseconds, whatever else goes on.
+
+        Raises:
+            OSError: the disk is full, or away; none of the events is in the log.
+        """
+        lines = [(_kind(event), vars(event)) for event in events]
+        data = "".join(json.dumps(line, default=_milliseconds) + "\n" for line in lines)
+        with self._lock:
+            if self._current is None:
+                self._current = _HotFile.new(self._directory)
+            self._current.append(data.encode())
 
     def flush(self) -> int:
         """Move what is there to Parquet; how many events those were. Events are appended while
         their files are written."""
-        moved = 0
         with self._flushing:
-            while True:
-                with self._lock:
-                    rows = _rows(self._db)
-                _write(rows, self._directory)
-                with self._lock:
-                    _delete(self._db, rows)
-                moved += len(rows)
-                if len(rows) < MOVED:  # not until none is left: some always may come
-                    return moved
+            moved = self._move_ended()  # what could not be moved before
+            with self._lock:
+                self._ended, self._current = self._current, None
+            return moved + self._move_ended()
 
-    def close(self) -> None:
-        """Flush, and leave no file behind."""
-        with self._flushing, self._lock:
-            _move(self._db, self._directory)
-            self._db.close()
-            _unlink(self._path)
+    def _move_ended(self) -> int:
+        if self._ended is None:
+            return 0
+        moved = self._ended.move(self._directory)
+        self._ended = None
+        return moved
+
+
+class _HotFile:
+    """Locked for as long as it is open. The lock is of the open file, not of the process."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self._path, self._fd = path, fd
+        self._size = os.fstat(fd).st_size
+
+    @classmethod
+    def new(cls, directory: Path) -> Self:
+        """Nobody else sees it before it is locked."""
+        path = directory / "hot" / f"{uuid.uuid4().hex}.jsonl"
+        aside = path.with_suffix(".new")
+        fd = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            aside.rename(path)
+        except OSError:
+            os.close(fd)
+            aside.unlink(missing_ok=True)
+            raise
+        return cls(path, fd)
+
+    @classmethod
+    def left(cls, path: Path) -> Self | None:
+        """That of a dead process; None: its process lives, or another has moved it."""
+        try:
+            fd = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            return None
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                return cls(path, fd)
+        os.close(fd)
+        return None
+
+    def append(self, data: bytes) -> None:
+        """All of it, or nothing.
+
+        Raises:
+            OSError: the disk is full, or away.
+        """
+        try:
+            if os.write(self._fd, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        except OSError:
+            os.ftruncate(self._fd, self._size)
+            raise
+        self._size += len(data)
+
+    def move(self, directory: Path) -> int:
+        """To Parquet, all or nothing, durable when it returns; how many events those were.
+
+        Raises:
+            OSError: the disk is full, or away.
+            ValueError, LookupError, ArrowException: a line is no event.
+        """
+        moved = _write(self._events(), directory)
+        self._path.unlink()
+        os.close(self._fd)
+        return moved
+
+    def set_aside(self, aside: Path) -> None:
+        self._path.rename(aside)
+        os.close(self._fd)
+
+    def _events(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Kind and event; without what a kill left of a line."""
+        with self._path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield json.loads(line)
 
 
 def collect(directory: Path) -> int:
     """Move what dead replicas left to Parquet; how many events those were. Files of replicas that
     live are passed by, one that cannot be read is set aside under another name."""
     moved = 0
-    for path in sorted((directory / "hot").glob("*.sqlite")):
+    for path in sorted((directory / "hot").glob("*.jsonl")):
+        file = _HotFile.left(path)
+        if file is None:
+            continue
         try:
-            with closing(_open(path, "rw", wait=0)) as db:
-                moved += _move(db, directory)
-                _unlink(path)  # while it is locked
-        except sqlite3.OperationalError:
-            pass  # locked: it lives; no table yet: it starts; gone: another collector was faster
-        except (sqlite3.DatabaseError, ValueError, LookupError, pa.ArrowException) as error:
+            moved += file.move(directory)
+        except (ValueError, TypeError, LookupError, pa.ArrowException) as error:
             aside = path.with_suffix(".broken")
-            for suffix in ("", "-wal"):
-                with suppress(FileNotFoundError):
-                    path.with_name(path.name + suffix).rename(f"{aside}{suffix}")
+            file.set_aside(aside)
             log.warning("%s: events that cannot be read (%s) are set aside there", aside, error)
     return moved
 
@@ -210,11 +279,11 @@ def forget(directory: Path, days: int) -> None:
             for folder in (directory / kind).glob("????-??-??"):
                 if folder.name < first:
                     shutil.rmtree(folder)
-            for partial in (directory / kind).glob("*/.*.partial"):
-                with suppress(FileNotFoundError):  # it is whole by now
-                    if partial.stat().st_mtime < now.timestamp() - STALE_SECONDS:
-                        partial.unlink()
-        for aside in (directory / "hot").glob("*.broken*"):
+        for partial in [*directory.glob("*/*/.*.partial"), *directory.glob("hot/*.new")]:
+            with suppress(FileNotFoundError):  # it is whole by now
+                if partial.stat().st_mtime < now.timestamp() - STALE_SECONDS:
+                    partial.unlink()
+        for aside in (directory / "hot").glob("*.broken"):
             if aside.stat().st_mtime < now.timestamp() - (days + 1) * DAY_SECONDS:
                 aside.unlink()
 
@@ -237,8 +306,7 @@ def compact(directory: Path) -> int:
                 if folder.name >= today or len(files) < 2:
                     continue
                 try:
-                    rows = ds.dataset(files, schema).to_batches(batch_size=ROWS)
-                    _write_file(folder, schema, rows)
+                    _put_together(files, folder, schema)
                 except (OSError, pa.ArrowException) as error:
                     log.warning("%s: not made one file: %s", folder, error)
                     continue
@@ -246,6 +314,17 @@ def compact(directory: Path) -> int:
                     file.unlink()
                 replaced += len(files)
     return replaced
+
+
+def _put_together(files: list[Path], folder: Path, schema: pa.Schema) -> None:
+    one = _ParquetFile(folder, schema)
+    try:
+        for rows in ds.dataset(files, schema).to_batches(batch_size=ROWS):
+            one.write(rows)
+        one.end()
+        one.publish()
+    finally:
+        one.discard()
 
 
 @contextmanager
@@ -293,83 +372,79 @@ def _salt(directory: Path) -> bytes:
     return _SALTS[directory]
 
 
-def _open(path: Path, mode: str, wait: float) -> sqlite3.Connection:
-    db = sqlite3.connect(
-        f"file:{path}?mode={mode}", uri=True, timeout=wait, check_same_thread=False
-    )
+def _write(events: Iterator[tuple[str, dict[str, Any]]], directory: Path) -> int:
+    """To a file for each kind and day, all or none; how many events those were."""
+    count = 0
+    files: dict[tuple[str, str], _ParquetFile] = {}
     try:
-        db.execute("PRAGMA locking_mode=EXCLUSIVE")
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=NORMAL")
-        db.execute("BEGIN IMMEDIATE")  # takes the lock, which stays until the file is closed
-        db.commit()
-    except sqlite3.DatabaseError:
-        db.close()
-        raise
-    return db
-
-
-def _move(db: sqlite3.Connection, directory: Path) -> int:
-    moved = 0
-    while rows := _rows(db):
-        _write(rows, directory)
-        _delete(db, rows)
-        moved += len(rows)
-    return moved
-
-
-def _rows(db: sqlite3.Connection) -> list[Row]:
-    """The oldest, MOVED at most."""
-    sql = "SELECT seq, kind, body FROM event ORDER BY seq LIMIT ?"
-    return db.execute(sql, (MOVED,)).fetchall()
-
-
-def _delete(db: sqlite3.Connection, rows: list[Row]) -> None:
-    if rows:
-        with db:
-            db.execute("DELETE FROM event WHERE seq <= ?", (rows[-1][0],))
-
-
-def _write(rows: list[Row], directory: Path) -> None:
-    """To Parquet, durable when it returns."""
-    of_file: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for _, kind, body in rows:
-        event = json.loads(body)
-        if kind == "exposure":
-            event["versions"] = list(event["versions"].items())  # as Arrow wants a map
-        day = f"{datetime.fromtimestamp(event['at'] / 1000, UTC):%Y-%m-%d}"
-        of_file.setdefault((kind, day), []).append(event)
-    for (kind, day), events in of_file.items():
-        folder = directory / kind / day
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_file(folder, SCHEMAS[kind], [pa.RecordBatch.from_pylist(events, SCHEMAS[kind])])
-
-
-def _write_file(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """One file more, in row groups of at least ROWS; durable when it returns. What cannot be
-    written whole leaves nothing: on a full disk each try would take some more of it."""
-    final = folder / f"{uuid.uuid4().hex}.parquet"
-    aside = folder / f".{final.name}.partial"
-    try:
-        with aside.open("wb") as file:
-            with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-                group: list[pa.RecordBatch] = []
-                for batch in batches:
-                    group.append(batch)
-                    if sum(len(part) for part in group) >= ROWS:
-                        writer.write_table(pa.Table.from_batches(group, schema))
-                        group = []
-                writer.write_table(pa.Table.from_batches(group, schema))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(final)
+        while some := list(islice(events, MOVED)):
+            of_file: dict[tuple[str, str], list[dict[str, Any]]] = {}
+            for kind, event in some:
+                if kind == "exposure":
+                    event["versions"] = list(event["versions"].items())  # as Arrow wants a map
+                day = f"{datetime.fromtimestamp(event['at'] / 1000, UTC):%Y-%m-%d}"
+                of_file.setdefault((kind, day), []).append(event)
+            for (kind, day), rows in of_file.items():
+                if (kind, day) not in files:
+                    files[kind, day] = _ParquetFile(directory / kind / day, SCHEMAS[kind])
+                files[kind, day].write(pa.RecordBatch.from_pylist(rows, SCHEMAS[kind]))
+            count += len(some)
+        for file in files.values():
+            file.end()
+        for file in files.values():
+            file.publish()
     finally:
-        aside.unlink(missing_ok=True)
+        for file in files.values():
+            file.discard()
+    return count
 
 
-def _unlink(path: Path) -> None:
-    for suffix in ("", "-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
+class _ParquetFile:
+    """One file more of a day. What is not published leaves nothing: on a full disk each try would
+    take some more of it."""
+
+    def __init__(self, folder: Path, schema: pa.Schema) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._final = folder / f"{uuid.uuid4().hex}.parquet"
+        self._aside = folder / f".{self._final.name}.partial"
+        self._schema = schema
+        self._group: list[pa.RecordBatch] = []
+        self._file: IO[bytes] | None = None
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, rows: pa.RecordBatch) -> None:
+        """In row groups of at least ROWS, but the last."""
+        self._group.append(rows)
+        if sum(len(part) for part in self._group) >= ROWS:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        if self._writer is None:
+            self._file = self._aside.open("wb")
+            self._writer = pq.ParquetWriter(self._file, self._schema, compression="zstd")
+        self._writer.write_table(pa.Table.from_batches(self._group, self._schema))
+        self._group = []
+
+    def end(self) -> None:
+        """On the disk when it returns."""
+        self._write_group()
+        assert self._writer is not None
+        assert self._file is not None
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def publish(self) -> None:
+        self._aside.replace(self._final)
+
+    def discard(self) -> None:
+        """Nothing, where it is published."""
+        for part in (self._writer, self._file):
+            with suppress(OSError):  # the disk's, once more
+                if part is not None:
+                    part.close()
+        self._aside.unlink(missing_ok=True)
 
 
 def _kind(event: Event) -> str:

@@ -46,6 +46,7 @@ MISSING: dict[int | str, dict[str, Any]] = {
         "description": "There is no such product, or it is no product's id",
     }
 }
+BYTES = {"schema": {"type": "string", "format": "binary"}}
 ProductId = Annotated[str, InPath(min_length=1, max_length=200, pattern=schema.PRODUCT_ID)]
 
 
@@ -130,7 +131,7 @@ def _searches(app: FastAPI, service: SearchService) -> None:
         """Which side of a comparison was better; the first vote on it counts."""
         if service.trial is None:
             raise UserError("no experiment runs here, so there is nothing to vote on")
-        await service.trial.vote(body.search_id, body.better)
+        service.trial.vote(body.search_id, body.better)
         return {"status": "ok"}
 
     @app.post(
@@ -236,7 +237,7 @@ def _products(app: FastAPI, service: SearchService) -> None:
 
     @app.get(
         "/photos/{product_id:path}",
-        responses={200: {"content": {"image/jpeg": {}}, "description": "The photo"}, **MISSING},
+        responses={200: {"content": {"image/jpeg": BYTES}, "description": "The photo"}, **MISSING},
         response_class=Response,
         operation_id="photo",
     )

@@ -1,7 +1,6 @@
 import ast
 import os
 import signal
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -59,25 +58,34 @@ def test_events_come_back_from_parquet_as_they_were_by_day(tmp_path: Path) -> No
     first = next((tmp_path / "exposure" / "2026-03-01").iterdir())
     searched = vars(exposure("s1")) | {"versions": [("a", "model")]}  # as Arrow tells a map
     assert pq.read_table(first).to_pylist() == [searched]
-    log.close()
+    log.flush()
     assert list((tmp_path / "hot").iterdir()) == []
 
 
-def test_what_is_moved_comes_in_files_of_a_limited_size(
+def killed(log: EventLog) -> None:
+    """The kernel closes a dead process's files, and so unlocks them."""
+    assert log._current is not None
+    os.close(log._current._fd)
+
+
+def test_events_are_moved_some_at_a_time_into_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_log, "MOVED", 4)
-    for end in ("flush", "close", "collect"):
-        log = EventLog(tmp_path / end)
+    monkeypatch.setattr(event_log, "ROWS", 4)
+    for how in ("flush", "collect"):
+        log = EventLog(tmp_path / how)
         log.append([exposure(f"s{i}") for i in range(10)])
-        if end == "collect":
-            log._db.close()
-            assert collect(tmp_path / end) == 10
+        if how == "collect":
+            killed(log)
+            assert collect(tmp_path / how) == 10
         else:
-            getattr(log, end)()
-        files = (tmp_path / end / "exposure").rglob("*.parquet")
-        assert sorted(pq.read_metadata(file).num_rows for file in files) == [2, 4, 4]
-        assert set(read(tmp_path / end, "exposure")) == {f"s{i}" for i in range(10)}
+            assert log.flush() == 10
+        (file,) = (tmp_path / how / "exposure").rglob("*.parquet")
+        groups = pq.read_metadata(file)
+        sizes = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
+        assert sizes == [4, 4, 2]
+        assert read(tmp_path / how, "exposure") == [f"s{i}" for i in range(10)]
 
 
 def test_what_a_living_replica_has_is_not_collected(tmp_path: Path) -> None:
@@ -86,7 +94,6 @@ def test_what_a_living_replica_has_is_not_collected(tmp_path: Path) -> None:
     assert _collect_elsewhere(tmp_path) == 0
     log.append([exposure("s2")])
     assert log.flush() == 2
-    log.close()
 
 
 def _collect_elsewhere(directory: Path) -> int:
@@ -115,29 +122,29 @@ def test_events_are_appended_while_others_are_written_to_parquet(
     monkeypatch.setattr(event_log.pq, "ParquetWriter", slow)
     assert log.flush() == 1
     monkeypatch.undo()
-    log.close()
+    log.flush()
     assert set(read(tmp_path, "exposure")) == {"s1", "s2"}
 
 
-@pytest.mark.parametrize("how", ["no database", "a page", "an event"])
+@pytest.mark.parametrize("how", ["no text", "no event", "no JSON", "another column's type"])
 def test_a_hot_file_that_cannot_be_read_is_set_aside_and_the_others_collected(
     tmp_path: Path, how: str
 ) -> None:
     for name in ("a", "b"):
         log = EventLog(tmp_path)
         log.append([exposure(f"{name}{i}") for i in range(200)])
-        log._db.close()
-        log._path.rename(tmp_path / "hot" / f"{name}.sqlite")
-    broken = tmp_path / "hot" / "a.sqlite"
-    if how == "no database":
-        broken.write_bytes(b"no database" * 1000)
-    elif how == "a page":
-        data = broken.read_bytes()
-        broken.write_bytes(data[:4096] + bytes([255]) * (len(data) - 4096))
-    else:
-        with sqlite3.connect(broken) as db:
-            db.execute("UPDATE event SET body = '{' WHERE seq = 7")
-        db.close()
+        killed(log)
+        (path,) = set((tmp_path / "hot").iterdir()) - {tmp_path / "hot" / "a.jsonl"}
+        path.rename(tmp_path / "hot" / f"{name}.jsonl")
+    broken = tmp_path / "hot" / "a.jsonl"
+    lines = broken.read_bytes().splitlines(keepends=True)
+    lines[7] = {
+        "no text": bytes([255, 0]) * 100 + b"\n",
+        "no event": b"7\n",
+        "no JSON": lines[7][:-9] + b"\n",
+        "another column's type": lines[7].replace(b'"red shoe"', b"[8]"),
+    }[how]
+    broken.write_bytes(b"".join(lines))
     assert collect(tmp_path) == 200
     assert sorted(map(str, read(tmp_path, "exposure"))) == sorted(f"b{i}" for i in range(200))
     assert [path.name for path in (tmp_path / "hot").iterdir()] == ["a.broken"]
@@ -173,6 +180,17 @@ def test_kill_9_at_any_time_loses_nothing_that_was_acknowledged(tmp_path: Path) 
         assert list((directory / "hot").iterdir()) == []
 
 
+def test_a_line_that_a_kill_left_without_its_end_is_no_event(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    log.append([exposure("s1")])
+    (path,) = (tmp_path / "hot").iterdir()
+    with path.open("ab") as file:
+        file.write(path.read_bytes()[:-1])
+    killed(log)
+    assert collect(tmp_path) == 1
+    assert read(tmp_path, "exposure") == ["s1"]
+
+
 def test_a_kill_between_rename_and_deletion_leaves_events_twice_and_none_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,15 +198,15 @@ def test_a_kill_between_rename_and_deletion_leaves_events_twice_and_none_lost(
     log.append([exposure("s1")])
     moved = Path.replace
 
-    def killed(path: Path, target: Path) -> None:
+    def replaced(path: Path, target: Path) -> None:
         moved(path, target)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "replace", killed)
+    monkeypatch.setattr(Path, "replace", replaced)
     with pytest.raises(KeyboardInterrupt):
         log.flush()
     monkeypatch.undo()
-    log.close()
+    log.flush()
     assert read(tmp_path, "exposure") == ["s1", "s1"]
 
 
@@ -207,7 +225,7 @@ def test_a_half_written_file_has_no_name_that_readers_take(
         with pytest.raises(KeyboardInterrupt):
             log.flush()
     assert read(tmp_path, "exposure") == []
-    log.close()
+    log.flush()
     assert read(tmp_path, "exposure") == ["s1"]
 
 
@@ -250,7 +268,7 @@ def test_a_disk_that_is_full_is_not_filled_further_by_each_try(tmp_path: Path) -
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     left = ast.literal_eval(done.stdout)
-    assert [name for name in left if ".sqlite" not in name] == []
+    assert [name for name in left if not name.endswith(".jsonl")] == []
 
 
 def test_a_half_written_file_of_a_process_that_was_killed_goes_when_nobody_writes_it_any_more(
@@ -270,7 +288,7 @@ def test_days_are_deleted_when_they_are_too_old(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
     now = datetime.now(UTC)
     log.append([exposure(f"s{days}", now - timedelta(days=days)) for days in (0, 5, 20)])
-    log.close()
+    log.flush()
     forget(tmp_path, 10)
     assert sorted(map(str, read(tmp_path, "exposure"))) == ["s0", "s5"]
 
@@ -278,8 +296,8 @@ def test_days_are_deleted_when_they_are_too_old(tmp_path: Path) -> None:
 def test_what_was_set_aside_ages_out_too(tmp_path: Path) -> None:
     (tmp_path / "hot").mkdir()
     now = datetime.now(UTC).timestamp()
-    for name, days in (("old.broken", 12), ("old.broken-wal", 12), ("new.broken", 10)):
-        (tmp_path / "hot" / name).write_bytes(b"no database")
+    for name, days in (("old.broken", 12), ("new.broken", 10), ("old.new", 1)):
+        (tmp_path / "hot" / name).write_bytes(b"no event")
         os.utime(tmp_path / "hot" / name, (now, now - days * 24 * 3600))
     forget(tmp_path, 10)
     assert [path.name for path in (tmp_path / "hot").iterdir()] == ["new.broken"]
@@ -288,7 +306,7 @@ def test_what_was_set_aside_ages_out_too(tmp_path: Path) -> None:
 def test_what_a_dead_replica_left_ages_out_though_nobody_logs_any_more(tmp_path: Path) -> None:
     log, now = EventLog(tmp_path), datetime.now(UTC)
     log.append([exposure(f"s{days}", now - timedelta(days=days)) for days in (5, 20)])
-    log._db.close()
+    killed(log)
     tend(tmp_path, 10)
     assert read(tmp_path, "exposure") == ["s5"]
     assert list((tmp_path / "hot").iterdir()) == []
@@ -301,7 +319,7 @@ def test_who_reads_the_log_keeps_its_files(tmp_path: Path) -> None:
     for days in (20, 1, 1):
         log.append([exposure(f"s{days}", now - timedelta(days=days))])
         log.flush()
-    log.close()
+    log.flush()
     files = sorted(tmp_path.glob("exposure/*/*.parquet"))
     compacting = threading.Thread(target=compact, args=(tmp_path,))
     with unchanging(tmp_path):
@@ -343,23 +361,33 @@ def test_several_processes_may_delete_the_same_days_at_once(tmp_path: Path) -> N
     assert list((tmp_path / "exposure").iterdir()) == []
 
 
-def test_a_log_that_cannot_be_opened_leaves_no_file_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", OPENER, str(tmp_path)]
+def test_on_a_full_disk_an_event_is_in_the_log_whole_or_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FILLER, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "hot").iterdir()) == []
+    taken = done.stdout.split()
+    assert taken[-1] == "s99"
+    assert 1 < len(taken) < 100
+    assert read(tmp_path, "exposure") == taken
 
 
-OPENER = """
-import resource, sqlite3, sys
+FILLER = """
+import resource, sys
+from datetime import UTC, datetime
 from pathlib import Path
-from acebert.experiment.event_log import EventLog
-resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no file takes a byte, as on a full disk
-try:
-    EventLog(Path(sys.argv[1]))
-except sqlite3.Error:
-    sys.exit(0)
-sys.exit("it was opened")
+from acebert.experiment.event_log import EventLog, Exposure
+log, now = EventLog(Path(sys.argv[1])), datetime.now(UTC)
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # a file's end, as that of a disk
+for i in range(100):
+    if i == 99:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    try:
+        log.append([Exposure(f"s{i}", now, "test", "a", "u", "q", ["p"], "d", "split", {})])
+        print(f"s{i}")
+    except OSError:
+        pass
+log.flush()
 """
 
 
@@ -379,7 +407,7 @@ def test_days_that_are_over_become_one_file_with_the_same_events(
         assert sorted(map(str, read(tmp_path, kind))) == sorted(map(str, ids))
         assert len(list((tmp_path / kind / yesterday).iterdir())) == 1
     log.append([exposure("late", now - timedelta(days=1))])
-    log.close()
+    log.flush()
     assert compact(tmp_path) == 2
     assert sorted(map(str, read(tmp_path, "exposure"))) == sorted([*before["exposure"], "late"])
     assert compact(tmp_path) == 0
@@ -392,7 +420,7 @@ def test_a_day_with_a_broken_file_stays_as_it_is_and_the_others_become_one_file(
     for name in ("a", "b"):
         log.append([exposure(f"{name}{day}", NOW + timedelta(days=day)) for day in range(2)])
         log.flush()
-    log.close()
+    log.flush()
     broken, whole = sorted((tmp_path / "exposure").iterdir())
     (broken / "broken.parquet").write_bytes(b"PAR1 and then")
     assert compact(tmp_path) == 2

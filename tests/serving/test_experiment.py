@@ -323,7 +323,8 @@ def test_an_old_log_ages_out_in_a_service_that_runs_no_experiment(world, with_se
             for n in (5, 20)
         ]
     )
-    log._db.close()  # as its process was killed
+    assert log._current is not None
+    os.close(log._current._fd)  # as its process was killed
 
     def logged() -> list[str]:
         files = events.glob("exposure/*/*.parquet")
