@@ -163,6 +163,7 @@ class EventLog:
         if self._ended is None:
             return 0
         moved = self._ended.move(self._directory)
+        self._ended.close()
         self._ended = None
         return moved
 
@@ -198,7 +199,7 @@ class _HotFile:
             return None
         with suppress(BlockingIOError):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_nlink:
+            if path.exists():  # no name comes twice
                 return cls(path, fd)
         os.close(fd)
         return None
@@ -218,19 +219,24 @@ class _HotFile:
         self._size += len(data)
 
     def move(self, directory: Path) -> int:
-        """To Parquet, all or nothing, durable when it returns; how many events those were.
+        """To Parquet, all or nothing, durable when it returns; how many events those were. Where a
+        line is no event the file is set aside under another name.
 
         Raises:
             OSError: the disk is full, or away.
-            ValueError, LookupError, ArrowException: a line is no event.
         """
-        moved = _write(self._events(), directory)
-        self._path.unlink()
-        os.close(self._fd)
+        moved = 0
+        try:
+            moved = _write(self._events(), directory)
+            self._path.unlink()
+        except (ValueError, TypeError, LookupError, AttributeError, pa.ArrowException) as error:
+            aside = self._path.with_suffix(".broken")
+            self._path.rename(aside)
+            log.warning("%s: events that cannot be read (%s) are set aside there", aside, error)
         return moved
 
-    def set_aside(self, aside: Path) -> None:
-        self._path.rename(aside)
+    def close(self) -> None:
+        """Unlocks it too."""
         os.close(self._fd)
 
     def _events(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -243,7 +249,7 @@ class _HotFile:
 
 def collect(directory: Path) -> int:
     """Move what dead replicas left to Parquet; how many events those were. Files of replicas that
-    live are passed by, one that cannot be read is set aside under another name."""
+    live are passed by."""
     moved = 0
     for path in sorted((directory / "hot").glob("*.jsonl")):
         file = _HotFile.left(path)
@@ -251,10 +257,8 @@ def collect(directory: Path) -> int:
             continue
         try:
             moved += file.move(directory)
-        except (ValueError, TypeError, LookupError, pa.ArrowException) as error:
-            aside = path.with_suffix(".broken")
-            file.set_aside(aside)
-            log.warning("%s: events that cannot be read (%s) are set aside there", aside, error)
+        finally:
+            file.close()
     return moved
 
 

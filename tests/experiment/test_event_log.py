@@ -180,6 +180,18 @@ def test_kill_9_at_any_time_loses_nothing_that_was_acknowledged(tmp_path: Path) 
         assert list((directory / "hot").iterdir()) == []
 
 
+def test_what_could_not_be_collected_is_collected_the_next_time(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    log.append([exposure("s1")])
+    killed(log)
+    (tmp_path / "exposure").write_bytes(b"in the way, as a full disk is")
+    with pytest.raises(OSError, match="exposure"):
+        collect(tmp_path)
+    (tmp_path / "exposure").unlink()
+    assert collect(tmp_path) == 1
+    assert read(tmp_path, "exposure") == ["s1"]
+
+
 def test_a_line_that_a_kill_left_without_its_end_is_no_event(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
     log.append([exposure("s1")])
