@@ -15,6 +15,8 @@ checkpoint; a job that was stopped does the same when it is started again.
   One that a rank meets alone is raised, for the others wait for that rank: Ray Train stops them,
   and the ranks that it starts next return the message.
 * `train.max_failures` counts deaths without a new checkpoint: a long run may die more often.
+* Workers that do not come to train (one dies while they join each other, or its port was taken) are
+  counted likewise, but by us: Ray Train starts again only those that it lost before they joined.
 """
 
 import logging
@@ -34,8 +36,15 @@ import pyarrow as pa
 import ray
 import ray.train
 import torch
-from ray.exceptions import RayError
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.exceptions import RayActorError, RayError
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    WorkerGroupError,
+)
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
@@ -64,7 +73,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEATHS = WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+DEATHS = WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError, RayActorError
 MLFLOW_SECONDS = 60.0
 NODES_SECONDS = 5.0
 COLLECTIVE_SECONDS = 4 * 3600  # a node that joins late first copies the features to its disk
@@ -195,20 +204,25 @@ def _fit(
     Raises:
         KeyboardInterrupt: Ctrl-C.
         UserError: workers died `max_failures` + 1 times without a new checkpoint.
+        ControllerError: they did not come to train as often, and none died.
     """
     told = _told_by_a_rank(checkpoints.directory)
+    failed_starts = 0
     while True:
         told.unlink(missing_ok=True)
         try:
             with _ray_by_address(), _ctrl_c_as_elsewhere():
                 result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
             return result.return_value
-        except WorkerGroupError as error:
+        except (WorkerGroupError, ControllerError) as error:
             if message := _message_in(told):
                 return message
-            failures = error.worker_failures.values()
+            started = isinstance(error, WorkerGroupError)
+            failures = error.worker_failures.values() if started else [error.controller_failure]
             newest = checkpoints.newest()
-            if newest == before:
+            if newest != before:
+                failed_starts = 0
+            elif started or failed_starts == max_failures:
                 if not any(isinstance(failure, DEATHS) for failure in failures):
                     raise
                 where = f"after {newest.name}" if newest else "before the first checkpoint"
@@ -218,7 +232,11 @@ def _fit(
                     "Start the job again, it goes on from there; workers that are killed for "
                     "memory need a smaller --train.micro_batch"
                 ) from error
-            log.warning("workers died, goes on from %s: %s", newest, _first_line(failures))
+            else:
+                failed_starts += 1
+            what = "workers died" if started else "the workers did not come to train"
+            where = f"goes on from {newest}" if newest else "begins again"
+            log.warning("%s, %s: %s", what, where, _first_line(failures))
             before = newest
 
 
@@ -366,8 +384,8 @@ def _run_rank(given: dict[str, bytes]) -> str | None:
     told = _told_by_a_rank(loop["directory"])
     if message := _message_in(told):
         return message
+    logging.getLogger().handlers.clear()  # Ray Train's: no time of day, and a line for each report
     set_up_logging()
-    logging.getLogger().setLevel(logging.WARNING)  # Ray Train made it INFO: it prints each report
     settings = settings_from(loop["settings"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -385,7 +403,8 @@ def _run_rank(given: dict[str, bytes]) -> str | None:
         for validation in progress.validations if is_trial else ():
             ray.train.report(validation)
         if rank == 0:
-            log.info("goes on after step %d, with %d workers", progress.step, world)
+            name = checkpoints.directory.parent.name
+            log.info("%s: goes on after step %d, with %d workers", name, progress.step, world)
             send(progress)
 
     def resume() -> tuple[Mapping[str, Any], Progress]:
