@@ -1,5 +1,6 @@
 """The vocabulary that titles and queries are cut by."""
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from acebert.config import Settings, load_settings
-from acebert.data.tokens import Ragged, load_tokenizer, tokenize, train_wordpiece
+from acebert.data.tokens import Ragged, backbone_digest, load_tokenizer, tokenize, train_wordpiece
 from acebert.workdir import Stage
 
 TITLES = ["red cotton shirt", "blue denim trousers", "green wool scarf"] * 5
@@ -64,3 +65,15 @@ def test_the_same_texts_give_the_same_vocabulary() -> None:
     assert len(vocabulary) == 150
     assert set(first.all_special_tokens) == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
     assert "[UNK]" not in first.tokenize("AXYB jz")
+
+
+def test_a_backbone_is_known_by_what_its_files_hold(tmp_path: Path) -> None:
+    """An environment that is installed anew has the same ones, of another time."""
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"of a model")
+    os.utime(weights, ns=(0, 0))
+    before = backbone_digest(str(tmp_path))
+    os.utime(weights, ns=(0, 1))
+    assert backbone_digest(str(tmp_path)) == before
+    weights.write_bytes(b"of another")
+    assert backbone_digest(str(tmp_path)) != before
