@@ -25,6 +25,7 @@ import os
 import platform
 import shutil
 import signal
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ from ray.train.v2._internal.exceptions import (
 
 from acebert.cluster import cores_here, node_resources, wait_for_nodes
 from acebert.config import Settings, settings_from
-from acebert.errors import AgreedError, UserError
+from acebert.errors import AgreedError, UserError, reason_of
 from acebert.job import set_up_logging
 from acebert.training.checkpoint import (
     Checkpoints,
@@ -75,6 +76,7 @@ log = logging.getLogger(__name__)
 
 DEATHS = WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError, RayActorError
 MLFLOW_SECONDS = 60.0
+MLFLOW_PAUSES = 1.0, 5.0, 20.0  # before the last steps are sent again
 NODES_SECONDS = 5.0
 COLLECTIVE_SECONDS = 4 * 3600  # a node that joins late first copies the features to its disk
 
@@ -192,7 +194,7 @@ def _train(
         raise UserError(message)
     last = checkpoints.newest()
     if last is not None:
-        _mlflow_sender(actor, mlrun.run_id)(load_progress(last))  # what MLflow did not take before
+        _send_the_rest(_mlflow_sender(actor, mlrun.run_id), load_progress(last))
 
 
 def _fit(
@@ -457,7 +459,11 @@ def _refuse_other_code(of_job: dict[str, str]) -> None:
 
 def _mlflow_sender(actor: Any, run_id: str) -> Callable[[Progress], None]:
     """A function that sends MLflow the steps and validations it has not had; what cannot be sent
-    goes with the next call."""
+    goes with the next call.
+
+    The function raises:
+        RayError: MLflow does not take them, or not in time.
+    """
     steps = 0
 
     def send(progress: Progress) -> None:
@@ -466,12 +472,8 @@ def _mlflow_sender(actor: Any, run_id: str) -> Callable[[Progress], None]:
         tables = [_named("train", history[steps:])]
         if progress.validations:
             tables.append(_named("valid", pa.Table.from_pylist(list(progress.validations))))
-        try:
-            ray.get([actor.log.remote(run_id, table) for table in tables], timeout=MLFLOW_SECONDS)
-        except RayError as error:
-            log.warning("MLflow does not take the metrics, they will be sent again: %s", error)
-        else:
-            steps = history.num_rows
+        ray.get([actor.log.remote(run_id, table) for table in tables], timeout=MLFLOW_SECONDS)
+        steps = history.num_rows
 
     return send
 
@@ -482,12 +484,38 @@ def _in_the_background(send: Callable[[Progress], None]) -> Callable[[Progress],
     thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
     sending: Future[None] | None = None
 
+    def try_to(progress: Progress) -> None:
+        try:
+            send(progress)
+        except RayError as error:
+            log.warning("MLflow does not take the metrics, they will be sent again: %s", error)
+
     def submit(progress: Progress) -> None:
         nonlocal sending
         if sending is None or sending.done():
-            sending = thread.submit(send, progress)
+            sending = thread.submit(try_to, progress)
 
     return submit
+
+
+def _send_the_rest(send: Callable[[Progress], None], progress: Progress) -> None:
+    """What MLflow did not take before; a run without it must not be a finished one.
+
+    Raises:
+        UserError: MLflow does not take it, as often as it is sent.
+    """
+    for pause in (*MLFLOW_PAUSES, None):
+        try:
+            return send(progress)
+        except RayError as error:
+            if pause is None:
+                raise UserError(
+                    "trained to the end, but MLflow does not take the last metrics: "
+                    f"{reason_of(error)}. Give the same command again when it does: they are sent "
+                    "from the last checkpoint, nothing is trained again"
+                ) from error
+            log.warning("MLflow does not take the last metrics, again in %g s: %s", pause, error)
+            time.sleep(pause)
 
 
 def _named(prefix: str, table: pa.Table) -> pa.Table:

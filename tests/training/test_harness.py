@@ -17,10 +17,10 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
-from acebert.training import harness
 from acebert.tracking import Run
+from acebert.training import harness
 from acebert.training.checkpoint import Checkpoints, Progress
-from acebert.training.harness import _mlflow_sender, trained_stage
+from acebert.training.harness import _mlflow_sender, _send_the_rest, trained_stage
 from acebert.training.steps import Rank
 
 
@@ -185,3 +185,36 @@ def test_steps_that_are_made_while_mlflow_is_told_of_others_are_told_later(
     telling.join()
     send(progress)
     assert ray.get(actor.told.remote()) == [1, 2]
+
+
+@pytest.mark.parametrize("refusals", [2, 4])
+def test_a_training_whose_last_steps_mlflow_does_not_take_is_not_finished(
+    ray_cluster: None, refusals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are sent four times."""
+    import ray
+
+    @ray.remote
+    class Refuses:
+        def __init__(self) -> None:
+            self.asked, self.steps = 0, list[int]()
+
+        def log(self, run_id: str, table: pa.Table) -> None:
+            self.asked += 1
+            if self.asked <= refusals:
+                raise TimeoutError("the database is locked")
+            self.steps += table["step"].to_pylist()
+
+        def told(self) -> list[int]:
+            return self.steps
+
+    monkeypatch.setattr(harness, "MLFLOW_PAUSES", (0.0, 0.0, 0.0))
+    actor, progress = Refuses.remote(), Progress()
+    progress.add_steps([{"step": 1, "loss": 2.0}])
+    send = _mlflow_sender(actor, "run")
+    if refusals == 4:
+        with pytest.raises(UserError, match=r"last metrics: .*the database is locked\. Give the"):
+            _send_the_rest(send, progress)
+    else:
+        _send_the_rest(send, progress)
+        assert ray.get(actor.told.remote()) == [1]
