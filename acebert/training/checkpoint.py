@@ -162,7 +162,7 @@ class Checkpoints:
         renamed to *.corrupt with a warning, and what a dead writer left is removed.
 
         Raises:
-            UserError: it is of other settings, inputs or code; the differences are named.
+            UserError: it is of other code; the differences are named.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         self._remove_halves()
@@ -191,7 +191,7 @@ class Checkpoints:
         differences = _differences(_identity(path), self._identity)
         if differences:
             raise UserError(
-                f"{path} was written by other code or settings, so that training cannot go on "
+                f"{path} was written by other code, so that training cannot go on "
                 f"from it as if nothing had happened: {'; '.join(differences)}. Go back to those, "
                 f"or remove {self.directory} to train from the start"
             )

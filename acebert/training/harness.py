@@ -101,7 +101,7 @@ def trained_stage(
     Args:
         settings: `train` says how many workers with what, and how often to save
         stage: the stage's name
-        key: the stage's key; a checkpoint of another key, or of other code, is refused
+        key: the stage's key, by which checkpoints lie apart; one of other code is refused
         worker: see the module's docstring
         config: handed to each worker; has to pickle
         export: writes the stage's directory; the newest checkpoint is the last
@@ -125,7 +125,7 @@ def trained_stage(
         step = load_progress(newest).step if newest else 0
         if not newest and settings.tracking.parent_run is None:  # a sweep has many side by side
             for other in begun_otherwise(directory, stage, key):
-                log.info("%s: begins anew. There is a checkpoint of another, %s", stage, other)
+                log.warning("%s: begins anew in %s, not from %s", stage, directory, other)
         tags = {DATA_TAG: data}
         with start_run(settings, stage, digest, name=name, tags=tags, first_step=step) as mlrun:
             _train(settings, checkpoints, newest, identity, worker, config, mlrun)

@@ -176,10 +176,6 @@ def test_without_any_whole_checkpoint_there_is_none(checkpoints: Checkpoints):
     ("identity", "words"),
     [
         (
-            {"key": {"train": {"lr": 0.002}, "plan": "ab12"}, "code": IDENTITY["code"]},
-            r"key\.train\.lr was 0\.001, is 0\.002",
-        ),
-        (
             {"key": IDENTITY["key"], "code": {"models/losses.py": "ee11"}},
             r"code\.models/losses\.py was ff00, is ee11",
         ),
@@ -189,7 +185,7 @@ def test_without_any_whole_checkpoint_there_is_none(checkpoints: Checkpoints):
         ),
     ],
 )
-def test_a_checkpoint_of_other_settings_or_code_is_refused(
+def test_a_checkpoint_of_other_code_is_refused(
     checkpoints: Checkpoints, identity: dict, words: str
 ):
     checkpoints.save(state(1), progress(1))
