@@ -220,7 +220,11 @@ def _fit(
             if message := _message_in(told):
                 return message
             started = isinstance(error, WorkerGroupError)
-            failures = error.worker_failures.values() if started else [error.controller_failure]
+            failures = (
+                list(error.worker_failures.values())
+                if isinstance(error, WorkerGroupError)
+                else [error.controller_failure]
+            )
             newest = checkpoints.newest()
             if newest != before:
                 failed_starts = 0
