@@ -15,7 +15,9 @@
 
 import json
 import logging
+import os
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -298,12 +300,19 @@ class _PartWriter:
             batches, same_category = order_partitions(
                 self.layout, epoch, categories, self.num_categories, first, last
             )
-            with pa.ipc.new_file(str(part_file(self.out, epoch, part)), SCHEMA) as file:
-                step = max(1, CHUNK // self.layout.batch_size)
-                for low in range(0, len(batches), step):
-                    self._write(file, batches[low : low + step].reshape(-1), rows)
-                if last == self.layout.partitions:
-                    self._write(file, short_batch(self.layout, epoch), rows)
+            final = part_file(self.out, epoch, part)
+            # A name of its own: a task that Ray runs twice must not write into the other's file.
+            aside = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+            try:
+                with pa.ipc.new_file(str(aside), SCHEMA) as file:
+                    step = max(1, CHUNK // self.layout.batch_size)
+                    for low in range(0, len(batches), step):
+                        self._write(file, batches[low : low + step].reshape(-1), rows)
+                    if last == self.layout.partitions:
+                        self._write(file, short_batch(self.layout, epoch), rows)
+                os.replace(aside, final)
+            finally:
+                aside.unlink(missing_ok=True)
             yield {"epoch": [epoch], "part": [part], "same_category": [same_category]}
 
     def _write(self, file: pa.ipc.RecordBatchFileWriter, pairs: Ints, rows: Ints) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from acebert.config import load_settings
+from acebert.data import partitions
 from acebert.data import plan_arithmetic as arithmetic
 from acebert.data.partitions import Plan, lay_out_columns, plan, write_plan
 from acebert.data.plan_arithmetic import (
@@ -396,6 +397,33 @@ def test_drawing_shows_the_exact_hard_share_of_each_number_of_partitions(tmp_pat
     picture = cv2.imread(str(drawn.path / "plan.png"))
     assert picture.shape[0] > 500
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+
+def test_a_part_that_is_made_again_to_no_end_leaves_the_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray runs a task again whose node fell silent, and the first may still be writing."""
+    layout = layout_of(640, 64, 2, 0)
+    pairs, columns = write_pairs(tmp_path / "pairs.parquet", categories_of(640, 4)), tmp_path / "c"
+    columns.mkdir()
+    lay_out_columns(pairs, columns)
+    partitions.epoch_dir(tmp_path, 0).mkdir()
+    writer = partitions._PartWriter(
+        tmp_path, columns, layout, partitions.parts_of(layout, 10**6), num_categories=4
+    )
+    block = {"epoch": np.array([0]), "part": np.array([0])}
+    next(writer(block))
+    (part,) = partitions.epoch_dir(tmp_path, 0).iterdir()
+    content = part.read_bytes()
+
+    def cut_off(*_: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(partitions._PartWriter, "_write", cut_off)
+    with pytest.raises(InterruptedError):
+        next(writer(block))
+    assert list(partitions.epoch_dir(tmp_path, 0).iterdir()) == [part]
+    assert part.read_bytes() == content
 
 
 # --------------------------------------------------------------------------------------- on Ray
