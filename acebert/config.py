@@ -428,8 +428,9 @@ class TrainSettings(ScheduleSettings):
     batch_size: int = Field(384, ge=2)
     """global batch W [pairs] (paper: 384)"""
     micro_batch: int | None = Field(None, ge=1)
-    """queries or products encoded at a time on a worker, by gradient caching: memory of so many
-    rows for any W, at the price of one more forward (none: all of them)"""
+    """queries or products encoded at a time on a worker, by gradient caching: activations of so
+    many rows for any W, at the price of one more forward (none: all of them). The inputs of two
+    batches are held beside, photos and all"""
     num_workers: int = Field(1, ge=1)
     """DDP workers; W must be divisible by them"""
     min_workers: int | None = Field(None, ge=1)
