@@ -88,7 +88,9 @@ def random_model(settings: Settings) -> DualEncoder:
     )
 
 
-def staged(settings: Settings) -> tuple[DualEncoder, PairBatches, list[tuple[str, str]]]:
+def staged(
+    settings: Settings, device: torch.device
+) -> tuple[DualEncoder, PairBatches, list[tuple[str, str]]]:
     """Model, batches and the first epoch's (query, title) from the stages of the settings."""
     import pyarrow.dataset as ds
     import pyarrow.parquet as pq
@@ -100,7 +102,7 @@ def staged(settings: Settings) -> tuple[DualEncoder, PairBatches, list[tuple[str
     data, planned = catalogue_stages(settings), plan_stage(settings)
     features = data.features.path if data.features else None
     paths = StagePaths(data.ingested.path, data.tokens.path, features, planned.path)
-    batches = PairBatches(settings, paths, rank=0, world_size=1)
+    batches = PairBatches(settings, paths, rank=0, world_size=1, device=device)
     queries = pq.read_table(paths.ingest / "queries.parquet").sort_by("query")["text"]
     products = ds.dataset(paths.ingest / "products").to_table(columns=["product", "title"])
     titles = products.sort_by("product")["title"]
@@ -176,7 +178,7 @@ def work(arguments: argparse.Namespace) -> None:
     if arguments.random:
         model, stream = random_model(settings), random_batches(settings, total)
     else:
-        model, batches, pairs = staged(settings)
+        model, batches, pairs = staged(settings, device)
         stream = batches.stream(0, total)
     if arguments.rival:
         if arguments.random:

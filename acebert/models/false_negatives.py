@@ -41,7 +41,8 @@ class FalseNegatives:
         """-inf in place where `scores` [r, W], rows first … first + r − 1, have such a cell."""
         cells = slice(self.starts[first], self.starts[first + len(scores)])
         at = self.rows[cells] - first, self.columns[cells]
-        return scores.index_put_(at, scores.new_tensor(-torch.inf))
+        # Filled on the device: a tensor made on the host would be waited for.
+        return scores.index_put_(at, scores.new_full((), -torch.inf))
 
 
 def false_negatives(

@@ -75,6 +75,7 @@ class FineTuning(Training[TrainBatch]):
 
     def validate(self, state: Progress) -> dict[str, float]:
         """Measure the sample, and note whether it is the best so far."""
+        self.trainer.timer.forget()
         queries, products = encode_sample(self.trainer, self.sample, self.batches.inputs)
         if not (np.isfinite(queries).all() and np.isfinite(products).all()):
             raise self.not_finite("embeddings", state.step)

@@ -118,23 +118,30 @@ class TrainBatch:
         return [Part(cut(self.query, i)[0], *cut(self.product, i)) for i in range(n)]
 
     def to(self, device: torch.device) -> "TrainBatch":
-        return _each(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 Inputs = TypeVar("Inputs", bound="DataclassInstance")
 
 
-def _each(inputs: Inputs, f: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+def each_tensor(inputs: Inputs, f: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
     """A dataclass of tensors, or of such dataclasses, with f(tensor) for each tensor in it."""
 
     def of(value: object) -> object:
         if isinstance(value, torch.Tensor):
             return f(value)
-        return _each(value, f) if is_dataclass(value) else value  # type: ignore[type-var]
+        return each_tensor(value, f) if is_dataclass(value) else value  # type: ignore[type-var]
 
     return replace(
         inputs, **{field.name: of(getattr(inputs, field.name)) for field in fields(inputs)}
     )
+
+
+def pinned(batch: Inputs, device: torch.device | None) -> Inputs:
+    """In pinned memory for a GPU: `to` copies from there without the host waiting."""
+    if device is None or device.type != "cuda":
+        return batch
+    return each_tensor(batch, lambda x: x if x.is_cuda else x.pin_memory())
 
 
 class InputStore:
@@ -284,16 +291,8 @@ class PairBatches:
         return np.where(draw < model.hot_query_dropout, EMPTY_LIST, lists)
 
     def stream(self, start: int, stop: int) -> Iterator[TrainBatch]:
-        """Batches of steps start … stop − 1, each made in a thread while the last one trains. For
-        a GPU they come in pinned memory, from which `to` copies behind the GPU's back."""
-
-        def make(step: int) -> TrainBatch:
-            batch = self.batch(step)
-            if self._device is None or self._device.type != "cuda":
-                return batch
-            return _each(batch, lambda x: x if x.is_cuda else x.pin_memory())
-
-        return prefetched(make, start, stop)
+        """Batches of steps start … stop − 1, each made in a thread while the last one trains."""
+        return prefetched(lambda step: pinned(self.batch(step), self._device), start, stop)
 
 
 def _by_length(

@@ -29,7 +29,7 @@ from acebert.data.tokens import load_tokenizer
 from acebert.errors import UserError
 from acebert.models.encoder import NUM_PATCHES, TextInputs
 from acebert.models.pretraining import PretrainInputs
-from acebert.training.pairs import StagePaths
+from acebert.training.pairs import StagePaths, pinned
 from acebert.training.prefetch import prefetched
 from acebert.training.pretrain_pairs import NO_PHOTO, Neighbours, Photos, lend, lenders_ahead
 
@@ -170,8 +170,17 @@ class PretrainBatches:
         UserError: fewer texts than one batch, or a batch that the ranks cannot share evenly.
     """
 
-    def __init__(self, settings: Settings, paths: StagePaths, rank: int, world: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        paths: StagePaths,
+        rank: int,
+        world: int,
+        device: torch.device | None = None,
+    ) -> None:
+        """`device`: that of the training (none: the CPU)."""
         self.settings = settings.pretrain
+        self._device = device
         self.patches, self.pixels = settings.model.patches, settings.model.pixels
         self.texts = Texts(settings, paths)
         self.features = open_features(settings.image, paths.features) if paths.features else None
@@ -209,7 +218,7 @@ class PretrainBatches:
 
     def stream(self, start: int, stop: int) -> Iterator[PretrainBatch]:
         """Batches of steps start … stop − 1, each made while the one before trains."""
-        return prefetched(self.batch, start, stop)
+        return prefetched(lambda step: pinned(self.batch(step), self._device), start, stop)
 
     def batch(self, step: int) -> PretrainBatch:
         """This rank's rows of step `step`, counted from 0 over all epochs."""

@@ -43,7 +43,7 @@ class PreTraining(Training[PretrainBatch]):
         self.batch_size = settings.pretrain.batch_size
         self.validate_every = settings.pretrain.validate_every
         self.checkpoint_every = settings.train.checkpoint_every
-        self.batches = PretrainBatches(settings, paths, rank.rank, rank.world)
+        self.batches = PretrainBatches(settings, paths, rank.rank, rank.world, rank.device)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.held_out = HeldOut(self.batches)
         self.validates_on = f"{len(self.held_out.products)} products"
@@ -56,4 +56,5 @@ class PreTraining(Training[PretrainBatch]):
         return self.trainer.step(batch, step, share)
 
     def validate(self, state: Progress) -> dict[str, float]:
+        self.trainer.timer.forget()
         return self.held_out.measure(self.trainer, self.batches)

@@ -11,16 +11,22 @@ from acebert.training import device_features
 from acebert.training.device_features import DeviceFeatures
 from acebert.training.pairs import PairBatches, StagePaths
 
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_a_gpu)])
 def test_images_on_the_device_equal_those_of_the_store(
-    paths: StagePaths, monkeypatch: pytest.MonkeyPatch
+    paths: StagePaths, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     monkeypatch.setattr(device_features, "ROWS", 50)  # several copies, the last one short
     assert paths.features is not None
     store = FeatureStore(paths.features)
-    held = DeviceFeatures(store, torch.device("cpu"), patches=True, pixels=True)
+    held = DeviceFeatures(store, torch.device(device), patches=True, pixels=True)
     rows = np.random.default_rng(0).integers(0, store.n_products, 200)
     images = held.images(rows)
+    assert images.patches is not None
+    assert images.patches.device.type == device
+    images = images.to(torch.device("cpu"))
     np.testing.assert_array_equal(images.has_image, store.has_image(rows))
     np.testing.assert_array_equal(images.patches, store.patches(rows))
     np.testing.assert_array_equal(images.pixels, store.pixels(rows))

@@ -3,6 +3,7 @@
 import shutil
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,16 +12,19 @@ from acebert.training.finetune import new_model
 from acebert.training.finetuner import SPEED, Finetuner
 from acebert.training.flops import step_flops
 from acebert.training.pairs import PairBatches, StagePaths
-from acebert.training.step_timer import StepTimer
+from acebert.training.step_timer import StepTimer, parts_between
 
 CPU = torch.device("cpu")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-def gradient(settings: Settings, paths: StagePaths, step: int) -> torch.Tensor:
+def gradient(
+    settings: Settings, paths: StagePaths, step: int, device: torch.device = CPU
+) -> torch.Tensor:
     """Of the encoders in `step`, all parameters in one, unclipped, always of the same weights."""
     unclipped = settings.train.model_copy(update={"max_grad_norm": 1e9})
     settings = settings.model_copy(update={"train": unclipped})
-    tuner = Finetuner(settings, new_model(settings, paths), CPU, rank=0, world=1)
+    tuner = Finetuner(settings, new_model(settings, paths), device, rank=0, world=1)
     seen: list[torch.Tensor] = []
 
     def keep(*_: object) -> None:
@@ -28,7 +32,8 @@ def gradient(settings: Settings, paths: StagePaths, step: int) -> torch.Tensor:
         seen.extend(grad.detach().flatten().clone() for grad in grads)
 
     tuner.optimizer.register_step_pre_hook(keep)
-    tuner.encoder_step(PairBatches(settings, paths, rank=0, world_size=1).batch(0), step, share=0.0)
+    batch = PairBatches(settings, paths, rank=0, world_size=1).batch(0)
+    tuner.encoder_step(batch.to(device), step, share=0.0)
     return torch.cat(seen)
 
 
@@ -89,6 +94,42 @@ def test_marks_part_a_step_and_a_start_forgets_the_one_before() -> None:
     assert list(timer.seconds()) == ["forward", "backward"]
     assert timer.seconds()["forward"] >= 0.02
     assert timer.seconds()["backward"] > 0
+
+
+def test_what_is_marked_twice_is_one_part_and_nothing_between_the_marks_is_lost() -> None:
+    marks = [("data", 1.0), ("forward", 2.0), ("backward", 4.0), ("optimizer", 5.0)]
+    domain_step_and_gap = [("optimizer", 5.5), ("data", 5.75)]
+    parts = parts_between([*marks, *domain_step_and_gap])
+    assert parts == {"forward": 1.0, "backward": 2.0, "optimizer": 1.5, "data": 0.25}
+
+
+@on_a_gpu
+def test_a_gpus_parts_sum_up_to_the_time_from_start_to_start(
+    settings: Settings, paths: StagePaths
+) -> None:
+    gpu = torch.device("cuda")
+    tuner = Finetuner(settings, new_model(settings, paths), gpu, rank=0, world=1)
+    batches = PairBatches(settings, paths, 0, 1, gpu)
+    records, wall = [], time.perf_counter()
+    for step, batch in enumerate(batches.stream(0, 6)):
+        if step == 4:
+            tuner.timer.forget()  # as a validation does
+        metrics, v_q, v_p = tuner.encoder_step(batch.to(gpu), step, share=0.0)
+        tuner.domain_step(v_q, v_p)
+        records.append({name: float(metrics[name]) for name in SPEED})
+    wall = time.perf_counter() - wall
+    timed = [record for record in records if not np.isnan(record["flops"])]
+    assert [step for step, record in enumerate(records) if record not in timed] == [0, 4]
+    sums = [sum(r[name] for name in SPEED if name.startswith("seconds_")) for r in timed]
+    assert sum(sums) < wall
+    W = settings.train.batch_size
+    assert [W / r["pairs_per_second"] for r in timed] == pytest.approx(sums)
+
+
+@on_a_gpu
+def test_a_gpu_has_the_gradients_of_a_cpu(settings: Settings, paths: StagePaths) -> None:
+    on_gpu = gradient(settings, paths, step=0, device=torch.device("cuda")).cpu()
+    assert torch.cosine_similarity(on_gpu, gradient(settings, paths, step=0), dim=0) > 0.9999
 
 
 def test_bf16_has_the_gradients_of_fp32_but_for_its_rounding(

@@ -99,11 +99,11 @@ def pairs(rows: slice, settings: Settings) -> TrainBatch:
 
 
 def gradients(
-    settings: Settings, batch: TrainBatch, rank: int = 0, world: int = 1
+    settings: Settings, batch: TrainBatch, rank: int = 0, world: int = 1, device: str = "cpu"
 ) -> dict[str, Tensor]:
     """Of the second encoder step, by parameter; its loss; and the bytes that DDP sent in it. Of
     two steps of the domain classifier after it, the gradients of the first and what it then is."""
-    tuner = Finetuner(settings, new_model(settings), torch.device("cpu"), rank, world)
+    tuner = Finetuner(settings, new_model(settings), torch.device(device), rank, world)
     seen: dict[str, Tensor] = {}
     sent = 0
 
@@ -123,7 +123,9 @@ def gradients(
     tuner.optimizer.register_step_pre_hook(keep)
     for step in (3, 4):  # DDP deals its buckets anew before the second
         sent = 0
-        metrics, v_q, v_p = tuner.encoder_step(batch, step, share=1.0)  # a learning rate of 0
+        metrics, v_q, v_p = tuner.encoder_step(
+            batch.to(tuner.device), step, share=1.0
+        )  # a learning rate of 0
     for _ in range(2):
         tuner.domain_step(v_q, v_p)
         for name, parameter in tuner.domain.named_parameters():
@@ -205,9 +207,18 @@ def test_cached_gradients_are_those_of_one_graph(values: dict[str, Any]) -> None
         torch.testing.assert_close(got[name], gradient, atol=atol, rtol=rtol, msg=name)
 
 
-def test_parts_without_dropout_give_the_whole_batchs_gradients() -> None:
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+        ),
+    ],
+)
+def test_parts_without_dropout_give_the_whole_batchs_gradients(device: str) -> None:
     batch = pairs(slice(0, W), recipe())
-    whole, cached = (gradients(recipe(micro_batch=m), batch) for m in (None, 2))
+    whole, cached = (gradients(recipe(micro_batch=m), batch, device=device) for m in (None, 2))
     torch.testing.assert_close(cached, whole, atol=1e-5, rtol=1e-3)
 
 

@@ -21,9 +21,9 @@ from acebert.training.validation import ValidationSample
 CPU = torch.device("cpu")
 
 
-def train(settings: Settings, paths: StagePaths, save=lambda *_: None, resume=None):
+def train(settings: Settings, paths: StagePaths, save=lambda *_: None, resume=None, device=CPU):
     model = new_model(settings, paths)
-    state = run(settings, paths, model, Rank(0, 1, CPU, save, resume and (lambda: resume)))
+    state = run(settings, paths, model, Rank(0, 1, device, save, resume and (lambda: resume)))
     return model, state
 
 
@@ -81,6 +81,33 @@ def test_a_run_resumed_between_validations_ends_with_the_same_weights(
     assert not changed(whole.state_dict(), resumed.state_dict())
     assert again.history.drop(["seconds", *SPEED]).equals(state.history.drop(["seconds", *SPEED]))
     assert without_clock(again) == without_clock(state)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_run_on_a_gpu_goes_on_from_its_checkpoint(
+    settings: Settings, paths: StagePaths, tmp_path: Path
+):
+    """Its sums are not in the same order twice."""
+    gpu = torch.device("cuda")
+    often = settings.train.model_copy(update={"checkpoint_every": 7})
+    settings = settings.model_copy(update={"train": often})
+    _, state = train(settings, paths, device=gpu)
+    checkpoints = Checkpoints(tmp_path, {}, keep=1)
+
+    def save(tensors: Mapping[str, Any], progress: Progress) -> None:
+        checkpoints.save(tensors, progress)
+        if progress.step == 14:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, paths, save, device=gpu)
+    checkpoints.wait()
+    at = checkpoints.newest()
+    assert at is not None
+    resume = load_tensors(at, gpu), load_progress(at)
+    _, again = train(settings, paths, resume=resume, device=gpu)
+    assert again.step == state.step > 14
+    np.testing.assert_allclose(again.history["loss"], state.history["loss"], rtol=1e-2)
 
 
 def without_clock(state: Progress) -> list[dict[str, float]]:
