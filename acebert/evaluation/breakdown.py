@@ -1,7 +1,7 @@
 """Where a system is good: Recall by kind of query and of product, GAUC by kind of query.
 
-Of queries: `seen` (clicked in the training days) or `unseen`; `head` (the most frequent queries
-that make up `eval.head_share` of the test day's impressions) or `tail`.
+Of queries: `seen` (clicked on some day before the test day) or `unseen`; `head` (the most frequent
+queries that make up `eval.head_share` of the test day's impressions) or `tail`.
 Of targets: `cold` (products never clicked before the test day) or `warm`; `with_image` or
 `without_image`; `title_lacks` (some word of the query is not in the title, Fig. 1a) or
 `title_has`. Words are those that BM25 matches, without stemming: a synonym, a plural and a

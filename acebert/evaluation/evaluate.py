@@ -60,7 +60,7 @@ from acebert.workdir import Stage, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 BASELINES = ("bm25_titles", "bm25_titles_hot", "click_lookup", "popularity", "position")
 HYBRID = "hybrid_bm25"  # a model fused with LEXICAL
 LEXICAL = "bm25_titles_hot"  # the lexical engine that a model is set beside: the stronger one

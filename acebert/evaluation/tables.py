@@ -47,7 +47,7 @@ LEGEND = {
 }
 """rows that need no training"""
 GROUPS = (
-    "seen: queries clicked on training days; head: the most frequent ones; cold: products never "
+    "seen: queries clicked before the test day; head: the most frequent ones; cold: products never "
     "clicked before the test day; title lacks: clicks where a word of the query is not in the title"
 )
 

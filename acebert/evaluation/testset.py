@@ -53,7 +53,7 @@ class TestSet:
     log_query: NDArray[np.int64]
     """row in ingest's queries.parquet; -1 where a query is only judged [Q]"""
     seen: NDArray[np.bool_]
-    """clicked in the training days [Q]"""
+    """clicked on some day before the test day [Q]"""
     target_query: NDArray[np.int64]
     """sorted [T]"""
     target_product: NDArray[np.int64]
@@ -102,7 +102,7 @@ def load_test_set(settings: Settings, ingested: Stage) -> TestSet:
     target_query, target_product = np.divmod(pairs, len(product_ids))
     target_query = to_row[target_query]
     order = np.lexsort((target_product, target_query))
-    train_clicks = _column(log, "clicks")
+    before = _queries_clicked_before(root, log)
     return TestSet(
         product_ids=product_ids,
         titles=titles,
@@ -110,7 +110,7 @@ def load_test_set(settings: Settings, ingested: Stage) -> TestSet:
         warm=_clicked_before(root, len(product_ids)),
         queries=queries,
         log_query=log_query,
-        seen=np.where(log_query >= 0, train_clicks[log_query] > 0, False),
+        seen=np.where(log_query >= 0, before[log_query], False),
         target_query=target_query[order],
         target_product=target_product[order].astype(np.int64),
         search=_column(shown, "search").astype(np.int64),
@@ -160,6 +160,13 @@ def _clicked_before(root: Path, products: int) -> NDArray[np.bool_]:
     for name in ("pairs.parquet", "valid_pairs.parquet"):
         warm[_column(pq.read_table(root / name, columns=["product"]), "product")] = True
     return warm
+
+
+def _queries_clicked_before(root: Path, log: pa.Table) -> NDArray[np.bool_]:
+    """The validation day's too: at test time products' hot lists hold them."""
+    clicked = _column(log, "clicks") > 0  # training days
+    clicked[_column(pq.read_table(root / "valid_pairs.parquet", columns=["query"]), "query")] = True
+    return clicked
 
 
 def _read_judged(settings: Settings) -> list[Judgement]:

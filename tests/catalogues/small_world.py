@@ -40,8 +40,8 @@ def make_world(
     searches: int = 300,
     **evaluation: object,
 ) -> World:
-    """60 products, 20 queries (the last five on the test day alone); with more `types` more
-    of both."""
+    """60 products, 20 queries (the last five on the test day alone, but for the first of these on
+    the validation day); with more `types` more of both."""
     rng = np.random.default_rng(seed)
     kinds = [(b, c, t) for b in BRANDS for c in COLOURS for t in types]
     # Every second title does not say the colour, and so is the same as others.
@@ -89,7 +89,8 @@ def make_world(
 
     train = [(q, int(rng.choice(wanted(q)))) for q in range(known) for _ in range(3)]
     pairs(train, "pairs.parquet")
-    pairs(train[::5], "valid_pairs.parquet")
+    valid = [*train[::5], (known, wanted(known)[0])]
+    pairs(valid, "valid_pairs.parquet")
     shown: list[tuple[int, int, int, int, bool]] = []
     for search in range(searches):
         query = int(rng.integers(len(queries)))
@@ -121,10 +122,11 @@ def make_world(
         ingest / "queries.parquet",
     )
     hot: list[list[int]] = [[]]
-    own = []
-    for i in range(len(kinds)):
-        hot.append(sorted({q for q, p in train if p == i}))
-        own.append(len(hot) - 1)
+    own: dict[str, list[int]] = {"train": [], "test": []}
+    for column, clicks in (("train", train), ("test", [*train, *valid])):
+        for i in range(len(kinds)):
+            hot.append(sorted({q for q, p in clicks if p == i}))
+            own[column].append(len(hot) - 1)
     pq.write_table(
         pa.table(
             {
@@ -138,8 +140,7 @@ def make_world(
         pa.table(
             {
                 "product": rows,
-                "train": np.array(own, np.int32),
-                "test": np.array(own, np.int32),
+                **{column: np.array(lists, np.int32) for column, lists in own.items()},
             }
         ),
         ingest / "product_hot_lists.parquet",

@@ -1,6 +1,8 @@
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from acebert.evaluation.baselines import clicks_before
 from acebert.evaluation.breakdown import breakdown, head_queries, make_groups
 from acebert.evaluation.gauc import auc_by_group
 from acebert.evaluation.testset import load_test_set
@@ -15,9 +17,9 @@ def test_the_head_is_the_fewest_queries_that_reach_the_share():
 def test_groups_say_what_they_are_named_for(world):
     test = load_test_set(world.settings, world.ingested)
     groups = make_groups(test, 0.5)
-    in_training = set(world.queries[:15])  # the last five are the test day's alone
+    before = set(world.queries[:16])  # the last four are the test day's alone
     for query, seen in zip(test.queries, groups.of_query["seen"], strict=True):
-        assert seen == (query in in_training)
+        assert seen == (query in before)
     for name, mask in groups.of_target.items():
         assert mask.any(), name
     for target, (query, product) in enumerate(
@@ -28,9 +30,21 @@ def test_groups_say_what_they_are_named_for(world):
         assert groups.of_target["with_image"][target] == (product % 10 != 0)
 
 
-def test_cold_targets_are_products_without_a_click_before_the_test_day(world):
-    import pyarrow.parquet as pq
+def test_no_unseen_query_stands_in_a_hot_list_or_in_the_clicks_that_are_looked_up(world):
+    """Those of the validation day are in both at test time, and in no training pair."""
+    test = load_test_set(world.settings, world.ingested)
+    unseen = make_groups(test, 0.5).of_query["unseen"]
+    root = world.ingested.path
+    lists = pq.read_table(root / "hot_lists.parquet")["queries"].to_pylist()
+    rows = pq.read_table(root / "product_hot_lists.parquet")["test"].to_pylist()
+    in_lists = {query for row in rows for query in lists[row]}
+    looked_up = clicks_before(root, test)[0]
+    assert unseen.sum() == 4
+    assert in_lists.isdisjoint(test.log_query[unseen].tolist())
+    assert not np.isin(np.flatnonzero(unseen), looked_up).any()
 
+
+def test_cold_targets_are_products_without_a_click_before_the_test_day(world):
     test = load_test_set(world.settings, world.ingested)
     before = {
         product

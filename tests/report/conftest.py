@@ -20,7 +20,7 @@ from acebert.workdir import Stage
 
 SEEDS = (0, 1)
 MORE_TYPES = (*TYPES, "belt", "scarf", "coat", "dress", "glove", "tie", "boot")
-"""48 queries, of which 43 were clicked before: enough to claim something; 5 are not"""
+"""48 queries, of which 44 were clicked before: enough to claim something; 4 are not"""
 NOISE = {"good": 0.1, "fair": 0.6, "bad": 5.0, "as bad": 5.0}
 """how far a product's vector is from that of the queries that want it"""
 LEVEL = {"TwinBERT": "bad", "FashionBERT-Finetune": "as bad", "CE-BERT-Finetune": "fair"}
