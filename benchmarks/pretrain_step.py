@@ -57,9 +57,11 @@ def draw_catalogue(settings: Settings, root: Path, products: int) -> StagePaths:
         lengths = rng.integers(least, most + 1, products)
         texts = [rng.integers(len(SPECIAL_TOKENS), VOCABULARY, n).tolist() for n in lengths]
         Ragged.from_rows(texts).save(tokens, name)
+    codes = rng.integers(0, CATEGORIES, products)
     columns = {
         "title": [f"title {i}" for i in range(products)],
-        "category_code": pa.array(rng.integers(0, CATEGORIES, products), pa.int32()),
+        "category": [f"category {code}" for code in codes],
+        "category_code": pa.array(codes, pa.int32()),
     }
     pq.write_table(pa.table(columns), ingest / "products" / "part-00000.parquet")
     pq.write_table(pa.table({"clicks": np.ones(products, int)}), ingest / "queries.parquet")
