@@ -9,20 +9,25 @@ last line printed is the page.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
 from acebert.job import run_job
 from acebert.report.parts import PARTS, TABLES, seeds_by_part, systems_of
+from acebert.report.rows import System
 
 FIG_5 = Path(__file__).parents[1] / "tune_spaces" / "fig5_partitions.yaml"
 
 
 def work(arguments: argparse.Namespace) -> None:
     settings = load_settings(arguments.settings)
-    if any(leaf.split("=")[0] in ("--recipe", "--seed") for leaf in arguments.settings):
-        raise UserError("--recipe and --seed are each row's own: give --size and --seeds")
+    own = {"--recipe", "--seed", "--pretrain.seed"}
+    if own.intersection(leaf.split("=")[0] for leaf in arguments.settings):
+        raise UserError(
+            "--recipe, --seed and --pretrain.seed are each row's own: give --size and --seeds"
+        )
     seeds = seeds_by_part(arguments.parts, arguments.seeds, arguments.table1_seeds)
     start = arguments.sentence_transformer
     if start is not None and not start.is_dir():
@@ -32,7 +37,6 @@ def work(arguments: argparse.Namespace) -> None:
     connect_and_load()
     from acebert.pipeline import ingest_stage, tracked
     from acebert.report.report import Given, report_stage
-    from acebert.report.rows import System
     from acebert.report.run import (
         Results,
         measure_partitions,
@@ -42,14 +46,7 @@ def work(arguments: argparse.Namespace) -> None:
     )
 
     given = Given(tuple(seeds), seeds, tuple(sys.argv))
-
-    def make(system: System, seed: int) -> Settings:
-        recipe = f"{system.recipe}_tiny" if arguments.size == "tiny" else system.recipe
-        own = ["--recipe", recipe, "--seed", str(seed)]
-        named = ["--tracking.tag", "none", "--tracking.run_name", f"{system.name}, seed {seed}"]
-        none = ["--tracking.register_as", "none"]  # a table's rows are not for serving
-        return load_settings([*arguments.settings, *own, *named, *none, *system.changed])
-
+    make = partial(row_settings, arguments)
     results = Results()
     wanted = systems_of(given.parts)
     if any(table.untrained for part in given.parts for table in TABLES.get(part, ())):
@@ -64,6 +61,16 @@ def work(arguments: argparse.Namespace) -> None:
     page = tracked(settings, report_stage(settings, ingest_stage(settings), given, results, swept))
     leave()
     print(page.path / "report.html")
+
+
+def row_settings(arguments: argparse.Namespace, system: System, seed: int) -> Settings:
+    """Those of one training. A row that starts from a pre-training has one of its own for each
+    seed, or its interval would not know what another pre-training makes of it."""
+    recipe = f"{system.recipe}_tiny" if arguments.size == "tiny" else system.recipe
+    own = ["--recipe", recipe, "--seed", str(seed), "--pretrain.seed", str(seed)]
+    named = ["--tracking.tag", "none", "--tracking.run_name", f"{system.name}, seed {seed}"]
+    none = ["--tracking.register_as", "none"]  # a table's rows are not for serving
+    return load_settings([*arguments.settings, *own, *named, *none, *system.changed])
 
 
 if __name__ == "__main__":

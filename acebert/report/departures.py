@@ -15,8 +15,9 @@ NO_PART_OF_IT: Any = {
     "train": set(HOW_IT_RUNS),
     "image": {"feature_cache_dir"},
     "loss": {"hard_negatives_from"},
+    "pretrain": {"seed"},
 }
-"""how a training runs, and paths"""
+"""how a training runs, paths, and which of its seeds it is"""
 
 
 def departures(settings: Settings) -> list[str]:

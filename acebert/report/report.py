@@ -46,7 +46,10 @@ from acebert.tracking import code_digest, without_password
 from acebert.workdir import Stage, run_stage
 
 VERSION = 3
-NOT_TOLD = {"recipe", "workdir", "tracking", "seed", "cnn", "demo"}
+NOT_TOLD: Any = {
+    **dict.fromkeys(("recipe", "workdir", "tracking", "seed", "cnn", "demo"), True),
+    "pretrain": {"seed"},
+}
 """settings that make no row different"""
 T = TypeVar("T")
 

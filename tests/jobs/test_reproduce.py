@@ -1,5 +1,6 @@
 """The report's job, as its user runs it."""
 
+import argparse
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from acebert.job import model_arguments
+from acebert.report.rows import TWINBERT_MLM
 
 ROOT = Path(__file__).parents[2]
 JOB = str(ROOT / "ray_jobs" / "reproduce.py")
@@ -26,7 +28,8 @@ TINY = [
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--seed", "3"], "--recipe and --seed are each row's own: give --size and --seeds"),
+        (["--seed", "3"], "are each row's own: give --size and --seeds"),
+        (["--pretrain.seed=3"], "are each row's own: give --size and --seeds"),
         (["--seeds", "1", "1"], "--seeds 1 1: a seed is given twice"),
         (["--sentence_transformer", "/no/such"], "--sentence_transformer /no/such: no such"),
     ],
@@ -44,6 +47,14 @@ def test_what_is_wrong_is_told_before_anything_is_trained(
     assert end.value.code == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
+
+
+def test_each_seed_of_a_pre_trained_row_has_a_pre_training_of_its_own() -> None:
+    arguments = argparse.Namespace(settings=[], size="tiny")
+    make = runpy.run_path(JOB)["row_settings"]
+    of = [make(arguments, TWINBERT_MLM, seed) for seed in (0, 7)]
+    assert {settings.model.start for settings in of} == {"pretrain"}
+    assert [(settings.seed, settings.pretrain.seed) for settings in of] == [(0, 0), (7, 7)]
 
 
 def test_an_option_is_its_whole_name(capsys: pytest.CaptureFixture[str]) -> None:
