@@ -50,6 +50,7 @@ GROUPS = (
     "seen: queries clicked before the test day; head: the most frequent ones; cold: products never "
     "clicked before the test day; title lacks: clicks where a word of the query is not in the title"
 )
+ONE_SEED = "one seed: not claimed, for another seed may tell otherwise (--seeds 0 1 2)"
 
 
 def read_metrics(directory: Path) -> dict[str, Any]:
@@ -89,6 +90,11 @@ class Row:
         return Interval(value, bounds["low"], bounds["high"], 1)
 
     @property
+    def one_seed(self) -> bool:
+        """Trained, as far as one knows, and with a single seed, whose luck it may be."""
+        return len(self.seeds) == 1 and self.name not in LEGEND
+
+    @property
     def recalls(self) -> list[str]:
         """`recall_K` of all K."""
         names = (n for n in read_metrics(self.seeds[0])["overall"] if n.startswith("recall_"))
@@ -124,12 +130,15 @@ def rows_table(rows: Sequence[Row], width: int = 100) -> str:
 def differences_table(a: Row, b: Row, width: int = 100) -> str:
     """A text table of a − b, overall and by group: GAUC and the deepest Recall@K.
 
-    A difference whose 95 % interval excludes 0 is marked; the others are not to be claimed.
+    A difference whose 95 % interval excludes 0 is marked; the others are not to be claimed, and
+    none where a trained row has one seed.
     """
+    one_seed = a.one_seed or b.one_seed
     recalls = a.recalls
     metrics = ["gauc", *recalls[-1:]] if a.measured("gauc") and b.measured("gauc") else recalls[-1:]
     table = Table(
-        title=f"{a.name} − {b.name}: difference and 95 % interval, * where it excludes 0",
+        title=f"{a.name} − {b.name}: difference and 95 % interval"
+        + ("" if one_seed else ", * where it excludes 0"),
         title_style="dim",
         title_justify="left",
     )
@@ -144,10 +153,11 @@ def differences_table(a: Row, b: Row, width: int = 100) -> str:
                 cells.append("-")  # GAUC of a group of products; a group without clicks
                 continue
             found = compare(a.seeds, b.seeds, name, group)
-            mark = " *" if found.excludes_zero else "  "
+            mark = " *" if found.excludes_zero and not one_seed else "  "
             cells.append(f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{mark}")
         table.add_row("all" if group is None else group.replace("_", " "), *cells)
-    return _printed(table, width) + f"{textwrap.fill(GROUPS, width)}\n"
+    notes = [GROUPS, *([ONE_SEED] if one_seed else [])]
+    return _printed(table, width) + "".join(f"{textwrap.fill(note, width)}\n" for note in notes)
 
 
 def label(metric: str) -> str:

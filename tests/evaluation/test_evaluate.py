@@ -285,6 +285,14 @@ def test_rows_of_several_seeds_are_compared_over_seeds_and_queries(tmp_path: Pat
     assert f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}] *" in overall
     noise = differences_table(Row("worse", tuple(worse)), Row("bad", tuple(bad)))
     assert "*" not in noise.split("title lacks")[1].split("\n")[0]
+    once = differences_table(Row("good", tuple(good[:1])), Row("bad", tuple(bad)))
+    assert compare(good[:1], bad, "gauc").excludes_zero
+    assert "*" not in once
+    assert "one seed: not claimed" in once
+    baselines = evaluate_baselines(world.settings, world.ingested).path
+    untrained = differences_table(Row("good", tuple(good)), Row.of(baselines / "bm25_titles"))
+    assert " *" in untrained
+    assert "one seed" not in untrained
     with pytest.raises(UserError, match="no group 'odd'"):
         compare(good, bad, "gauc", "odd")
     with pytest.raises(UserError, match="Recall only"):
