@@ -28,6 +28,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -320,6 +321,13 @@ class ModelSettings(Section):
     """share of the pairs of a batch whose product comes without its list"""
     shared_towers: bool = True
     """one encoder for both sides (paper), else one each from the same start weights"""
+
+    @field_validator("image_attention_bias")
+    @classmethod
+    def _of_the_start(cls, bias: float, info: ValidationInfo) -> float:
+        """Resolved, as `train.precision` is, so that what is saved and told is what is trained."""
+        images = info.data.get("patches") or info.data.get("pixels")
+        return 0.0 if info.data.get("start") == "pretrain" and images else bias
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -281,6 +281,16 @@ def test_bf16_is_chosen_where_the_processor_computes_in_it(flags: str, expected:
     assert computes_in_bf16(cpuinfo) is expected
 
 
+def test_the_image_bias_is_the_one_that_is_trained_with() -> None:
+    def bias(recipe: str, *given: str) -> float:
+        return load_settings(["--recipe", recipe, *given]).model.image_attention_bias
+
+    assert bias("cebert_tiny") == -4
+    assert bias("cebert_tiny", "--model.start", "pretrain") == 0
+    assert bias("acebert_plus") == 0
+    assert bias("acebert_plus", "--model.start", "backbone") == -4
+
+
 def test_a_recipe_holds_the_precision_that_was_chosen() -> None:
     assert load_settings(["--recipe", "acebert_tiny"]).train.precision in ("fp32", "bf16")
     assert load_settings(["--recipe", "acebert"]).train.precision == "bf16"

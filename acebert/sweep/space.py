@@ -235,6 +235,8 @@ def why_inert(leaf: str, settings: Settings) -> str | None:
         return "no CNN is trained (image.cnn_weights trained, with model.patches)"
     if section == "pretrain" and model.start != "pretrain":
         return f"model.start is {model.start}"
+    if leaf == "model.image_attention_bias" and model.start == "pretrain":
+        return "with model.start pretrain it is 0"
     if leaf == "plan.batches_per_partition" and settings.plan.partitions is not None:
         return f"plan.partitions is {settings.plan.partitions}"
     if leaf in ("model.width", "model.heads", "text.vocab_size") and model.backbone is not None:

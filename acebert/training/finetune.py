@@ -108,8 +108,7 @@ def new_model(settings: Settings, paths: StagePaths, start: Path | None = None) 
     """
     model = settings.model
     if start is not None:
-        read = {"backbone": str(start), "image_attention_bias": 0.0}  # it reads photos already
-        model = model.model_copy(update=read)
+        model = model.model_copy(update={"backbone": str(start)})
     features = FeatureStore(paths.features) if paths.features else None
     return DualEncoder.new(
         model,

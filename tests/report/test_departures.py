@@ -46,6 +46,11 @@ def test_pre_trainings_settings_count_where_a_row_starts_from_it() -> None:
     assert departures(load_settings(given)) == ["model.start: backbone (paper: pretrain)"]
 
 
+def test_a_row_that_starts_from_its_pre_training_does_not_depart_in_the_image_bias() -> None:
+    found = departures(load_settings(["--recipe", "acebert_tiny", "--model.start", "pretrain"]))
+    assert not [told for told in found if "image_attention_bias" in told]
+
+
 def test_start_weights_are_told_in_words() -> None:
     told = {
         recipe: start_weights(load_settings(["--recipe", recipe]))

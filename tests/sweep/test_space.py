@@ -190,6 +190,7 @@ def test_what_is_wrong_is_named(
         ),
         ("cnn.lr", [1e-3], {"image.cnn_weights": "random"}, "no CNN is trained"),
         ("pretrain.lr", [1e-3], {"model.start": "backbone"}, "model.start is backbone"),
+        ("model.image_attention_bias", [-4, 0], {"model.start": "pretrain"}, "it is 0"),
         ("plan.batches_per_partition", [1, 65], {"plan.partitions": 3}, "plan.partitions is 3"),
         ("model.width", [32, 64], {"model.backbone": "bert"}, "backbone bert brings its own"),
         ("text.vocab_size", [400], {"model.backbone": "bert"}, "backbone bert brings its own"),
