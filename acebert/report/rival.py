@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from acebert.config import Settings
 from acebert.errors import UserError
 from acebert.evaluation.testset import evaluation_queries
-from acebert.workdir import Stage, run_stage
+from acebert.workdir import Stage, digest_of, run_stage
 
 VERSION = 3
 
@@ -31,7 +31,7 @@ def sentence_transformers_stage(
     train_seconds).
 
     Args:
-        settings: seed, and of `train` batch size and precision
+        settings: seed, the judged queries, and of `train` batch size and precision
         start: directory of a sentence-transformers model
         pairs: training pairs, drawn at random (0: the model as it comes)
         lr: peak learning rate
@@ -46,11 +46,12 @@ def sentence_transformers_stage(
         "version": VERSION,
         "ingest": ingested.digest,
         "start": [[path, found.st_size, found.st_mtime_ns] for path, found in files],
+        "queries": digest_of(evaluation_queries(settings, ingested)),
+        "precision": settings.train.precision,
         "pairs": pairs,
     }
     if pairs:
-        train = settings.train.model_dump(include={"batch_size", "precision"})
-        key |= {"seed": settings.seed, "lr": lr, **train}
+        key |= {"seed": settings.seed, "lr": lr, "batch_size": settings.train.batch_size}
 
     def build(out: Path) -> None:
         try:
@@ -68,8 +69,9 @@ def sentence_transformers_stage(
         ).fetchall()
         ids, texts = [row[0] for row in titles], [row[1] for row in titles]
         queries = evaluation_queries(settings, ingested)
-        _write(out / "products.parquet", "product_id", ids, _embed(model, texts, device))
-        _write(out / "queries.parquet", "query", queries, _embed(model, queries, device))
+        bf16 = settings.train.precision == "bf16"
+        _write(out / "products.parquet", "product_id", ids, _embed(model, texts, device, bf16))
+        _write(out / "queries.parquet", "query", queries, _embed(model, queries, device, bf16))
         report = {"pairs": len(rows), "train_seconds": seconds}
         (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
@@ -116,8 +118,8 @@ def _train(
     return time.perf_counter() - began
 
 
-def _embed(model: Any, texts: list[str], device: str) -> NDArray[np.float32]:
-    with torch.autocast(device, torch.bfloat16):
+def _embed(model: Any, texts: list[str], device: str, bf16: bool) -> NDArray[np.float32]:
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
         return model.encode(texts, batch_size=256, normalize_embeddings=True).astype(np.float32)
 
 

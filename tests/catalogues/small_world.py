@@ -80,6 +80,7 @@ def make_world(
             counts[pair] = counts.get(pair, 0) + 1
         keys = sorted(counts)
         columns = {
+            "pair": np.arange(len(keys)),
             "query": pa.array([q for q, _ in keys], pa.int32()),
             "product": pa.array([p for _, p in keys], pa.int32()),
             "day": pa.array([DAY] * len(keys), pa.date32()),

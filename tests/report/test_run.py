@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_world import make_world
 
 from acebert.config import Settings, load_settings
 from acebert.data.hard_negatives import HardNegatives
@@ -307,19 +308,27 @@ def test_the_rival_trains_on_as_many_pairs_as_twinbert_in_its_batches(
     assert "as many pairs as TwinBERT, left out too" in results.left_out[RIVAL]
 
 
-def test_another_model_in_the_rivals_directory_or_another_precision_is_another_stage(
+def test_another_model_of_the_rival_precision_or_judged_query_is_another_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = []
     monkeypatch.setattr(rival, "run_stage", lambda *of: keys.append(digest_of(of[2])))
     start = tmp_path / "model"
     (start / "1_Pooling").mkdir(parents=True)
-    ingested = Stage("ingest", tmp_path, "d", 0.0, reused=True)
-    for content, precision in (("a", "fp32"), ("b b", "fp32"), ("b b", "bf16")):
+    ingested = make_world(tmp_path).ingested
+    judged = tmp_path / "judged.qrels"
+    judged.write_text("a+query+that+nobody+asked 0 sku-024 1\n")
+    bf16 = ["--train.precision", "bf16"]
+    for content, own in (
+        *(("a", []), ("b b", []), ("b b", bf16)),
+        ("b b", [*bf16, "--eval.qrels", str(judged)]),
+    ):
         (start / "1_Pooling" / "config.json").write_text(content)
-        argv = ["--workdir", str(tmp_path), "--train.precision", precision]
-        rival.sentence_transformers_stage(load_settings(argv), ingested, start, 9, 5e-5)
-    assert len(set(keys)) == 3
+        argv = ["--workdir", str(tmp_path), "--train.precision", "fp32"]
+        for pairs in (0, 9):
+            settings = load_settings([*argv, *own])
+            rival.sentence_transformers_stage(settings, ingested, start, pairs, 5e-5)
+    assert len(set(keys)) == len(keys) == 8
 
 
 def test_without_a_model_of_its_own_the_rival_is_left_out_with_a_line() -> None:
