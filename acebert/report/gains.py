@@ -10,7 +10,9 @@ from acebert.report.parts import Step, Table
 from acebert.report.run import Measured
 
 Verdict = Literal["up", "down", "open"]
-Unclaimed = Literal["one seed: not claimed", "too few queries"]
+Unclaimed = Literal[
+    "the other alone is pre-trained: not claimed", "one seed: not claimed", "too few queries"
+]
 BesidePaper = Literal[
     "reproduced", "reproduced, larger", "direction only, smaller", "the opposite", "not shown"
 ]
@@ -32,6 +34,8 @@ class Gain:
         paper: the paper's, or None
         queries: that count in both rows
         one_seed: one of the two was trained, with a single seed
+        behind: the other row starts from a pre-training and this one does not, so that the step
+            adds one thing and takes another. The other way round pre-training is what is added
     """
 
     metric: str
@@ -41,10 +45,13 @@ class Gain:
     paper: float | None
     queries: int
     one_seed: bool
+    behind: bool
 
     @property
     def unclaimed(self) -> Unclaimed | None:
         """Why nothing may be claimed, whatever the interval is."""
+        if self.behind:
+            return "the other alone is pre-trained: not claimed"
         if self.one_seed:
             return "one seed: not claimed"
         return "too few queries" if self.queries < LEAST_QUERIES else None
@@ -95,13 +102,14 @@ def _gains(table: Table, step: Step, row: Measured, beside: Measured) -> list[Ga
     wanted: list[tuple[str, str | None]] = [(metric, None) for metric in table.metrics]
     wanted += [(metric, group) for group in table.groups for metric in GROUP_METRICS]
     one_seed = row.one_seed or beside.one_seed
+    behind = beside.pretrained and not row.pretrained
     out = []
     for metric, group in wanted:
         found = relative(row.row, beside.row, metric, group)
         if found is not None:
             paper = None if group else _paper_gain(table, step, metric)
             ours, difference, queries = found
-            out.append(Gain(metric, group, ours, difference, paper, queries, one_seed))
+            out.append(Gain(metric, group, ours, difference, paper, queries, one_seed, behind))
     return out
 
 

@@ -77,6 +77,11 @@ class Measured:
         """Trained, and with a single seed: what it measures may be that seed's luck."""
         return self.seconds is not None and len(self.row.seeds) == 1
 
+    @property
+    def pretrained(self) -> bool:
+        """One of ours that starts from its own pre-training."""
+        return self.settings is not None and self.settings.model.start == "pretrain"
+
 
 @dataclass
 class Results:

@@ -19,6 +19,8 @@ IN_FULL = {
     "direction only, smaller": "in the paper's direction, but with a smaller gain",
     "the opposite": "the other way round",
     "not shown": "not shown: the interval includes zero",
+    "the other alone is pre-trained: not claimed": "not claimed, for the other row alone is "
+    "pre-trained",
     "one seed: not claimed": "not claimed, for a row was trained with one seed",
     "too few queries": "not claimed, for too few queries count",
 }

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from acebert.config import load_settings
 from acebert.evaluation.significance import (
     Interval,
     Ratios,
@@ -17,6 +18,7 @@ from acebert.evaluation.tables import Row
 from acebert.report import words
 from acebert.report.gains import Comparison, Gain, comparisons, relative, value_of
 from acebert.report.parts import TABLE_1, TABLE_3, TABLE_4, Step, Table
+from acebert.report.rows import FASHIONBERT
 
 
 def test_a_relative_gain_is_the_ratio_and_its_interval_scipys() -> None:
@@ -60,7 +62,7 @@ def test_nothing_is_claimed_beside_a_row_that_may_be_zero_and_the_gain_has_no_up
     assert gain.high == np.inf
     assert np.isfinite(gain.low)
     assert words.bounds(gain).endswith(", +∞]")
-    found = Gain("recall_100", None, gain, plain, None, queries=50, one_seed=False)
+    found = Gain("recall_100", None, gain, plain, None, queries=50, one_seed=False, behind=False)
     assert words.verdict(found) == "no difference shown"
 
 
@@ -128,7 +130,7 @@ def gain(
     low: float, high: float, paper: float | None, queries: int = 100, one_seed: bool = False
 ) -> Gain:
     found = Interval((low + high) / 2, low, high, 2)
-    return Gain("gauc", None, found, found, paper, queries, one_seed)
+    return Gain("gauc", None, found, found, paper, queries, one_seed, behind=False)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +200,33 @@ def test_a_group_of_five_queries_is_counted_and_not_claimed(made) -> None:
     assert counts == {None: 48, "seen": 44, "unseen": 4}
     assert of["recall_100", "unseen"].unclaimed == "too few queries"
     assert of["recall_100", "seen"].unclaimed is None
+
+
+def test_a_step_from_a_pre_trained_row_to_one_that_is_not_claims_nothing(made) -> None:
+    """As FashionBERT beside TwinBERT + MLM in the tiny recipes; TwinBERT + MLM beside TwinBERT is
+    there to show what pre-training brings."""
+    rows = dict(made.results.rows)
+    pretrained = load_settings(["--recipe", "twinbert_mlm_tiny"])
+    random = load_settings(["--recipe", "fashionbert_tiny"])
+    for name, settings in (
+        *(("TwinBERT", random), ("TwinBERT + MLM", pretrained)),
+        ("FashionBERT-Finetune", random),
+    ):
+        rows[name] = replace(rows[name], settings=settings)
+    steps = tuple(
+        step for step in TABLE_1.steps if step.row in ("TwinBERT + MLM", FASHIONBERT.name)
+    )
+    table = replace(TABLE_1, steps=steps, groups=())
+    said = {
+        (c.step.row, c.step.beside): {gain.unclaimed for gain in c.gains}
+        for c in comparisons(table, rows)
+    }
+    why = "the other alone is pre-trained: not claimed"
+    assert said["FashionBERT-Finetune", "TwinBERT + MLM"] == {why}
+    assert said["FashionBERT-Finetune", "TwinBERT"] == {None}
+    assert said["TwinBERT + MLM", "TwinBERT"] == {None}
+    rows["FashionBERT-Finetune"] = replace(rows["FashionBERT-Finetune"], settings=pretrained)
+    assert {g.unclaimed for c in comparisons(table, rows) for g in c.gains} == {None}
 
 
 def test_the_papers_comparisons_are_counted_by_what_became_of_them() -> None:
