@@ -1,5 +1,6 @@
 """Fig. 5: what the number of partitions does, on the scale-free axis n/(P·W)."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 
 from acebert.data.plan_arithmetic import PAPER_BATCHES_PER_PARTITION
 from acebert.evaluation.significance import Interval
-from acebert.evaluation.tables import interval_of_seeds, label
+from acebert.evaluation.tables import compare, interval_of_seeds, label, read_ratios
 from acebert.report.style import LOOK, WIDTH, Panel, colour, panel
 from acebert.tracking import without_password
 
@@ -36,6 +37,41 @@ def partition_points(sweep: Path) -> list[dict[str, Any]]:
                 point[metric] = interval_of_seeds(rows, metric)
         points.append(point)
     return points
+
+
+@dataclass(frozen=True)
+class Best:
+    """The point that is best by a metric on the test day.
+
+    Attributes:
+        batches_per_partition: n/(P·W)
+        above_ends: its differences from the easiest and the hardest point, each with its 95 %
+            interval over seeds and queries; None: it is one of the two
+    """
+
+    batches_per_partition: float
+    above_ends: tuple[Interval, Interval] | None
+
+
+def best_points(sweep: Path) -> dict[str, Best]:
+    """By each metric that all points have."""
+    rows: dict[float, list[Path]] = {}
+    trials = pq.read_table(sweep / "trials.parquet").to_pylist()
+    finished = [trial for trial in trials if trial["status"] == "finished"]
+    for trial in finished:
+        rows.setdefault(trial["batches_per_partition"], []).append(Path(trial["test_row"]))
+    easy, hard = min(rows), max(rows)
+    found = {}
+    for metric in METRICS:
+        if any(trial.get(f"test_{metric}") is None for trial in finished):
+            continue
+        best = max(rows, key=lambda point: read_ratios(rows[point], metric).value)
+        above = None
+        if best not in (easy, hard):
+            from_easy, from_hard = (compare(rows[best], rows[e], metric) for e in (easy, hard))
+            above = (from_easy, from_hard)
+        found[metric] = Best(best, above)
+    return found
 
 
 def lost_trials(sweep: Path) -> dict[str, str]:

@@ -30,7 +30,12 @@ from acebert.report.departures import departures, start_weights
 from acebert.report.gains import GROUP_METRICS, Comparison, comparisons, queries_of, value_of
 from acebert.report.loss_figure import final_losses, loss_curves, loss_panels, steps_trained
 from acebert.report.page import render
-from acebert.report.partitions_figure import lost_trials, partition_panels, partition_points
+from acebert.report.partitions_figure import (
+    best_points,
+    lost_trials,
+    partition_panels,
+    partition_points,
+)
 from acebert.report.parts import (
     SWEPT,
     TABLES,
@@ -155,7 +160,7 @@ def report_stage(
             "loss": loss,
             "alignment": alignment,
             "partitions": partitions,
-            "summary": _summary(sections, results.rows, loss, alignment),
+            "summary": _summary(sections, results.rows, (partitions, loss, alignment)),
             "departures": departures(ours) if ours else None,
             "starts": _starts(sections, results.rows),
             "data": _data(ingested),
@@ -264,14 +269,17 @@ def _alignment(directory: Path) -> dict[str, Any]:
 
 def _partitions(swept: Path) -> dict[str, Any]:
     points = partition_points(swept)
-    return {"panels": partition_panels(points, SWEPT.name), "points": points}
+    return {
+        "panels": partition_panels(points, SWEPT.name),
+        "words": words.partitions_words(best_points(swept)),
+        "points": points,
+    }
 
 
 def _summary(
     sections: Sequence[Section],
     rows: dict[str, Measured],
-    loss: dict[str, Any] | None,
-    alignment: dict[str, Any] | None,
+    figures: Sequence[dict[str, Any] | None],
 ) -> list[str]:
     paper = [s for s in sections if s.table.paper]
     told = [words.count_words([c for s in paper for c in s.comparisons])]
@@ -284,7 +292,7 @@ def _summary(
                 for c in section.comparisons
                 if (c.step.row, c.step.beside) in chosen
             ]
-    told += [figure["words"] for figure in (loss, alignment) if figure]
+    told += [figure["words"] for figure in figures if figure]
     trained = [measured for measured in rows.values() if measured.seconds is not None]
     if once := sum(measured.one_seed for measured in trained):
         told.append(

@@ -1,11 +1,12 @@
 """Plain words on what did and did not reproduce, all computed from the intervals."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from acebert.evaluation.significance import Interval, paired_by_seed
 from acebert.evaluation.tables import label
 from acebert.report.gains import Comparison, Gain
+from acebert.report.partitions_figure import Best
 
 CHAIN = (
     ("FashionBERT-Finetune", "TwinBERT"),
@@ -89,6 +90,28 @@ def step_words(comparison: Comparison) -> str:
     gains = [gain for gain in comparison.gains if gain.group is None]
     told = "; ".join(f"{gain_words(gain)}: {verdict(gain)}" for gain in gains)
     return f"{comparison.step.row} beside {comparison.step.beside}: {told}."
+
+
+def partitions_words(best: Mapping[str, Best]) -> str:
+    """Fig. 5: whether a number of partitions inside the range is best, by metric."""
+    told = [f"by {label(metric)} {_optimum_words(one)}" for metric, one in best.items()]
+    return f"The paper's best number of partitions lies inside its range; here {'; '.join(told)}."
+
+
+def _optimum_words(best: Best) -> str:
+    where = f"the best n/(P·W), {best.batches_per_partition:.3g},"
+    if best.above_ends is None:
+        return f"{where} is an end of the range: none was found inside"
+    ends = zip(("easy", "hard"), best.above_ends, strict=True)
+    told = " and ".join(
+        f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}] above the {end} end"
+        for end, one in ends
+    )
+    if min(one.seeds for one in best.above_ends) < 2:
+        verdict = "one seed: not claimed"
+    else:
+        verdict = "shown" if all(one.low > 0 for one in best.above_ends) else "not shown"
+    return f"{where} is inside, {told}: {verdict}"
 
 
 def steps_words(with_adversary: Sequence[int], without: Sequence[int]) -> str:

@@ -103,8 +103,10 @@ def test_the_tables_are_complete(opened, made) -> None:
         for text in gains.all_inner_texts():
             assert text.count("–") == (3 if "+ BM25" in text else 0), text  # it has no GAUC
     everything = page.locator("body").inner_text()
-    for sentence in json.loads((_path(page) / "numbers.json").read_text())["summary"]:
+    summary = json.loads((_path(page) / "numbers.json").read_text())["summary"]
+    for sentence in summary:
         assert sentence in everything
+    assert any("number of partitions" in sentence for sentence in summary)
     assert "no model <is> given" in everything  # escaped, not swallowed
     assert "Figure 5, point n/(P·W) = 1 (seeds 2 of 3): out of memory" in everything
     assert "reproduce.py --seeds 0 1 --model.backbone 'my bert'" in everything
