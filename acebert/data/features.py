@@ -13,8 +13,9 @@ not in mid-epoch; a shard is mapped when it is first asked for.
 import json
 import os
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypedDict
@@ -29,6 +30,7 @@ from acebert.errors import UserError
 N_PATCHES = 16
 PHOTO_DIGEST = 16
 MAX_MAPPED = 16_384  # shards mapped at a time: Linux allows a process 65,530 maps
+DECODERS = min(16, len(os.sched_getaffinity(0)))  # threads that decode JPEGs, off Python's lock
 SHARDS_FILE = "shards.json"
 
 
@@ -229,11 +231,20 @@ class FeatureStore:
         S = self.pixel_side
         out = np.zeros((len(rows), S, S, 3), np.uint8)
         shard_of = self._shard_of(rows)
-        for slot in np.flatnonzero(self.has_image(rows)):
-            shard = int(shard_of[slot])
-            jpeg = self._columns(shard)["pixels"][int(rows[slot] - self._first[shard])].as_py()
-            out[slot] = decode(jpeg, max_megapixels=S * S / 1e6)
+
+        def decode_some(slots: np.ndarray) -> None:
+            for slot in slots:
+                shard = int(shard_of[slot])
+                jpeg = self._columns(shard)["pixels"][int(rows[slot] - self._first[shard])].as_py()
+                out[slot] = decode(jpeg, max_megapixels=S * S / 1e6)
+
+        slots = np.flatnonzero(self.has_image(rows))
+        list(self._decoders.map(decode_some, np.array_split(slots, 4 * DECODERS)))
         return out
+
+    @cached_property
+    def _decoders(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(DECODERS, thread_name_prefix="jpeg")
 
 
 def read_shard_list(directory: Path) -> ShardList:
