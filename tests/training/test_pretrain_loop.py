@@ -93,7 +93,8 @@ def blanked(batch: PretrainBatch, mask: int) -> PretrainBatch:
 def test_masks_and_lengths_alone_do_not_tell_which_pairs_match(
     settings: Settings, handmade_paths: StagePaths
 ) -> None:
-    settings = with_pretrain(settings, batch_size=32)
+    """With mismatched photos of both kinds, as the tiny recipes have them."""
+    settings = with_pretrain(settings, batch_size=32, same_category_negatives=0.25)
     batches = PretrainBatches(settings, handmade_paths, rank=0, world=1)
     trainer = Pretrainer(settings, new_model(settings, handmade_paths), CPU, 0, 1)
     mask = batches.vocabulary.mask
