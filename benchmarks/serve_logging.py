@@ -3,12 +3,12 @@
     python benchmarks/serve_logging.py --bundle DIR [--seconds 5] [--rounds 5] [--clients 8]
 
 The service under plain uvicorn, a process each, connected to a Ray that runs beside it. `bare`: no
-experiment, and metrics that count nothing. `metrics`: Ray's. `experiment`: metrics too, and each search,
-of one of 1,000 users, is in the log on the disk before it is answered; both arms are the same
-bundle. Closed loop, hot and tail queries as in serve.py, every request with its user's id. The
-servers take turns, the first of a round by turns too, and one whose turn it is not stands still, so
-that it moves its log to Parquet in its own time. Told are searches a second, median of the rounds,
-and by round their ratio to `bare`: median, least and most.
+experiment, and metrics that count nothing. `metrics`: Ray's. `experiment`: metrics too, and each
+search, of one of 1,000 users, is in the log before it is answered; both arms are the same bundle.
+Closed loop, hot and tail queries as in serve.py, every request with its user's id. The servers take
+turns, the first of a round by turns too, and one whose turn it is not stands still, so that it
+moves its log to Parquet in its own time. Told are searches a second, median of the rounds, and by
+round their ratio to `bare`: median, least and most.
 """
 
 import argparse
