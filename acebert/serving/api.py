@@ -1,6 +1,7 @@
 """The search API over HTTP (FastAPI), and the page at `/`."""
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -10,6 +11,7 @@ from fastapi import Path as InPath
 from fastapi import Query as InQuery
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
@@ -60,6 +62,7 @@ def make_api(service: SearchService, key: str | None) -> ASGIApp:
         docs_url=None,  # its page loads scripts from another host
         redoc_url=None,
     )
+    app.router.route_class = _Route
     _searches(app, service)
     _products(app, service)
     _states(app, service)
@@ -73,6 +76,25 @@ def make_api(service: SearchService, key: str | None) -> ASGIApp:
     if settings.request_log == "off":
         return gate
     return RequestLog(gate, texts=settings.request_log == "texts")
+
+
+class _Route(APIRoute):
+    """Refuses parameters that a route does not know: a misspelt filter would filter nothing. Routes
+    without any, as that of a photo, take what a cache may have added."""
+
+    def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        known = {field.alias for field in self.dependant.query_params}
+        if not known and self.body_field is None:
+            return handle
+
+        async def checked(request: HttpRequest) -> Response:
+            if unknown := request.query_params.keys() - known:
+                names = f"known are {', '.join(sorted(known))}" if known else "they are in the body"
+                raise UserError(f"{min(unknown)}: there is no such parameter; {names}")
+            return await handle(request)
+
+        return checked
 
 
 def _searches(app: FastAPI, service: SearchService) -> None:
@@ -278,6 +300,7 @@ def _states(app: FastAPI, service: SearchService) -> None:
             "hot_queries": info["hot_queries"],
             "changes": loaded.seq,
             "behind_s": round(loaded.behind, 3),
+            "refused": service.refused,
         }
 
 

@@ -184,7 +184,9 @@ def publish(workdir: Path, bundle: Path, arm: str | None = None) -> None:
     pointer = _pointer(workdir, arm)
     pointer.parent.mkdir(parents=True, exist_ok=True)
     aside = pointer.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps({"bundle": str(bundle)}) + "\n")
+    inside = bundle.is_relative_to(workdir)  # so that a copy of the work directory serves its own
+    named = bundle.relative_to(workdir) if inside else bundle
+    aside.write_text(json.dumps({"bundle": str(named)}) + "\n")
     sync(aside)
     aside.replace(pointer)
     sync(pointer.parent)
@@ -226,7 +228,7 @@ def all_published(workdir: Path) -> list[Path]:
 
 def _bundle_of(pointer: Path) -> Path:
     try:
-        return Path(json.loads(pointer.read_text())["bundle"])
+        return pointer.parent.parent / json.loads(pointer.read_text())["bundle"]
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{pointer}: does not say which bundle is published ({error!r}); publish.py or "

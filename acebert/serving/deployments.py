@@ -37,7 +37,11 @@ from acebert.serving.catalogue import Catalogue, Unavailable
 from acebert.serving.changes import ChangeLog, Source
 from acebert.serving.product_encoder import ProductEncoder
 from acebert.serving.products import Change, Patch
-from acebert.serving.query_encoder import QueryEncoder, product_side_version
+from acebert.serving.query_encoder import (
+    QueryEncoder,
+    product_side_version,
+    refuse_without_runtime,
+)
 from acebert.serving.service import SearchService
 from acebert.serving.threads import to_its_end
 from acebert.serving.wanted import WantedBundle
@@ -239,12 +243,13 @@ def build(settings: Settings, replicas: int = 1) -> serve.Application:
     a cluster.
 
     Raises:
-        UserError: there is no bundle to serve, or it is broken.
+        UserError: there is no bundle to serve, or it is broken, or lacks what `serve.runtime` runs.
     """
-    Bundle(WantedBundle(settings)())  # an error here, not in a replica
-    if settings.experiment.name is not None:
-        for arm in settings.experiment.arms:
-            Bundle(published(settings.workdir, arm))
+    arms = settings.experiment.arms if settings.experiment.name is not None else ()
+    served = [WantedBundle(settings)(), *(published(settings.workdir, arm) for arm in arms)]
+    for directory in served:  # an error here, not in a replica
+        Bundle(directory)
+        refuse_without_runtime(directory / "query_encoder", settings.serve.runtime)
     encoding = ProductEncoding.bind(settings)  # type: ignore[attr-defined]
     changes = Changes.bind(settings, encoding)  # type: ignore[attr-defined]
     apart = settings.serve.encoder_apart

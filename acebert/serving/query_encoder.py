@@ -77,6 +77,7 @@ class QueryEncoder:
             UserError: a file is missing or broken.
         """
         settings = settings_from(read_recipe(str(directory / "settings.yaml")))
+        refuse_without_runtime(directory, runtime)
         forward = (
             _torch(directory, threads)
             if runtime == "torch"
@@ -173,6 +174,19 @@ def _torch(directory: Path, threads: int | None) -> Forward:
     return forward
 
 
+def refuse_without_runtime(directory: Path, runtime: Runtime) -> None:
+    """
+    Raises:
+        UserError: a model directory has not what `runtime` runs.
+    """
+    if runtime != "torch" and not (directory / ONNX_FILES[runtime]).is_file():
+        raise UserError(
+            f"{directory}: no {ONNX_FILES[runtime]} there, which the runtime {runtime} needs. "
+            "ray_jobs/distill.py exports a model, or a student of it, to ONNX and prints the "
+            "directory; `publish.py --query_encoder DIRECTORY` serves it"
+        )
+
+
 def _onnx(path: Path, threads: int | None) -> Forward:
     import onnxruntime
     from onnxruntime.capi.onnxruntime_pybind11_state import (
@@ -183,11 +197,6 @@ def _onnx(path: Path, threads: int | None) -> Forward:
         RuntimeException,
     )
 
-    if not path.is_file():
-        raise UserError(
-            f"{path}: not there. ray_jobs/distill.py exports a model, or a student of it, to ONNX "
-            "and prints the directory"
-        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others compute too

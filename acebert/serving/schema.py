@@ -157,6 +157,8 @@ class Version(BaseModel):
     changes: int
     """`seq` of the last change that this replica has"""
     behind_s: float
+    refused: str | None
+    """why the bundle that is published now is not taken over"""
 
 
 class Status(BaseModel):

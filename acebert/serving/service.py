@@ -158,6 +158,8 @@ class SearchService:
         self._lease = Lease(settings.workdir)
         self._coming: set[Path] = set()
         self.loaded: Loaded | None = None
+        self.refused: str | None = None
+        """why what is published now is not taken over"""
         experiment = Experiment.of(settings.experiment)
         self.trial = Trial(experiment, self) if experiment else None
         self.loading = asyncio.Lock()
@@ -288,10 +290,15 @@ class SearchService:
         await asyncio.to_thread(tend, events_directory(self.all_settings.workdir), days)
 
     async def _swap(self) -> None:
-        wanted = await asyncio.to_thread(self._wanted)
-        if wanted != self.current().bundle.directory:
-            async with self.loading:
-                self.loaded = await self.load(wanted)
+        try:
+            wanted = await asyncio.to_thread(self._wanted)
+            if wanted != self.current().bundle.directory:
+                async with self.loading:
+                    self.loaded = await self.load(wanted)
+            self.refused = None
+        except UserError as error:
+            self.refused = str(error)
+            raise
 
     def _tell(self) -> None:
         """Metrics of what is served, and of what waits."""

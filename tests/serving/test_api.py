@@ -28,7 +28,7 @@ from acebert.errors import UserError
 from acebert.index import ProductIndex
 from acebert.models.dual import DualEncoder
 from acebert.serving import service
-from acebert.serving.bundle import Bundle, ProductTable, build_bundle, publish
+from acebert.serving.bundle import Bundle, ProductTable, build_bundle, publish, published
 from acebert.serving.catalogue import Catalogue, Unavailable
 from acebert.serving.changes import Source
 from acebert.serving.gate import Gate
@@ -420,7 +420,14 @@ def test_changes_go_on_while_a_bundle_that_cannot_be_loaded_is_tried_less_and_le
         await until(known)
         assert len(tried) == 1  # applied while the bundle was loaded
         await until(tried_again)
-        waited = np.diff(tried[1:])
+        assert str(broken) in (await client.get("/version")).json()["refused"]
+        publish(world.settings.workdir, world.bundle)
+
+        async def taken_over() -> bool:
+            return (await client.get("/version")).json()["refused"] is None
+
+        await until(taken_over)
+        waited = np.diff(tried[1:5])
         assert waited[2] > 1.5 * waited[0]
 
     with_service(test, follow_seconds=0.1)
@@ -581,6 +588,8 @@ def test_what_is_no_photo_is_refused_by_name_and_nothing_is_stored(
         ("/search?q=x&k=501", 422),
         ("/search?q=x&min_price=nan", 422),
         ("/search?q=x&min_score=7", 422),
+        ("/search?q=x&max_prize=1", 422),
+        ("/similar/x?max_prize=1", 422),
         ("/search?q=%00%F0%9F%91%97%E2%80%8B%ED%A0%80", 200),
         ("/page/..%2F..%2Fconfig.py", 404),
         ("/page/page.html", 404),
@@ -641,6 +650,15 @@ def test_a_key_guards_all_but_the_page_photos_and_health(world, with_service) ->
                 assert refused == bool(operation.get("security")), path
 
     with_service(test, key="secret")
+
+
+def test_a_copy_of_a_work_directory_serves_its_own_bundle(tmp_path: Path) -> None:
+    publish(tmp_path / "a", tmp_path / "a" / "bundle" / "x")
+    publish(tmp_path / "a", tmp_path / "elsewhere", arm="new")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert published(tmp_path / "a") == tmp_path / "a" / "bundle" / "x"
+    assert published(tmp_path / "b") == tmp_path / "b" / "bundle" / "x"
+    assert published(tmp_path / "b", "new") == tmp_path / "elsewhere"
 
 
 def test_what_is_too_much_is_refused_at_once_and_the_rest_answered(world, with_service) -> None:

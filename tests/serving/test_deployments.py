@@ -143,6 +143,14 @@ def test_a_part_that_cannot_read_its_bundle_is_unavailable_and_no_fault_of_the_r
         asyncio.run(_asked(fails()))
 
 
+def test_a_bundle_without_what_the_runtime_runs_is_refused_before_it_is_deployed(world) -> None:
+    from acebert.serving.deployments import build
+
+    serve = world.settings.serve.model_copy(update={"runtime": "onnx_int8"})
+    with pytest.raises(UserError, match=r"publish\.py --query_encoder"):
+        build(world.settings.model_copy(update={"serve": serve}))
+
+
 def test_changes_reach_both_replicas_and_outlive_a_replica_and_the_writer(
     client: httpx.Client,
 ) -> None:
