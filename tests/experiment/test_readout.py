@@ -45,7 +45,7 @@ def beside(search: str, user: str, of: Experiment) -> Exposure:
 def logged(directory: Path, events: list[Exposure | Action]) -> Path:
     log = EventLog(directory)
     log.append(events)
-    log.close()
+    log.flush()
     return directory
 
 
@@ -191,7 +191,7 @@ def test_no_difference_is_found_at_the_nominal_rate_from_dealing_to_report(tmp_p
                 places = np.flatnonzero(rng.random(4) < taste)
                 events += [Action(name, NOW, "click", f"p{place + 1}") for place in places]
         log.append(events)
-    log.close()
+    log.flush()
     found = [read_out(run, tmp_path) for run in runs]
     effects = [one.arms["new"].lifts["ctr"] for one in found]
     alarms = sum(effect.found for effect in effects)

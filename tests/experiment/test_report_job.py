@@ -32,7 +32,7 @@ def test_the_report_is_a_table_a_picture_and_a_run(tmp_path: Path) -> None:
         log.append([exposure(f"s{user}", NOW, arm, f"u{user}", ["p1", "p2"])])
         if user % 5 == 0 or (arm == "new" and user % 3):  # old: 4 of 40 shown; new: 14 of 40
             log.append([Action(f"s{user}", NOW, "click", "p1")])
-    log.close()
+    log.flush()
 
     done = report(tmp_path, "--logs", str(logs))
     assert done.returncode == 0, done.stderr
@@ -55,7 +55,7 @@ def test_the_report_is_of_the_days_that_are_asked_for_and_deletes_none(tmp_path:
     for days in (1, 2, 3, 100):
         at = now - timedelta(days=days)
         log.append([exposure(f"{days}-{i}", at, "old", "u", ["p"]) for i in "ab"])
-    log.close()
+    log.flush()
     first, last = (f"{now - timedelta(days=days):%Y-%m-%d}" for days in (3, 2))
     done = report(tmp_path, "--from", first, "--until", last, "--lift", "0.01")
     assert done.returncode == 0, done.stderr
