@@ -15,8 +15,6 @@ checkpoint; a job that was stopped does the same when it is started again.
   One that a rank meets alone is raised, for the others wait for that rank: Ray Train stops them,
   and the ranks that it starts next return the message.
 * `train.max_failures` counts deaths without a new checkpoint: a long run may die more often.
-* Workers that do not come to train (one dies while they join each other, or its port was taken) are
-  counted likewise, but by us: Ray Train starts again only those that it lost before they joined.
 """
 
 import logging
@@ -38,14 +36,7 @@ import ray
 import ray.train
 import torch
 from ray.exceptions import RayActorError, RayError
-from ray.train import (
-    ControllerError,
-    FailureConfig,
-    LoggingConfig,
-    RunConfig,
-    ScalingConfig,
-    WorkerGroupError,
-)
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
@@ -206,29 +197,21 @@ def _fit(
     Raises:
         KeyboardInterrupt: Ctrl-C.
         UserError: workers died `max_failures` + 1 times without a new checkpoint.
-        ControllerError: they did not come to train as often, and none died.
+        ControllerError: they did not come to train.
     """
     told = _told_by_a_rank(checkpoints.directory)
-    failed_starts = 0
     while True:
         told.unlink(missing_ok=True)
         try:
             with _ray_by_address(), _ctrl_c_as_elsewhere():
                 result: Any = trainer.fit()  # Train V2's Result; the annotation names V1's
             return result.return_value
-        except (WorkerGroupError, ControllerError) as error:
+        except WorkerGroupError as error:
             if message := _message_in(told):
                 return message
-            started = isinstance(error, WorkerGroupError)
-            failures = (
-                list(error.worker_failures.values())
-                if isinstance(error, WorkerGroupError)
-                else [error.controller_failure]
-            )
+            failures = error.worker_failures.values()
             newest = checkpoints.newest()
-            if newest != before:
-                failed_starts = 0
-            elif started or failed_starts == max_failures:
+            if newest == before:
                 if not any(isinstance(failure, DEATHS) for failure in failures):
                     raise
                 where = f"after {newest.name}" if newest else "before the first checkpoint"
@@ -238,11 +221,7 @@ def _fit(
                     "Start the job again, it goes on from there; workers that are killed for "
                     "memory need a smaller --train.micro_batch"
                 ) from error
-            else:
-                failed_starts += 1
-            what = "workers died" if started else "the workers did not come to train"
-            where = f"goes on from {newest}" if newest else "begins again"
-            log.warning("%s, %s: %s", what, where, _first_line(failures))
+            log.warning("workers died, goes on from %s: %s", newest, _first_line(failures))
             before = newest
 
 

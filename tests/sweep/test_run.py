@@ -143,7 +143,7 @@ def test_a_stopped_sweep_goes_on_without_repeating_finished_trials(
     workdir = settings.workdir
     argv = [sys.executable, "-c", DRIVER, str(workdir), str(Path(__file__).parent)]
     env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    driver = subprocess.Popen([*argv, space.model_dump_json()], env=env)
+    driver = subprocess.Popen([*argv, space.model_dump_json()], env=env, preexec_fn=hear_ctrl_c)
     try:
         wait_for(lambda: (workdir / "calls.txt").exists() and len(toy.calls(settings)) >= 2, driver)
         (workdir / "slow").touch()
@@ -164,6 +164,11 @@ def test_a_stopped_sweep_goes_on_without_repeating_finished_trials(
     assert len(started) == 5
     assert started.count(cut_off) == 2
     assert len(runs(settings)) == 5  # one a trial, and the sweep's
+
+
+def hear_ctrl_c() -> None:
+    """Tests that run in the background of a shell start with SIGINT ignored, and so would this."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition, driver: subprocess.Popen) -> None:

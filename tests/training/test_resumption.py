@@ -206,11 +206,17 @@ def job(settings: Settings, *extra: str, address: str | None = None) -> Iterator
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=hear_ctrl_c,
     )
     try:
         yield process
     finally:
         end(process, signal.SIGKILL)
+
+
+def hear_ctrl_c() -> None:
+    """Tests that run in the background of a shell start with SIGINT ignored, and so would a job."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen, how: signal.Signals) -> None:
