@@ -73,9 +73,14 @@ class ProductEncoding:
         self._encoder = lru_cache(bundles)(lambda bundle: ProductEncoder(bundle, *options))
         self._one = asyncio.Lock()  # torch's threads are there for one batch
 
-    async def encode(self, bundle: Path, sources: Sequence[Source]) -> NDArray[np.float32]:
+    async def encode(
+        self, bundle: Path, sources: Sequence[Source]
+    ) -> NDArray[np.float32] | BrokenImage:
         async with self._one:
-            return await to_its_end(lambda: self._encoder(bundle).encode(sources))
+            try:
+                return await to_its_end(lambda: self._encoder(bundle).encode(sources))
+            except BrokenImage as error:  # raised, Serve would log a traceback
+                return error
 
 
 @serve.deployment(ray_actor_options=SOME, logging_config=QUIET, max_ongoing_requests=ONGOING)
@@ -129,8 +134,11 @@ class Changes:
         self._log = ChangeLog(settings.workdir / "serving" / "changes.sqlite")
         self._catalogue = Catalogue(self._log, encode, bundle, settings.serve.max_megapixels)
 
-    async def put(self, sources: Sequence[Source]) -> int:
-        return await self._catalogue.put(sources)
+    async def put(self, sources: Sequence[Source]) -> int | BrokenImage:
+        try:
+            return await self._catalogue.put(sources)
+        except BrokenImage as error:  # as above
+            return error
 
     async def patch(self, product_id: str, patch: Patch) -> int | None:
         return await self._catalogue.patch(product_id, patch)
@@ -183,12 +191,12 @@ async def _asked(response: Any, seconds: float = QUICK) -> Any:
     """What a deployment answered, with its own exceptions and not Ray's around them.
 
     Raises:
-        BrokenImage: as the deployment raised it.
+        BrokenImage: as the deployment returned it.
         Unavailable: it is not there (a handle would wait for it), has too much to do, or cannot
             read its bundle, which no client can mend.
     """
     try:
-        return await asyncio.wait_for(response, seconds)
+        answer = await asyncio.wait_for(response, seconds)
     except TimeoutError as error:
         raise Unavailable(f"a part of the service did not answer in {seconds:g} s") from error
     except RayTaskError as error:
@@ -198,11 +206,14 @@ async def _asked(response: Any, seconds: float = QUICK) -> Any:
         if isinstance(cause, UserError):
             log.warning("a part of the service fails: %s", cause)
             raise Unavailable("a part of the service cannot read its bundle: try again") from cause
-        if isinstance(cause, BrokenImage | Unavailable):
+        if isinstance(cause, Unavailable):
             raise cause from None
         raise
     except (RayError, RayServeException, BackPressureError) as error:
         raise Unavailable("a part of the service restarts: try again") from error
+    if isinstance(answer, BrokenImage):
+        raise answer
+    return answer
 
 
 @serve.deployment(ray_actor_options={**SOME, "runtime_env": ONE_LOOP}, logging_config=QUIET)

@@ -1,8 +1,17 @@
 """Requests and answers of the search API, as OpenAPI describes them."""
 
+import base64
 from typing import Annotated, Literal, Self
 
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    Base64Encoder,
+    BaseModel,
+    ConfigDict,
+    EncodedBytes,
+    Field,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 MAX_QUERY = 256
 MAX_K = 500
@@ -18,6 +27,20 @@ K = Annotated[int, Field(ge=1, le=MAX_K)]
 Price = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Score = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 Category = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class Base64(Base64Encoder):
+    """Pydantic's own passes over characters that are no base64."""
+
+    @classmethod
+    def decode(cls, data: bytes) -> bytes:
+        try:
+            return base64.b64decode(b"".join(data.split()), validate=True)
+        except ValueError as error:
+            raise PydanticCustomError("base64", "is no base64") from error
+
+
+Photo = Annotated[bytes, EncodedBytes(encoder=Base64)]
 
 
 class Request(BaseModel):
@@ -44,7 +67,7 @@ class BatchIn(Request):
 
 
 class PhotoIn(Request):
-    photo: Base64Bytes
+    photo: Photo
     """JPEG, PNG, WebP, GIF, BMP or TIFF, in base64"""
     text: str = Field("", max_length=MAX_QUERY)
     """what the photo does not say"""
@@ -57,7 +80,7 @@ class ProductIn(Request):
     category: Category | None = None
     price: Price | None = None
     in_stock: bool = True
-    photo: Base64Bytes | None = None
+    photo: Photo | None = None
     """JPEG, PNG, WebP, GIF, BMP or TIFF, in base64 (none: the one that the product has)"""
 
 

@@ -503,8 +503,8 @@ class Trial:
             self.arms[arm] = await self._service.load(published(self._workdir, arm), starts=True)
 
     def _logged(self, event: Callable[[], Event]) -> bool:
-        """Whether an event is in the log, durably. On the event loop: it takes 20 µs, a thread's
-        turn 100."""
+        """Whether an event is in the log, durably. On the event loop: a write
+        to the page cache is not worth a thread's turn."""
         try:
             if self._log is None:
                 self._log = EventLog(self._directory)

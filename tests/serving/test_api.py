@@ -564,7 +564,13 @@ def test_what_is_no_photo_is_refused_by_name_and_nothing_is_stored(
     async def test(client: httpx.AsyncClient, local: Any) -> None:
         gif = base64.b64encode(b"GIF89a not really").decode()
         half = base64.b64encode(base64.b64decode(jpeg())[:300]).decode()
-        for photo, reason in [(gif, ""), (half, "truncated"), (bomb(), "too large")]:
+        broken = [
+            (gif, "not an image"),
+            (half, "truncated"),
+            (bomb(), "too large"),
+            ("?!", "no base64"),
+        ]
+        for photo, reason in broken:
             for path, body in [
                 ("/products/x", {"title": "x", "photo": photo}),
                 ("/search/photo", {"photo": photo}),

@@ -27,6 +27,25 @@ def train(settings: Settings, paths: StagePaths, save=lambda *_: None, resume=No
     return model, state
 
 
+def stopped_at_14(
+    settings: Settings, paths: StagePaths, folder: Path, device: torch.device = CPU
+) -> tuple[dict[str, Any], Progress]:
+    """What a run that was stopped after its 14th step goes on from."""
+    checkpoints = Checkpoints(folder, {}, keep=1)
+
+    def save(tensors: Mapping[str, Any], progress: Progress) -> None:
+        checkpoints.save(tensors, progress)
+        if progress.step == 14:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, paths, save, device=device)
+    checkpoints.wait()
+    at = checkpoints.newest()
+    assert at is not None
+    return load_tensors(at, device), load_progress(at)
+
+
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
@@ -64,19 +83,8 @@ def test_a_run_resumed_between_validations_ends_with_the_same_weights(
         }
     )
     whole, state = train(settings, paths)
-    checkpoints = Checkpoints(tmp_path, {}, keep=1)
-
-    def save(tensors: Mapping[str, Any], progress: Progress) -> None:
-        checkpoints.save(tensors, progress)
-        if progress.step == 14:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(settings, paths, save)
-    checkpoints.wait()
-    at = checkpoints.newest()
-    assert at is not None
-    resumed, again = train(settings, paths, resume=(load_tensors(at, CPU), load_progress(at)))
+    resume = stopped_at_14(settings, paths, tmp_path)
+    resumed, again = train(settings, paths, resume=resume)
     assert again.step == state.step > 14
     assert not changed(whole.state_dict(), resumed.state_dict())
     assert again.history.drop(["seconds", *SPEED]).equals(state.history.drop(["seconds", *SPEED]))
@@ -92,19 +100,7 @@ def test_a_run_on_a_gpu_goes_on_from_its_checkpoint(
     often = settings.train.model_copy(update={"checkpoint_every": 7})
     settings = settings.model_copy(update={"train": often})
     _, state = train(settings, paths, device=gpu)
-    checkpoints = Checkpoints(tmp_path, {}, keep=1)
-
-    def save(tensors: Mapping[str, Any], progress: Progress) -> None:
-        checkpoints.save(tensors, progress)
-        if progress.step == 14:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(settings, paths, save, device=gpu)
-    checkpoints.wait()
-    at = checkpoints.newest()
-    assert at is not None
-    resume = load_tensors(at, gpu), load_progress(at)
+    resume = stopped_at_14(settings, paths, tmp_path, device=gpu)
     _, again = train(settings, paths, resume=resume, device=gpu)
     assert again.step == state.step > 14
     np.testing.assert_allclose(again.history["loss"], state.history["loss"], rtol=1e-2)
