@@ -38,7 +38,7 @@ import torch
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
@@ -57,6 +57,7 @@ from acebert.training.checkpoint import (
     load_progress,
     load_tensors,
 )
+from acebert.training.joining import JoiningConfig
 from acebert.training.steps import Rank, of_rank_zero
 from acebert.workdir import Stage, digest_of, run_stage
 
@@ -166,7 +167,7 @@ def _train(
         # As bytes, or Ray Train's controller imports torch and transformers to unpickle it, for
         # seconds in which no worker starts.
         train_loop_config={"loop": ray.cloudpickle.dumps(loop)},
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_SECONDS),
+        torch_config=JoiningConfig(timeout_s=COLLECTIVE_SECONDS, max_failures=train.max_failures),
         scaling_config=ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # Train V2's; the checker sees V1's
             use_gpu=use_gpu,
@@ -197,7 +198,7 @@ def _fit(
     Raises:
         KeyboardInterrupt: Ctrl-C.
         UserError: workers died `max_failures` + 1 times without a new checkpoint.
-        ControllerError: they did not come to train.
+        ControllerError: they failed to join each other so many times in a row.
     """
     told = _told_by_a_rank(checkpoints.directory)
     while True:

@@ -5,13 +5,16 @@ import os
 import re
 import threading
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 import torch.distributed as dist
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
@@ -19,6 +22,7 @@ from acebert.tracking import Run
 from acebert.training import harness
 from acebert.training.checkpoint import Checkpoints, Progress
 from acebert.training.harness import _mlflow_sender, _send_the_rest, trained_stage
+from acebert.training.joining import JoiningBackend, JoiningConfig
 from acebert.training.steps import Rank
 
 
@@ -101,6 +105,51 @@ def test_a_workers_line_has_the_time_of_day_and_comes_once(
     trained_stage(settings, "toy", {"of": "line"}, shows_a_line, {}, exports, "data")
     (line,) = (tmp_path / "lines.txt").read_text().splitlines()
     assert re.fullmatch(r"\d\d:\d\d:\d\d trains", line)
+
+
+class NoNetworkAtFirst(JoiningBackend):
+    def __init__(self) -> None:
+        super().__init__()
+        self.starts = 0
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        self.starts += 1
+        if self.starts <= backend_config.without_network:
+            worker_group.execute(os.environ.update, {"GLOO_SOCKET_IFNAME": "none"})
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class NoNetworkAtFirstConfig(JoiningConfig):
+    without_network: int = 0
+
+    @property
+    def backend_cls(self) -> type[NoNetworkAtFirst]:
+        return NoNetworkAtFirst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failures", [1, 2])
+def test_workers_that_fail_while_they_join_are_started_again_and_hold_no_place(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """All CPUs of the cluster, so that a place that stays taken would stop the next start."""
+    config = partial(NoNetworkAtFirstConfig, without_network=failures)
+    monkeypatch.setattr(harness, "JoiningConfig", config)
+    cpus = ray.cluster_resources()["CPU"]
+    settings = settings_with(tmp_path, "--train.max_failures", "1")
+    share = settings.train.model_copy(update={"cpus_per_worker": cpus / 2, "num_workers": 2})
+    settings = settings.model_copy(update={"train": share})
+    job = partial(trained_stage, settings, "toy", {"of": "start"}, trains_nothing, {})
+    if failures > settings.train.max_failures:
+        with pytest.raises(ControllerError, match="none"):
+            job(nothing, "data")
+    else:
+        job(exports, "data")
+    until = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) < cpus:
+        assert time.monotonic() < until, "a start that failed holds its place"
+        time.sleep(0.5)
 
 
 @pytest.mark.slow

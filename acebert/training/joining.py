@@ -1,0 +1,54 @@
+"""Workers that join each other in a process group, and start again where that fails.
+
+Ray Train 2.60 starts a group anew after a failed start, but not after every one: a worker that dies
+while the others wait for it leaves them an error of torch's, which ends the training; and the group
+that failed keeps its placement, so that the next one may wait for it for ever. Apart from the
+harness, for Ray Train's controller imports this module, and no model.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from ray.exceptions import RayError
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+
+log = logging.getLogger(__name__)
+
+
+class JoiningBackend(_TorchBackend):
+    """Counts, in Ray Train's controller, the starts in a row that failed."""
+
+    def __init__(self) -> None:
+        self._failed = 0
+
+    def on_start(self, worker_group: WorkerGroup, backend_config: "JoiningConfig") -> None:
+        """
+        Raises:
+            WorkerGroupStartupFailedError: the workers did not join; Ray Train starts others.
+            RayError: the same, `max_failures` + 1 times in a row; the training ends.
+        """
+        try:
+            super().on_start(worker_group, backend_config)
+        except RayError as error:
+            worker_group.shutdown()  # gives its placement back
+            self._failed += 1
+            if self._failed > backend_config.max_failures:
+                raise
+            reason = str(error).strip().rpartition("\n")[2]
+            log.warning("workers failed while they joined, others are started: %s", reason)
+            raise WorkerGroupStartupFailedError("workers failed while they joined") from error
+        self._failed = 0
+
+
+@dataclass
+class JoiningConfig(TorchConfig):
+    """`TorchConfig` with the number of failed starts in a row that the training outlives."""
+
+    max_failures: int = 0
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return JoiningBackend
