@@ -8,12 +8,12 @@ harness, for Ray Train's controller imports this module, and no model.
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,12 @@ class JoiningBackend(_TorchBackend):
     def __init__(self) -> None:
         self._failed = 0
 
-    def on_start(self, worker_group: WorkerGroup, backend_config: "JoiningConfig") -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """
+        Args:
+            worker_group: Ray Train's WorkerGroup.
+            backend_config: JoiningConfig.
+
         Raises:
             WorkerGroupStartupFailedError: the workers did not join; Ray Train starts others.
             RayError: the same, `max_failures` + 1 times in a row; the training ends.
