@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from ray.serve.scripts import cli
 
 from acebert.config import Settings
 from acebert.errors import UserError
@@ -199,3 +201,17 @@ def test_a_service_waits_seconds_for_mlflow_unless_its_environment_says_otherwis
         WantedBundle(serves(world, "models:/acebert@candidate"))()
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "33"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("argument", "reason"),
+    [("serve.k=3", "unrecognized arguments: --serve.k=3"), ("seed=1", "nothing to serve there")],
+)
+def test_serve_run_tells_what_is_wrong_in_a_line(
+    tmp_path: Path, argument: str, reason: str
+) -> None:
+    ran = CliRunner().invoke(cli, ["run", "serve.app:app", f"workdir={tmp_path}", argument])
+    assert ran.exit_code == 1
+    (line,) = (line for line in ran.output.splitlines() if line.startswith("Error: "))
+    assert reason in line
+    assert "Traceback" not in ran.output
