@@ -8,7 +8,8 @@ through the CNN again, and products are embedded again only where their title, p
 changed. A run that is stopped leaves the old bundle published; the same command goes on.
 
 The arms of an experiment are refreshed together, so that none has newer products than another: all
-bundles are made before the first is published.
+bundles are made before the first is published. What is published to all, for searches without a
+user, is refreshed with them where it is of one of their models.
 
     python ray_jobs/refresh.py --workdir W --arm old --model OLD --arm new --model NEW ...
 
@@ -48,7 +49,7 @@ def work(arguments: argparse.Namespace) -> None:
     chosen = [settings_for(model, arguments.settings) for model in models]
     from acebert.cluster import leave
     from acebert.pipeline import refreshed_bundle_stage
-    from acebert.serving.bundle import publish, published_or_none
+    from acebert.serving.bundle import publish, published_or_none, same_encoders
     from acebert.serving.old_days import remove_old_days
 
     stages = []
@@ -56,8 +57,18 @@ def work(arguments: argparse.Namespace) -> None:
         before = published_or_none(settings.workdir, arm)
         share = arguments.max_gone_share
         stages.append(refreshed_bundle_stage(settings, model, encoder or model, before, share))
+    if arms[0] is not None and (old := published_or_none(where.workdir, None)) is not None:
+        new = next((stage.path for stage in stages if same_encoders(stage.path, old)), None)
+        if new is None:
+            log.warning(
+                "refresh: %s, which is published to all, is of no arm's model and stays as old as "
+                "it is; give its --model, without --arm, in a refresh of its own",
+                old,
+            )
+        else:  # first, for the writer of changes asks it which products there are
+            publish(where.workdir, new)
     for arm, stage in zip(arms, stages, strict=True):
-        publish(settings.workdir, stage.path, arm)
+        publish(where.workdir, stage.path, arm)
     removed = remove_old_days(settings.workdir, arguments.keep, settings.serve.bundle)
     if settings.serve.milvus_uri is not None:
         from acebert.serving.milvus import drop_collections

@@ -128,7 +128,6 @@ class EventLog:
     file behind."""
 
     def __init__(self, directory: Path) -> None:
-        (directory / "hot").mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
@@ -179,6 +178,7 @@ class _HotFile:
     def new(cls, directory: Path) -> Self:
         """Nobody else sees it before it is locked."""
         path = directory / "hot" / f"{uuid.uuid4().hex}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".new")
         fd = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         try:
@@ -228,10 +228,11 @@ class _HotFile:
         moved = 0
         try:
             moved = _write(self._events(), directory)
-            self._path.unlink()
+            self._path.unlink(missing_ok=True)
         except (ValueError, TypeError, LookupError, AttributeError, pa.ArrowException) as error:
             aside = self._path.with_suffix(".broken")
-            self._path.rename(aside)
+            with suppress(FileNotFoundError):
+                self._path.rename(aside)
             log.warning("%s: events that cannot be read (%s) are set aside there", aside, error)
         return moved
 
@@ -240,8 +241,10 @@ class _HotFile:
         os.close(self._fd)
 
     def _events(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Kind and event; without what a kill left of a line."""
-        with self._path.open("rb") as file:
+        """Kind and event; without what a kill left of a line. Also where somebody has deleted the
+        file: the events in it were acknowledged."""
+        with os.fdopen(os.dup(self._fd), "rb") as file:
+            file.seek(0)  # of the open file, which is appended to whatever the place
             for line in file:
                 if line.endswith(b"\n"):
                     yield json.loads(line)
@@ -249,10 +252,17 @@ class _HotFile:
 
 def collect(directory: Path) -> int:
     """Move what dead replicas left to Parquet; how many events those were. Files of replicas that
-    live are passed by."""
+    live are passed by; so are, with a line in the log, those of a log that is read-only or that
+    another user's service writes."""
     moved = 0
     for path in sorted((directory / "hot").glob("*.jsonl")):
-        file = _HotFile.left(path)
+        try:
+            file = _HotFile.left(path)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            log.warning("%s: what is in it is not read: %s", path, error.strerror)
+            continue
         if file is None:
             continue
         try:

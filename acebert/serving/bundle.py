@@ -217,6 +217,14 @@ def published_or_none(workdir: Path, arm: str | None) -> Path | None:
         return None
 
 
+def same_encoders(a: Path, b: Path) -> bool:
+    """Whether two bundles are of the same model and the same query encoder."""
+    if not (_is_one_of_ours(a) and _is_one_of_ours(b)):
+        return False
+    one, other = stage_key(a), stage_key(b)
+    return all(one[part] == other[part] for part in ("model", "query_encoder"))
+
+
 def all_published(workdir: Path) -> list[Path]:
     """The bundles that `publish` named last, for all and for every arm.
 

@@ -1,11 +1,15 @@
 import ast
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -190,6 +194,47 @@ def test_what_could_not_be_collected_is_collected_the_next_time(tmp_path: Path) 
     (tmp_path / "exposure").unlink()
     assert collect(tmp_path) == 1
     assert read(tmp_path, "exposure") == ["s1"]
+
+
+@contextmanager
+def without_rights(path: Path) -> Iterator[None]:
+    """To a file of 0600: as another user, where this one is root."""
+    os.seteuid(65534) if os.geteuid() == 0 else path.chmod(0)
+    try:
+        yield
+    finally:
+        os.seteuid(os.getuid())
+
+
+def test_what_may_not_be_opened_is_passed_by_with_a_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with tempfile.TemporaryDirectory() as name:  # which others may enter, unlike tmp_path
+        directory = Path(name)
+        directory.chmod(0o755)
+        log = EventLog(directory)
+        log.append([exposure("s1")])
+        killed(log)
+        (hot,) = (directory / "hot").iterdir()
+        with without_rights(hot):
+            assert collect(directory) == 0
+        hot.chmod(0o600)
+        assert f"{hot}: what is in it is not read: Permission denied" in caplog.text
+        assert collect(directory) == 1
+
+
+def test_a_log_that_is_deleted_beneath_a_replica_loses_nothing_that_was_not_moved_yet(
+    tmp_path: Path,
+) -> None:
+    directory = tmp_path / "events"
+    log = EventLog(directory)
+    log.append([exposure("s1")])
+    shutil.rmtree(directory)
+    log.append([exposure("s2")])
+    assert log.flush() == 2
+    log.append([exposure("s3")])
+    assert log.flush() == 1
+    assert sorted(map(str, read(directory, "exposure"))) == ["s1", "s2", "s3"]
 
 
 def test_a_line_that_a_kill_left_without_its_end_is_no_event(tmp_path: Path) -> None:

@@ -249,6 +249,14 @@ def test_votes_are_counted_by_reviewer_and_the_first_on_a_search_holds(tmp_path:
     assert (tmp_path / "effects.png").stat().st_size > 5000
 
 
+def test_a_vote_counts_where_the_treatment_found_nothing(tmp_path: Path) -> None:
+    alone = replace(beside("s", "r", SPLIT), products=["a"], teams=["old"])
+    events: list[Exposure | Action] = [alone, Action("s", NOW, "vote", "old")]
+    found = read_out(SPLIT, logged(tmp_path, [*events, shown("t", "u", "old")]))
+    votes = found.votes["new"]
+    assert (votes.votes, votes.preference.value) == (1, -1)
+
+
 def test_a_log_without_votes_has_none(tmp_path: Path) -> None:
     found = read_out(SPLIT, logged(tmp_path, [shown("s", "u", "old")]))
     assert found.votes == {}

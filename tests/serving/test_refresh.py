@@ -350,7 +350,7 @@ def test_arms_are_refreshed_together_and_after_a_kill_by_the_same_command(
     shutil.copytree(days.settings.workdir, workdir)
     names = [stage.name for stage in (days.first, days.second)]
     first, second = (workdir / "bundle" / name for name in names)
-    for arm in ("old", "new"):
+    for arm in (None, "old", "new"):
         publish(workdir, first, arm)
     job = str(Path(__file__).parents[2] / "ray_jobs" / "refresh.py")
     command = [sys.executable, job, "--workdir", str(workdir), "--serve.hot_queries", "30"]
@@ -367,7 +367,7 @@ def test_arms_are_refreshed_together_and_after_a_kill_by_the_same_command(
     shutil.copytree(days.model, broken)
     (broken / "model.safetensors").write_bytes(b"no weights")
     assert refresh(broken).returncode != 0
-    assert [published(workdir, arm) for arm in ("old", "new")] == [first, first]
+    assert [published(workdir, arm) for arm in (None, "old", "new")] == 3 * [first]
     killed = [sys.executable, "-c", KILLED_BETWEEN, *command[1:]]
     killed += [str(days.model), "--arm", "new", "--model", str(days.model)]
     done = subprocess.run(killed, env=environment, capture_output=True, text=True, timeout=400)
@@ -375,4 +375,4 @@ def test_arms_are_refreshed_together_and_after_a_kill_by_the_same_command(
     assert [published(workdir, arm) for arm in ("old", "new")] == [second, first]
     done = refresh(days.model)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [published(workdir, arm) for arm in ("old", "new")] == [second, second]
+    assert [published(workdir, arm) for arm in (None, "old", "new")] == 3 * [second]
