@@ -32,18 +32,20 @@ class JoiningBackend(_TorchBackend):
 
         Raises:
             WorkerGroupStartupFailedError: the workers did not join; Ray Train starts others.
-            RayError: the same, `max_failures` + 1 times in a row; the training ends.
+            RuntimeError: the same, `max_failures` + 1 times in a row; the training ends. (After an
+                actor's death, a RayError, Ray Train would start others without an end.)
         """
         try:
             super().on_start(worker_group, backend_config)
         except RayError as error:
             worker_group.shutdown()  # gives its placement back
             self._failed += 1
-            if self._failed > backend_config.max_failures:
-                raise
+            told = "workers failed while they joined each other"
             reason = str(error).strip().rpartition("\n")[2]
-            log.warning("workers failed while they joined, others are started: %s", reason)
-            raise WorkerGroupStartupFailedError("workers failed while they joined") from error
+            if self._failed > backend_config.max_failures:
+                raise RuntimeError(f"{told}, {self._failed} times in a row: {reason}") from error
+            log.warning("%s, others are started: %s", told, reason)
+            raise WorkerGroupStartupFailedError(told) from error
         self._failed = 0
 
 

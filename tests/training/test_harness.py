@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,45 +108,64 @@ def test_a_workers_line_has_the_time_of_day_and_comes_once(
     assert re.fullmatch(r"\d\d:\d\d:\d\d trains", line)
 
 
-class NoNetworkAtFirst(JoiningBackend):
+def without_network() -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "none"
+
+
+def dies_soon() -> None:
+    """While it joins the others, or waits for them."""
+    if ray.train.get_context().get_world_rank() == 1:
+        threading.Timer(0.05, os._exit, (1,)).start()
+
+
+class FailsAtFirst(JoiningBackend):
     def __init__(self) -> None:
         super().__init__()
         self.starts = 0
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         self.starts += 1
-        if self.starts <= backend_config.without_network:
-            worker_group.execute(os.environ.update, {"GLOO_SOCKET_IFNAME": "none"})
+        if self.starts <= backend_config.failures:
+            worker_group.execute(backend_config.fault)
         super().on_start(worker_group, backend_config)
 
 
 @dataclass
-class NoNetworkAtFirstConfig(JoiningConfig):
-    without_network: int = 0
+class FailsAtFirstConfig(JoiningConfig):
+    failures: int = 0
+    fault: Callable[[], None] = without_network
 
     @property
-    def backend_cls(self) -> type[NoNetworkAtFirst]:
-        return NoNetworkAtFirst
+    def backend_cls(self) -> type[FailsAtFirst]:
+        return FailsAtFirst
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failures", [1, 2])
+@pytest.mark.parametrize(
+    ("fault", "failures", "told"),
+    [(without_network, 1, None), (without_network, 2, "none$"), (dies_soon, 2, "")],
+)
 def test_workers_that_fail_while_they_join_are_started_again_and_hold_no_place(
-    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, failures: int
+    tmp_path: Path,
+    ray_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Any,
+    failures: int,
+    told: str | None,
 ) -> None:
     """All CPUs of the cluster, so that a place that stays taken would stop the next start."""
-    config = partial(NoNetworkAtFirstConfig, without_network=failures)
+    config = partial(FailsAtFirstConfig, failures=failures, fault=fault)
     monkeypatch.setattr(harness, "JoiningConfig", config)
     cpus = ray.cluster_resources()["CPU"]
     settings = settings_with(tmp_path, "--train.max_failures", "1")
     share = settings.train.model_copy(update={"cpus_per_worker": cpus / 2, "num_workers": 2})
     settings = settings.model_copy(update={"train": share})
     job = partial(trained_stage, settings, "toy", {"of": "start"}, trains_nothing, {})
-    if failures > settings.train.max_failures:
-        with pytest.raises(ControllerError, match="none"):
-            job(nothing, "data")
-    else:
+    if told is None:
         job(exports, "data")
+    else:
+        with pytest.raises(ControllerError, match=rf"each other, 2 times in a row: .*{told}"):
+            job(nothing, "data")
     until = time.monotonic() + 60
     while ray.available_resources().get("CPU", 0) < cpus:
         assert time.monotonic() < until, "a start that failed holds its place"
