@@ -17,6 +17,7 @@ import ray
 import ray.data
 from ray.autoscaler.sdk import request_resources
 
+from acebert.config import TrainSettings
 from acebert.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,24 @@ def _quieten() -> None:
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False
     data_context.print_on_execution_start = False
+
+
+def room_for(bundle: Mapping[str, float]) -> int:
+    """How many times `bundle` the nodes that are there have room for, were they free."""
+    return sum(
+        min(int(node.get(k, 0) / v + 1e-9) for k, v in bundle.items()) for node in node_resources()
+    )
+
+
+def bring_workers(train: TrainSettings) -> None:
+    """Ask a cluster that grows on demand for what the training's workers need, and wait up to
+    `train.wait_minutes` for the least of them; nothing where that is 0."""
+    if train.wait_minutes:
+        bundle = {"CPU": train.cpus_per_worker or 1.0} | ({"GPU": 1.0} if train.use_gpu else {})
+        least = train.min_workers or train.num_workers
+        wait_for_nodes(
+            bundle, train.num_workers, train.wait_minutes, lambda: room_for(bundle) >= least
+        )
 
 
 def wait_for_nodes(

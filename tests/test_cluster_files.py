@@ -35,6 +35,12 @@ def test_cluster_yaml_is_what_ray_up_takes(config: dict[str, Any]) -> None:
     assert config["head_node_type"] in config["available_node_types"]
 
 
+def test_all_nodes_start_from_the_image_that_the_docs_put_in_place(config: dict[str, Any]) -> None:
+    images = {node["node_config"]["ImageId"] for node in config["available_node_types"].values()}
+    (image,) = images
+    assert f"s/{image}/$ami/" in (ROOT / "docs" / "cluster.md").read_text()
+
+
 def test_ray_up_refuses_a_cluster_yaml_with_a_misspelt_key(config: dict[str, Any]) -> None:
     """The schema does look: an oracle that takes everything would prove nothing."""
     with pytest.raises(jsonschema.ValidationError, match="idle_timeout_minuets"):

@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from acebert.cluster import bring_workers
 from acebert.config import Settings, weights_digest
 from acebert.data.crops import Batch, CropSpec, Reuse, ShardReport, encode, prepare
 from acebert.data.earlier import (
@@ -145,6 +146,7 @@ def _image_key(settings: Settings) -> dict[str, Any]:
 def _build(
     settings: Settings, spec: CropSpec, ingested: Stage, out: Path, reuse: Reuse | None
 ) -> None:
+    bring_workers(settings.train)  # a training follows, and its GPUs run the CNN
     products = ingested.path / "products"
     cnn = _load_cnn(settings) if spec.cnn_side else None
     workers = max(1, int(ray.cluster_resources().get("CPU", 1)))

@@ -31,7 +31,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from acebert.cluster import encoder_pool, node_resources
+from acebert.cluster import bring_workers, encoder_pool, node_resources
 from acebert.config import Settings
 from acebert.data.batches import query_arrays
 from acebert.data.earlier import (
@@ -427,8 +427,11 @@ def _embedded(
 ) -> Iterator[dict[str, NDArray[Any]]]:
     """Rows and vectors, by actors; `total` is the number of `rows` (none: all). The few that an
     earlier stage leaves are embedded here, sooner than actors would start."""
+    few = rows is not None and total <= FEW_ROWS
+    if not few:
+        bring_workers(settings.train)
     pool = encoder_pool(settings.eval.num_actors, node_resources())
-    if rows is not None and total <= FEW_ROWS:
+    if few:
         here = _Embedder(without_copy(settings), model, make, pool.threads, rows)
         yield here({"start": np.array([0]), "stop": np.array([total])})
         return

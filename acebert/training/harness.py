@@ -45,7 +45,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 
-from acebert.cluster import cores_here, node_resources, wait_for_nodes
+from acebert.cluster import bring_workers, cores_here, node_resources, room_for
 from acebert.config import Settings, settings_from
 from acebert.errors import AgreedError, UserError, reason_of
 from acebert.job import set_up_logging
@@ -271,7 +271,7 @@ def _nodes_watched(bundle: dict[str, float], workers: int, least: int) -> Iterat
     def watch() -> None:
         before = workers
         while not done.wait(NODES_SECONDS):
-            room = min(workers, _room(bundle))
+            room = min(workers, room_for(bundle))
             if room < before:
                 what = "goes on with fewer" if room >= least else "waits for a node"
                 log.warning("the nodes have room for %d of %d workers: %s", room, workers, what)
@@ -313,11 +313,7 @@ def _resources(settings: Settings) -> tuple[float, bool]:
     within `train.wait_minutes`."""
     train = settings.train
     least = train.min_workers or train.num_workers
-    if train.wait_minutes:
-        bundle = {"CPU": train.cpus_per_worker or 1.0} | ({"GPU": 1.0} if train.use_gpu else {})
-        wait_for_nodes(
-            bundle, train.num_workers, train.wait_minutes, lambda: _room(bundle) >= least
-        )
+    bring_workers(train)
     nodes = node_resources()
     gpus = sum(node.get("GPU", 0) for node in nodes)
     use_gpu = gpus > 0 if train.use_gpu is None else train.use_gpu
@@ -355,13 +351,6 @@ def _resources(settings: Settings) -> tuple[float, bool]:
     )
     share = next((s for s in shares if fitting(s / 0.9) >= train.num_workers), shares[-1])
     return math.floor(100 * share) / 100, use_gpu
-
-
-def _room(bundle: dict[str, float]) -> int:
-    """How many times `bundle` the nodes that are there have room for, were they free."""
-    return sum(
-        min(int(node.get(k, 0) / v + 1e-9) for k, v in bundle.items()) for node in node_resources()
-    )
 
 
 def _run_rank(given: dict[str, bytes]) -> str | None:

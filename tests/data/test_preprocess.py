@@ -16,6 +16,7 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 
+from acebert import cluster
 from acebert.config import Settings, settings_from
 from acebert.data import preprocess as module
 from acebert.data.features import FeatureStore
@@ -420,3 +421,15 @@ def test_rows_of_a_photo_storage_come_in_order(tmp_path: Path) -> None:
     path = str(source.path / "products" / "part-00000.parquet")
     read = list(PhotoStorage(None, 10**6).read(Rows(path, 0, 1, 2)))
     assert [(p.product, p.product_id, p.data) for p in read] == [(1, "p1", None), (2, "p2", b"x")]
+
+
+def test_a_cluster_that_grows_on_demand_is_asked_for_the_trainings_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[dict[str, float]]] = []
+    monkeypatch.setattr(cluster, "request_resources", lambda bundles: asked.append(bundles))
+    stage = ingested(tmp_path / "in", [photo(i) for i in range(3)])
+    train = {"wait_minutes": 0.01, "num_workers": 2, "cpus_per_worker": 30}
+    made = preprocess(settings(tmp_path / "out", train=train), stage)
+    assert asked == [[{"CPU": 30.0}] * 2, []]
+    assert json.loads((made.path / "report.json").read_text())["products"] == 3
