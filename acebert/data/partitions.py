@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 VERSION = 1  # raised when the same pairs and settings would give another plan
 PART_ROWS = 1 << 20  # pairs in a file, where partitions are smaller than that
 BLOCK_ROWS = 1 << 18  # pairs in a Ray Data block at least, where epochs are smaller than a file
+OPEN_PARTS = 64  # files of an epoch that a reader holds open
 PROGRESS_SECONDS = 5.0
 
 PAIR_COLUMNS = ["pair", "query", "product", "category_code"]
@@ -195,12 +197,11 @@ class Plan:
             index = _open(epoch_dir(self.path, epoch) / "steps.arrow").get_batch(0)
             self._part = index["part"].to_numpy()
             self._record_batch = index["record_batch"].to_numpy()
-            self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
+            # Each holds a file open, and an epoch of 1,000 million pairs has a thousand.
+            self._reader = lru_cache(OPEN_PARTS)(lambda n: _open(part_file(self.path, epoch, n)))
             self._open_epoch = epoch
-        part = int(self._part[step])
-        if part not in self._readers:
-            self._readers[part] = _open(part_file(self.path, epoch, part))
-        return self._readers[part].get_batch(int(self._record_batch[step]))
+        reader = self._reader(int(self._part[step]))
+        return reader.get_batch(int(self._record_batch[step]))
 
 
 def _open(path: Path) -> pa.ipc.RecordBatchFileReader:

@@ -431,9 +431,10 @@ def test_a_part_that_is_made_again_to_no_end_leaves_the_one_that_is_there(
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(("part_rows", "blocks"), [(10**6, 1), (200, 7), (1, 3)])
-def test_plan_is_the_twins_for_one_and_many_blocks(
-    tmp_path: Path, part_rows: int, blocks: int
+def test_plan_is_the_twins_for_one_and_many_blocks_and_few_of_its_files_are_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_rows: int, blocks: int
 ) -> None:
+    monkeypatch.setattr(partitions, "OPEN_PARTS", 2)
     n, W, P, seed, epochs = 1507, 16, 11, 5, 3
     categories = categories_of(n, 9)
     pairs = write_pairs(tmp_path / "pairs.parquet", categories)
@@ -448,6 +449,9 @@ def test_plan_is_the_twins_for_one_and_many_blocks(
             batch = reader.batch(epoch, step)
             expected = rows.take(batch["pair"]).select(["pair", "query", "product"])
             assert pa.Table.from_batches([batch]).equals(expected)
+        mapped = Path("/proc/self/maps").read_text()
+        parts = partitions.epoch_dir(out, epoch).glob("part-*.arrow")
+        assert 1 <= sum(str(part) in mapped for part in parts) <= 3  # and the one of `batch`
 
 
 @pytest.mark.usefixtures("ray_cluster")
