@@ -55,11 +55,12 @@ def test_the_ramp_raises_the_adversarys_weight_linearly(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("photos", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_encoders_have_the_plain_ones_gradients(
-    settings: Settings, paths: StagePaths
+    settings: Settings, paths: StagePaths, photos: bool
 ) -> None:
-    text = settings.model.model_copy(update={"patches": False, "pixels": False})
-    plain = settings.model_copy(update={"model": text})
+    model = settings.model.model_copy(update={"patches": photos, "pixels": photos})
+    plain = settings.model_copy(update={"model": model})
     train = settings.train.model_copy(update={"compile": True})
     compiled = gradient(plain.model_copy(update={"train": train}), paths, step=0)
     torch.testing.assert_close(compiled, gradient(plain, paths, step=0), rtol=1e-4, atol=1e-5)
