@@ -8,6 +8,9 @@ B is published, another replica is killed; all the while products are added, rep
 At the end every change has to be as it was acknowledged, on every replica that answers. It ends
 with status 1 where a search failed or a product is not so; changes that were refused are counted.
 Told too: seconds from a product's acknowledgement until every search of its category shows it.
+
+Every search is one of an experiment of two arms, A both: B is published to all and to the second.
+At the end each search that was answered has to be in the log, once.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -31,8 +35,12 @@ os.environ.setdefault("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response
 
 import httpx2 as httpx
 import numpy as np
+import pyarrow.dataset as ds
+
+from acebert.experiment.event_log import collect, events_directory
 
 URL = "http://127.0.0.1:8000"
+ARMS = "one", "two"
 AGREEING = 6  # searches in a row, of two replicas by turns
 
 
@@ -48,15 +56,21 @@ def replica_pids() -> list[int]:
 
 
 async def load(
-    client: httpx.AsyncClient, queries: list[str], left: list[int], seen: Counter
+    client: httpx.AsyncClient, queries: list[str], left: list[int], seen: Counter, ids: set[str]
 ) -> None:
-    """Searches until `left` is used up; statuses and model versions are counted in `seen`."""
+    """Searches until `left` is used up; statuses and model versions are counted in `seen`, `ids`
+    are those of the searches that were answered."""
     while left[0] > 0:
         left[0] -= 1
+        name = uuid.uuid4().hex
+        headers = {"X-User-Id": f"user-{random.randrange(1000)}", "X-Search-Id": name}
         try:
-            answer = await client.get("/search", params={"q": random.choice(queries), "k": 20})
+            answer = await client.get(
+                "/search", params={"q": random.choice(queries), "k": 20}, headers=headers
+            )
             seen[answer.status_code] += 1
             if answer.status_code == 200:
+                ids.add(name)
                 seen[f"model {answer.json()['version']}"] += 1
             elif answer.status_code == 503:
                 await asyncio.sleep(float(answer.headers.get("retry-after", 1)))
@@ -115,8 +129,9 @@ async def freshness(client: httpx.AsyncClient, left: list[int], delays: list[flo
         await asyncio.sleep(0.5)
 
 
-async def scenario(arguments: argparse.Namespace, workdir: Path) -> bool:
-    """Whether no search failed and every product is as it was acknowledged."""
+async def scenario(arguments: argparse.Namespace, workdir: Path, ids: set[str]) -> bool:
+    """Whether no search failed and every product is as it was acknowledged; `ids` are those of the
+    searches that were answered."""
     from acebert.serving.bundle import publish
 
     info = json.loads((arguments.bundle / "bundle.json").read_text())
@@ -136,7 +151,7 @@ async def scenario(arguments: argparse.Namespace, workdir: Path) -> bool:
                 pass
             await asyncio.sleep(0.5)
         start = time.perf_counter()
-        tasks = [load(client, queries, left, seen) for _ in range(arguments.clients)]
+        tasks = [load(client, queries, left, seen, ids) for _ in range(arguments.clients)]
         running = asyncio.gather(
             *tasks, change(client, truth, left, refused), freshness(client, left, delays)
         )
@@ -150,7 +165,8 @@ async def scenario(arguments: argparse.Namespace, workdir: Path) -> bool:
         os.kill(victim, signal.SIGKILL)
         print(f"killed replica {victim}", flush=True)
         await when(0.5)
-        publish(workdir, arguments.other)
+        for arm in (None, ARMS[1]):
+            publish(workdir, arguments.other, arm)
         print(f"published {arguments.other.name}", flush=True)
         await when(0.75)
         victim = replica_pids()[-1]
@@ -181,6 +197,20 @@ async def scenario(arguments: argparse.Namespace, workdir: Path) -> bool:
     return wrong == 0 and seen[200] == arguments.requests
 
 
+def logged(workdir: Path, ids: set[str]) -> bool:
+    """Whether the log has each search that was answered, once."""
+    events = events_directory(workdir)
+    collect(events)  # what the killed replicas left
+    exposures = ds.dataset(events / "exposure").to_table(["search_id"])["search_id"].to_pylist()
+    rows = Counter(exposures)
+    twice = sum(count > 1 for count in rows.values())
+    print(
+        f"{len(ids):,} searches answered, {len(ids & rows.keys()):,} of them in the log, {twice:,} "
+        f"of them twice (sent again, under one id); {len(rows.keys() - ids):,} in it unanswered"
+    )
+    return ids <= rows.keys()
+
+
 def main(arguments: argparse.Namespace) -> None:
     from ray import serve
 
@@ -190,18 +220,30 @@ def main(arguments: argparse.Namespace) -> None:
     from acebert.serving.deployments import build
 
     with tempfile.TemporaryDirectory() as folder:
-        publish(Path(folder), arguments.bundle)
-        settings = load_settings(["--workdir", folder])
+        for arm in (None, *ARMS):
+            publish(Path(folder), arguments.bundle, arm)
+        settings = load_settings(
+            [
+                "--workdir",
+                folder,
+                "--experiment.name",
+                "faults",
+                "--experiment.arms",
+                ",".join(ARMS),
+            ]
+        )
         ray.init(
             address="local", num_cpus=4, include_dashboard=False, logging_level=logging.WARNING
         )
         serve.start(http_options={"port": 8000})
         serve.run(build(settings, replicas=2), blocking=False)
-        held = asyncio.run(scenario(arguments, Path(folder)))
+        ids: set[str] = set()
+        held = asyncio.run(scenario(arguments, Path(folder), ids))
         serve.shutdown()
+        held &= logged(Path(folder), ids)
         ray.shutdown()
     if not held:
-        sys.exit("a search failed, or a product is not as it was acknowledged")
+        sys.exit("a search failed or is not in the log, or a product is not as acknowledged")
 
 
 if __name__ == "__main__":
