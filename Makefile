@@ -5,7 +5,7 @@ BIN := .venv/bin
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: install test lint demo serve
+.PHONY: install test test-all lint demo serve
 
 install: .venv/.installed-$(EXTRA)
 
@@ -18,6 +18,10 @@ install: .venv/.installed-$(EXTRA)
 	touch $@
 
 test: install lint
+	$(BIN)/python -m pytest -m "not slow"
+
+# Those that are marked slow too: whole jobs, sweeps, reports, kills of workers, nodes and replicas.
+test-all: install lint
 	$(BIN)/python -m pytest
 
 lint: install
