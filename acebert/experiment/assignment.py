@@ -11,6 +11,7 @@ name is in the hash, the arms of two experiments are independent.
 import hashlib
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Literal
 
@@ -51,7 +52,7 @@ class Experiment:
     def control(self) -> str:
         return self.arms[0]
 
-    @property
+    @cached_property
     def dealing(self) -> str:
         """Of how users are dealt, 16 hex digits: another one where salt, arms, shares or design
         differ."""

@@ -358,9 +358,8 @@ def _lock(directory: Path) -> FileLock:
 
 def user_key(directory: Path, user: str) -> str:
     """`user` as it is logged: an HMAC with the log's own salt, 32 hex digits."""
-    return hmac.new(_salt(directory), user.encode(errors="surrogatepass"), "sha256").hexdigest()[
-        :32
-    ]
+    key = hmac.digest(_salt(directory), user.encode(errors="surrogatepass"), "sha256")
+    return key.hex()[:32]
 
 
 _SALTS: dict[Path, bytes] = {}

@@ -189,6 +189,7 @@ class SearchService:
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
+        self.metrics.tell()
         if self.trial is not None:
             await asyncio.to_thread(self.trial.close)
         await asyncio.to_thread(self._lease.end)
@@ -306,6 +307,7 @@ class SearchService:
             self.metrics.state(loaded.bundle, arm, loaded.drift.value, loaded.behind)
         batchers = [loaded.batcher for loaded in self.all_loaded()]
         self.metrics.waiting.set(sum(batcher.waiting for batcher in batchers if batcher))
+        self.metrics.tell()
 
     async def search(
         self,
@@ -471,7 +473,7 @@ class SearchService:
         end = time.perf_counter()
         self.metrics.stage("index", labels, end - asked)
         self.metrics.stage("total", labels, end - start)
-        self.metrics.queries.inc(1, labels)
+        self.metrics.queries.inc(labels["path"], labels["arm"])
         return Found(hits, labels["path"], loaded.version, no_good_match, end - start)
 
 

@@ -226,6 +226,24 @@ def test_every_metric_that_the_dashboard_asks_for_is_one_that_the_service_export
     for metric in ("acebert_age_s", "acebert_products", "acebert_behind_s"):
         assert by_arm(metric) == {"", "old", "new"}
 
+    def counted(metric: str, label: str) -> dict[str, float]:
+        """By a label's value; of times the stage `total`."""
+        sums: dict[str, float] = {}
+        for line in re.findall(rf"^ray_{metric}_total{{.*", httpx.get(address).text, re.MULTILINE):
+            labels, value = dict(re.findall(r'(\w+)="([^"]*)"', line)), float(line.split()[-1])
+            if labels.get("stage", "total") == "total":
+                sums[labels[label]] = sums.get(labels[label], 0) + value
+        return sums
+
+    def histogram_is_of_all_searches() -> bool:
+        at_most = counted("acebert_stage_ms_bucket", "le")
+        searches = sum(counted("acebert_queries", "path").values())
+        rising = sorted(at_most.items(), key=lambda pair: float(pair[0]))
+        counts = [count for _, count in rising]
+        return counts == sorted(counts) and at_most["+Inf"] == searches >= 2 * WINDOW
+
+    until(histogram_is_of_all_searches, 120)
+
 
 def test_replicas_that_are_shut_down_hold_no_bundle_any_more(
     client: httpx.Client, shared_world: Any
