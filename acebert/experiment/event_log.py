@@ -143,7 +143,7 @@ class EventLog:
             OSError: the disk is full, or away; none of the events is in the log.
         """
         lines = [(_kind(event), vars(event)) for event in events]
-        data = "".join(json.dumps(line, default=_milliseconds) + "\n" for line in lines)
+        data = "".join(_to_json(line) + "\n" for line in lines)
         with self._lock:
             if self._current is None:
                 self._current = _HotFile.new(self._directory)
@@ -466,3 +466,6 @@ def _kind(event: Event) -> str:
 
 def _milliseconds(at: datetime) -> int:
     return round(at.timestamp() * 1000)
+
+
+_to_json = json.JSONEncoder(default=_milliseconds).encode  # `json.dumps` would make one each time
