@@ -772,10 +772,12 @@ class Settings(BaseSettings):
         return (init_settings,)  # the recipe; the command line is put above it by load_settings
 
 
-def load_settings(argv: Sequence[str] | None = None, *, recipe: str | None = None) -> Settings:
+def load_settings(
+    argv: Sequence[str] | None = None, *, tree: dict[str, Any] | None = None
+) -> Settings:
     """Settings from a recipe and the command line `argv` (default: this process's).
 
-    `recipe` is read whatever recipe `argv` names, whose name then is a setting like others.
+    `tree` stands for the recipe that `argv` names, whose name then is a setting like others.
 
     Raises:
         UserError: unknown recipe, unknown key, wrong type, contradiction; it names the key.
@@ -787,11 +789,11 @@ def load_settings(argv: Sequence[str] | None = None, *, recipe: str | None = Non
         known, rest = first.parse_known_args(_lists_joined(argv))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    if recipe is None:
+    if tree is None:
         named = known.recipe or DEFAULT_RECIPE
         values = {"recipe": named, **read_recipe(named)}
     else:
-        values = read_recipe(recipe) | ({"recipe": known.recipe} if known.recipe else {})
+        values = tree | ({"recipe": known.recipe} if known.recipe else {})
     try:
         cli = CliSettingsSource[Any](
             Settings,

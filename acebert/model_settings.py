@@ -16,10 +16,12 @@ from acebert.errors import UserError
 
 NOT_THE_MODELS = ("workdir", "data", "eval", "serve", "experiment", "tracking")
 """settings that do not come with a trained model"""
-OF_THE_NODES = ("feature_cache", "feature_cache_dir")
-"""leaves of `image` that do not either: where a node reads features changes none"""
-OF_DISTILLATION = ("distill", *(f"train.{leaf}" for leaf in sorted(HOW_IT_RUNS)))
-"""sections and leaves that a distillation has beside these; the others are the teacher's"""
+OF_THE_NODES = {
+    "image": ("feature_cache", "feature_cache_dir"),
+    "train": tuple(sorted(HOW_IT_RUNS)),
+}
+"""leaves of its sections that do not either: where a node reads features changes none, and the
+nodes of its training may not be there"""
 
 
 def model_settings(settings: Settings, model: Path) -> Settings:
@@ -27,26 +29,31 @@ def model_settings(settings: Settings, model: Path) -> Settings:
     are those of `settings`."""
     own = settings_from(read_recipe(str(_settings_file(model))))
     ours = {name: getattr(settings, name) for name in NOT_THE_MODELS}
-    of_nodes = {name: getattr(settings.image, name) for name in OF_THE_NODES}
-    return own.model_copy(update={**ours, "image": own.image.model_copy(update=of_nodes)})
+    for name, leaves in OF_THE_NODES.items():
+        of_nodes = {leaf: getattr(getattr(settings, name), leaf) for leaf in leaves}
+        ours[name] = getattr(own, name).model_copy(update=of_nodes)
+    return own.model_copy(update=ours)
 
 
 def settings_for(model: Path, argv: Sequence[str], also: Collection[str] = ()) -> Settings:
     """For the jobs that use a trained model: its own settings, with those of NOT_THE_MODELS, of
-    OF_THE_NODES and of `also` (sections and leaves) that `argv` gives.
+    OF_THE_NODES and of `also` (sections and leaves) that `argv` gives. HOW_IT_RUNS are `argv`'s or
+    the defaults: no job waits for the nodes of a training that is over.
 
     Raises:
         UserError: `argv` gives one that belongs to the model.
     """
-    path = _settings_file(model)
-    own = settings_from(read_recipe(str(path)))
-    given = load_settings(argv, recipe=str(path))
+    tree = read_recipe(str(_settings_file(model)))
+    train = tree.get("train", {})
+    tree["train"] = {leaf: train[leaf] for leaf in train if leaf not in HOW_IT_RUNS}
+    own, given = settings_from(tree), load_settings(argv, tree=tree)
     kept = own.image.cnn_weights
     if weights_digest(given.image.cnn_weights) == Path(kept).stem:  # what it is a copy of
         image = given.image.model_copy(update={"cnn_weights": kept})
         given = given.model_copy(update={"image": image})
     was, now = flatten(own.model_dump()), flatten(given.model_dump())
-    free = (*NOT_THE_MODELS, *(f"image.{leaf}" for leaf in OF_THE_NODES), *also)
+    of_nodes = (f"{name}.{leaf}" for name in OF_THE_NODES for leaf in OF_THE_NODES[name])
+    free = (*NOT_THE_MODELS, *of_nodes, *also)
     for leaf in now:
         if now[leaf] != was.get(leaf) and not {leaf, leaf.split(".")[0]}.intersection(free):
             raise UserError(

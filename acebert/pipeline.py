@@ -254,8 +254,8 @@ def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
 
 def distill_stages(settings: Settings, teacher: Path) -> tuple[list[Stage], Stage]:
     """A student for each of `distill.layers`, after the teacher itself, all with their ONNX files;
-    and the table that compares them. `settings` are the teacher's, but for NOT_THE_MODELS and
-    OF_DISTILLATION."""
+    and the table that compares them. `settings` are the teacher's, but for `distill` and what
+    no model brings."""
     _refuse_uneven(settings, "distill")
     students = student_layers(settings, teacher)  # refuses before the first is trained
     ingested = ingest_stage(shared(settings))

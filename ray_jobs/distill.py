@@ -8,11 +8,11 @@ prints a table of layers × runtime, then the directories: the table's, the teac
 import argparse
 
 from acebert.job import model_arguments, run_job
-from acebert.model_settings import OF_DISTILLATION, settings_for
+from acebert.model_settings import settings_for
 
 
 def work(arguments: argparse.Namespace) -> None:
-    settings = settings_for(arguments.model, arguments.settings, also=OF_DISTILLATION)
+    settings = settings_for(arguments.model, arguments.settings, also=("distill",))
     from acebert.cluster import leave
     from acebert.pipeline import distill_stages
 

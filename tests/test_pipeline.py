@@ -132,6 +132,18 @@ def test_where_nodes_read_features_is_the_jobs_and_not_the_models(model: Path) -
     assert (used.feature_cache, used.feature_cache_dir, used.cnn_side) == ("none", None, 128)
 
 
+def test_no_job_waits_for_the_nodes_of_the_models_training(model: Path) -> None:
+    tree = yaml.safe_load((model / "settings.yaml").read_text())
+    tree["train"] |= {"wait_minutes": 20, "use_gpu": True, "num_workers": 8, "lr": 0.25}
+    (model / "settings.yaml").write_text(yaml.safe_dump(tree))
+    jobs = [settings_for(model, []), model_settings(load_settings([]), model)]
+    for train in [job.train for job in jobs]:
+        assert (train.wait_minutes, train.use_gpu, train.num_workers) == (0, None, 1)
+        assert train.lr == 0.25
+    asked = settings_for(model, ["--train.wait_minutes", "5", "--train.use_gpu", "true"])
+    assert (asked.train.wait_minutes, asked.train.use_gpu) == (5, True)
+
+
 @pytest.mark.parametrize("asked", ["trained", "a file"])
 def test_features_are_those_of_the_cnns_weights_after_these_are_gone(
     asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -135,7 +135,8 @@ _VOTES = """
 SELECT treatment, count(*) FILTER (won = treatment) - count(*) FILTER (won = {control}), count(*)
 FROM (
     SELECT "user", product_id AS won,
-        list_filter(map_keys(versions), lambda arm: arm <> {control})[1] AS treatment
+        list_filter(list_concat(teams, map_keys(versions)), lambda arm: arm <> {control})[1]
+            AS treatment
     FROM actions JOIN searches USING (search_id) WHERE action = 'vote'
     QUALIFY row_number() OVER (PARTITION BY search_id ORDER BY actions."at") = 1
 )

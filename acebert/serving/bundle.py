@@ -213,7 +213,7 @@ def published_or_none(workdir: Path, arm: str | None) -> Path | None:
     try:
         return published(workdir, arm)
     except UserError as error:
-        log.info("nothing is taken over: %s", error)
+        log.info("nothing published before: %s", error)
         return None
 
 

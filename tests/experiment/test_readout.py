@@ -257,6 +257,14 @@ def test_a_vote_counts_where_the_treatment_found_nothing(tmp_path: Path) -> None
     assert (votes.votes, votes.preference.value) == (1, -1)
 
 
+def test_votes_count_in_a_log_without_versions(tmp_path: Path) -> None:
+    sides = [replace(beside(f"s{i}", f"r{i}", SPLIT), versions={}) for i in range(3)]
+    won = [Action(f"s{i}", NOW, "vote", arm) for i, arm in enumerate(["new", "new", "old"])]
+    found = read_out(SPLIT, logged(tmp_path, [*sides, *won, shown("t", "u", "old")]))
+    votes = found.votes["new"]
+    assert (votes.votes, votes.preference.value) == (3, pytest.approx(1 / 3))
+
+
 def test_a_log_without_votes_has_none(tmp_path: Path) -> None:
     found = read_out(SPLIT, logged(tmp_path, [shown("s", "u", "old")]))
     assert found.votes == {}
