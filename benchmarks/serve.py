@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -124,7 +125,13 @@ def serve_ray(bundle: Path, apart: bool) -> None:
             address="local", num_cpus=4, include_dashboard=False, logging_level=logging.WARNING
         )
         serve.start(http_options={"port": PORT})
-        serve.run(build(load_settings([*arguments, "--workdir", folder])), blocking=True)
+        serve.run(build(load_settings([*arguments, "--workdir", folder])), blocking=False)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        try:
+            signal.pause()
+        finally:  # or HAProxy and a replica go on, and answer for the next server
+            serve.shutdown()
+            ray.shutdown()
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -153,8 +160,9 @@ def main(arguments: argparse.Namespace) -> None:
             if generator.exitcode:
                 sys.exit(f"{server}: the clients failed, see above; did the server die?")
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            process.terminate()
             process.wait()
+        wait_for_free_port()
 
 
 def wait(process: "subprocess.Popen[bytes]") -> None:
@@ -167,6 +175,16 @@ def wait(process: "subprocess.Popen[bytes]") -> None:
                 sys.exit(f"the server ended with {process.returncode}")
             time.sleep(0.5)
     sys.exit("the server does not answer")
+
+
+def wait_for_free_port() -> None:
+    """Else the server before would answer for the next one."""
+    for _ in range(120):
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", PORT)):
+                return
+        time.sleep(0.5)
+    sys.exit(f"port {PORT} is still taken")
 
 
 if __name__ == "__main__":
