@@ -98,7 +98,7 @@ def _cross_entropy(
     def block(
         rows: Tensor, others: Tensor, gamma: Tensor | float, first: int
     ) -> tuple[Tensor, Tensor]:
-        scores = gamma * (rows @ others.T)
+        scores = (gamma * rows) @ others.T  # not γ times the scores, of which there are many more
         if log_share is not None:
             scores = scores - log_share
         if mask is not None:

@@ -69,8 +69,10 @@ def of_its_own(settings: Settings, run: int) -> Settings:
 
 @pytest.fixture(scope="module")
 def dropping(long: Settings) -> Settings:
-    """With dropout, of which the same number of workers alone draws the same."""
-    return long.model_copy(update={"model": long.model.model_copy(update={"dropout": 0.1})})
+    """With dropout, of which the same number of workers alone draws the same, and with each
+    worker's 16 pairs in two parts, whose random numbers start anew in each (gradient caching)."""
+    model = long.model.model_copy(update={"dropout": 0.1})
+    return with_train(long.model_copy(update={"model": model}), micro_batch=8)
 
 
 @pytest.fixture(scope="module")
