@@ -599,7 +599,8 @@ class ServeSettings(Section):
     batch_wait_ms: float = Field(0.0, ge=0)
     """how long a forward waits for more queries; 0: those that came during the last one [ms]"""
     max_requests: int = Field(100, ge=1)
-    """requests in a replica at a time; above, 503 with Retry-After"""
+    """requests in a replica at a time, an eighth of them such as encode products or photos; above,
+    503 with Retry-After"""
     follow_seconds: float = Field(0.5, gt=0)
     """how often a replica asks for changes of products and for a newer bundle [s]"""
     max_body_mb: float = Field(16, gt=0)

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import logging
 import math
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -174,9 +175,10 @@ class ProductIndex:
             Scores [m, k] and rows of `product_ids` [m, k]; row -1 where fewer were found.
         """
         queries = np.ascontiguousarray(queries, np.float32)
+        wider = max(1.0, k / self.info.effort_k)
         if self._vectors is None or exact:
-            return self._whole(queries, k, exact, among)
-        _, rows = self._whole(queries, min(RESCORED * k, self.info.products), exact, among)
+            return self._whole(queries, k, exact, among, wider)
+        _, rows = self._whole(queries, min(RESCORED * k, self.info.products), exact, among, wider)
         scores = np.einsum("md,mkd->mk", queries, self._vectors[rows])
         scores[rows < 0] = -np.inf
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
@@ -188,12 +190,19 @@ class ProductIndex:
         )
 
     def _whole(
-        self, queries: NDArray[np.float32], k: int, exact: bool, among: NDArray[np.bool_] | None
+        self,
+        queries: NDArray[np.float32],
+        k: int,
+        exact: bool,
+        among: NDArray[np.bool_] | None,
+        wider: float,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """With as many hits as there are products to be found: a query that the approximate search
+        """With as many hits as there are products to be found, where some are not allowed or more
+        are asked for than the effort was set for (`wider` > 1): a query that the approximate search
         found too few for is searched exactly."""
-        scores, rows = self._search(queries, k, exact, among)
-        if among is not None and (there := min(k, int(among.sum()))):
+        scores, rows = self._search(queries, k, exact, among, wider)
+        there = min(k, self.info.products if among is None else int(among.sum()))
+        if there and (among is not None or wider > 1):
             lacking = rows[:, there - 1] < 0
             if lacking.any():
                 found = self._search(queries[lacking], k, True, among)
@@ -201,7 +210,12 @@ class ProductIndex:
         return scores, rows
 
     def _search(
-        self, queries: NDArray[np.float32], k: int, exact: bool, among: NDArray[np.bool_] | None
+        self,
+        queries: NDArray[np.float32],
+        k: int,
+        exact: bool,
+        among: NDArray[np.bool_] | None,
+        wider: float = 1.0,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         kind, n = self.info.kind, self.info.products
         share, selector = 1.0, None
@@ -216,11 +230,11 @@ class ProductIndex:
             chosen: Any = selector and faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
             return on.search(queries, k, params=chosen)
         if kind == "hnsw":
-            effort = min(n, math.ceil(max(self.info.effort, k) / share))
+            effort = min(n, math.ceil(max(self.info.effort * wider, k) / share))
             chosen = faiss.SearchParametersHNSW(efSearch=effort, sel=selector)  # type: ignore[attr-defined]
             return self._approximate.search(queries, k, params=chosen)
         lists = self._stored.nlist
-        probed = lists if exact else min(lists, math.ceil(self.info.effort / share))
+        probed = lists if exact else min(lists, math.ceil(self.info.effort * wider / share))
         if probed > GPU_PROBES:
             on = self._exact_on_cpu
         chosen = faiss.SearchParametersIVF(nprobe=probed, sel=selector)  # type: ignore[call-arg]
@@ -316,4 +330,17 @@ def _made(vectors: NDArray[np.float32], factory: str, train: int = 100_000) -> A
 
 
 def _on_gpu(index: Any) -> Any:
-    return faiss.index_cpu_to_all_gpus(index) if faiss.get_num_gpus() else index
+    return _OneAtATime(faiss.index_cpu_to_all_gpus(index)) if faiss.get_num_gpus() else index
+
+
+class _OneAtATime:
+    """An index on GPUs. FAISS's are for one thread at a time, also to search (its wiki, 'Threads
+    and asynchronous calls'), and the service has several."""
+
+    def __init__(self, index: Any) -> None:
+        self._index = index
+        self._turn = threading.Lock()
+
+    def search(self, queries: NDArray[np.float32], k: int, params: Any) -> Any:
+        with self._turn:
+            return self._index.search(queries, k, params=params)

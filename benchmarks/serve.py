@@ -90,6 +90,7 @@ def generate(bundle: Path, seconds: float, results: "multiprocessing.Queue[Any]"
 def serve_plain(bundle: Path) -> None:
     """The service in one process, by uvicorn; nothing changes products here."""
     import uvicorn
+    import uvloop
 
     from acebert.config import load_settings
     from acebert.serving.api import make_api
@@ -109,7 +110,8 @@ def serve_plain(bundle: Path) -> None:
         config = uvicorn.Config(make_api(service, None), port=PORT, log_level="warning")
         await uvicorn.Server(config).serve()
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as Ray's workers have it
+        runner.run(run())
 
 
 def serve_ray(bundle: Path, apart: bool) -> None:

@@ -1,6 +1,9 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -87,6 +90,47 @@ def test_more_lists_than_a_gpu_looks_through_are_searched_on_the_cpu(
     np.testing.assert_array_equal(index.search(QUERIES, 20, exact=True), expected)
     assert index.info.effort <= 20
     index.search(QUERIES, 20)
+
+
+def test_an_index_on_a_gpu_has_one_search_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    inside, together = 0, 0
+
+    class Gpu:
+        def __init__(self, index: Any) -> None:
+            self._index = index
+
+        def search(self, queries: np.ndarray, k: int, params: Any) -> Any:
+            nonlocal inside, together
+            inside += 1
+            together = max(together, inside)
+            time.sleep(0.01)
+            found = self._index.search(queries, k, params=params)
+            inside -= 1
+            return found
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", Gpu, raising=False)
+    index = ProductIndex.build(PRODUCTS, IDS, QUERIES, ann_from=1, kind="flat")
+    together = 0
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda i: index.search(QUERIES[i : i + 1], 5)[1], range(12)))
+    assert together == 1
+    expected = np.argsort(-(QUERIES[:12] @ PRODUCTS.T), axis=1)[:, :5]
+    np.testing.assert_array_equal(np.concatenate(found), expected)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_more_neighbours_than_the_effort_was_set_for_are_all_found(codec: str):
+    """A list of IVF holds 64 products here, and the effort is set for 10 neighbours."""
+    index = ProductIndex.build(
+        PRODUCTS, IDS, QUERIES, ann_from=1, k=10, target_recall=0.5, kind="ivf", codec=codec
+    )
+    assert (index._search(QUERIES, 400, False, None)[1] < 0).any()
+    _, rows = index.search(QUERIES, 400)
+    assert (rows >= 0).all()
+    best = np.argsort(-(QUERIES @ PRODUCTS.T), axis=1)[:, :400]
+    recall = np.mean([len(set(a) & set(b)) / 400 for a, b in zip(rows, best, strict=True)])
+    assert recall >= index.info.tuned_recall
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -49,7 +49,7 @@ from acebert.workdir import Stage, file_digests, run_stage, sync
 
 log = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 FLAT_UP_TO = 10_000  # products up to which exact search takes less than a millisecond
 OF_HOT_LISTS = ("train", "valid")  # days whose clicks are in the lists that are served
 PHOTO_SIDE = 320  # photos of hits are not shown larger [px]
@@ -110,7 +110,8 @@ def build_bundle(
         )
         index.save(out / "index")
         np.save(out / "query_mean.npy", _query_mean(ingested.path, queries, hot, version, earlier))
-        queries, hot = queries[: serve.hot_queries], hot[: serve.hot_queries]
+        known_hot = min(serve.hot_queries, _clicked(ingested.path))
+        queries, hot = queries[:known_hot], hot[:known_hot]
         np.save(out / "hot.npy", hot)
         pq.write_table(pa.table({"query": queries}), out / "hot_queries.parquet")
         storage = PhotoStorage(settings.data.products, int(settings.image.max_megapixels * 3e6))
@@ -171,11 +172,20 @@ def _query_mean(
 
 
 def hot_queries(ingested: Stage, count: int) -> list[str]:
-    """The queries with most clicks in the training days, most clicked first; a few hundred at
-    least, for the index's effort is set on them."""
+    """The queries with most clicks in the training days, most clicked first. A few hundred at
+    least, for the index's effort is set on them: after those that were clicked come others, which
+    are not hot."""
     table = pq.read_table(ingested.path / "queries.parquet")
     ranked = table.sort_by([("clicks", "descending"), ("query", "ascending")])
-    return ranked["text"].slice(0, max(TUNE_QUERIES, count)).to_pylist()
+    wanted = min(count, _clicked(ingested.path))
+    return ranked["text"].slice(0, max(TUNE_QUERIES, wanted)).to_pylist()
+
+
+def _clicked(ingested: Path) -> int:
+    """How many queries were clicked in the training days."""
+    return pq.read_table(
+        ingested / "queries.parquet", columns=["query"], filters=[("clicks", ">", 0)]
+    ).num_rows
 
 
 def publish(workdir: Path, bundle: Path, arm: str | None = None) -> None:

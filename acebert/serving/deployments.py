@@ -246,7 +246,12 @@ class Search:
         await self.service.stop()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return make_api(self.service, os.environ.get(KEY_VARIABLE) or None)
+        key = os.environ.get(KEY_VARIABLE)
+        if key == "":
+            raise UserError(f"{KEY_VARIABLE} is empty: give it a key, or take it away")
+        if key is None:
+            log.warning("no %s: whoever reaches the service may change products", KEY_VARIABLE)
+        return make_api(self.service, key)
 
 
 def build(settings: Settings, replicas: int = 1) -> serve.Application:

@@ -12,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from acebert.serving.metrics import Metrics
 
 OPEN = ("/health", "/ready", "/photos/", "/page/")  # besides the page itself: no key
+ENCODING = ("/products", "/search/photo")  # sent a body, these wait for the product encoder
+OF_ALL = 8  # requests that are let in at a time, for each of these
 RETRY_SECONDS = 1
 
 
@@ -20,7 +22,9 @@ class Gate:
 
     Args:
         app: what is behind it.
-        max_requests: at a time; more are answered 503 with Retry-After.
+        max_requests: at a time; more are answered 503 with Retry-After. An eighth of them may wait
+            for the product encoder: it does one thing after another, and shoppers would find no
+            place beside an importer's hundred requests, nor their bodies one in memory.
         max_body: of a request [bytes]; more is answered 413.
         key: that requests have to carry as X-API-Key (none: anybody may ask).
     """
@@ -30,7 +34,7 @@ class Gate:
     ) -> None:
         self.app, self.key, self.metrics = app, key, metrics
         self.max_requests, self.max_body = max_requests, max_body
-        self.running = 0
+        self.running = self.encoding = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,18 +45,23 @@ class Gate:
         probed = path in ("/health", "/ready")
         if not probed:
             send = self._counted(send)
+        encodes = scope["method"] in ("PUT", "POST") and path.startswith(ENCODING)
         if self.running >= self.max_requests and not probed:
             await self._refuse(send, 503, "overloaded: try again")
+        elif encodes and self.encoding >= max(1, self.max_requests // OF_ALL):
+            await self._refuse(send, 503, "overloaded with products and photos: try again")
         elif not self._may(path, headers):
             await self._refuse(send, 401, "X-API-Key is missing or wrong")
         elif self._length(headers) > self.max_body:
             await self._refuse(send, 413, f"the body is larger than {self.max_body:,} bytes")
         else:
             self.running += 1
+            self.encoding += encodes
             try:
                 await self._pass_on(scope, receive, send)
             finally:
                 self.running -= 1
+                self.encoding -= encodes
 
     def _counted(self, send: Send) -> Send:
         """Count the answer by its status, whoever gives it."""

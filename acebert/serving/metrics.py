@@ -6,13 +6,13 @@ Told to Ray one by one, what a search counts costs 14 % of the hot searches a se
 `acebert_queries` by `path` (hot, tail, product, photo), so the hit rate is hot over hot + tail;
 `acebert_stage_ms_bucket` (at most `le` ms) and `acebert_stage_ms_sum` by `stage` (encode; index,
 with the wait for a thread; total, of both; log, the wait of an experiment's search for its log,
-after that) and `path`, a histogram in two counters; `acebert_answers` by `status`,
-of all requests but probes; `acebert_refused` by `status`, of those refused before any route;
-`acebert_changes_applied`; of the published bundle and of each arm `acebert_behind_s`, how long ago
-a replica last heard of changes for it, `acebert_products`, and `acebert_age_s` by `part` (bundle,
-catalogue, hot_lists, model); of a replica, `acebert_queries_waiting` for the query encoder, and
-`acebert_query_drift` (`drift`); of an experiment, `acebert_not_logged`, searches and events that
-the log did not take.
+after that) and `path` (batch too: its searches are timed together), a histogram in two counters;
+`acebert_answers` by `status`, of all requests but probes; `acebert_refused` by `status`, of those
+refused before any route; `acebert_changes_applied`; of the published bundle and of each arm
+`acebert_behind_s`, how long ago a replica last heard of changes for it, `acebert_products`, and
+`acebert_age_s` by `part` (bundle, catalogue, hot_lists, model); of a replica,
+`acebert_queries_waiting` for the query encoder, and `acebert_query_drift` (`drift`); of an
+experiment, `acebert_not_logged`, searches and events that the log did not take.
 """
 
 from bisect import bisect_left

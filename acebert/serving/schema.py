@@ -1,6 +1,7 @@
 """Requests and answers of the search API, as OpenAPI describes them."""
 
 import base64
+from collections import Counter
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -104,6 +105,9 @@ class ProductsIn(Request):
         photos = sum(product.photo is not None for product in self.products)
         if photos > MAX_PHOTOS:
             raise ValueError(f"{photos} products have a photo, {MAX_PHOTOS} at most")
+        ((name, times),) = Counter(product.product_id for product in self.products).most_common(1)
+        if times > 1:
+            raise ValueError(f"the product {name!r} is there {times} times")
         return self
 
 

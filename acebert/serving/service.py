@@ -49,7 +49,7 @@ from acebert.serving.leases import EVERY_SECONDS, Lease
 from acebert.serving.live_index import LiveIndex, LiveProducts, fuse
 from acebert.serving.metrics import Metrics
 from acebert.serving.products import Change, Filter, Hit, Patch, Product
-from acebert.serving.query_encoder import QueryEncoder
+from acebert.serving.query_encoder import QueryEncoder, refuse_without_runtime
 from acebert.serving.wanted import WantedBundle
 
 log = logging.getLogger(__name__)
@@ -95,8 +95,8 @@ class Loaded:
         self.seq = 0
         self.begun = False
         """the writer has said where to begin"""
-        self.heard = 0.0
-        """when the writer last said what changed, by the monotonic clock"""
+        self.heard = time.monotonic()
+        """when the writer last said what changed, or else when this was loaded"""
         self.applying = asyncio.Lock()
         self.drift = QueryDrift(self.bundle.query_mean)
         self.index: LiveProducts
@@ -107,7 +107,9 @@ class Loaded:
 
             self.index = MilvusIndex(self.bundle, serve.milvus_uri)
         self.batcher: Batcher | None = None
-        if not serve.encoder_apart:
+        if serve.encoder_apart:
+            refuse_without_runtime(directory / "query_encoder", serve.runtime)
+        else:
             encoder = QueryEncoder.load(
                 directory / "query_encoder", serve.runtime, threads=serve.threads
             )
@@ -176,7 +178,7 @@ class SearchService:
         often = self.settings.follow_seconds
         flush = self.all_settings.experiment.flush_seconds
         steps: list[tuple[Step, float, float]]
-        steps = [(self._swap, often, BACK_OFF)]
+        steps = [(self._swap, often, BACK_OFF), (self._tell, often, often)]
         steps += [(self._hold, EVERY_SECONDS, EVERY_SECONDS), (self._tend_log, flush, BACK_OFF)]
         if self.trial is not None:
             await self.trial.start()
@@ -220,7 +222,10 @@ class SearchService:
         self._coming.add(directory)
         try:
             await self._hold()
-            return await self._load(directory, starts=starts)
+            loaded = await self._load(directory, starts=starts)
+            if self._encode_apart is not None and not starts:  # before the old one's place is taken
+                await self._vector(loaded, "")
+            return loaded
         finally:
             self._coming.discard(directory)
 
@@ -272,12 +277,9 @@ class SearchService:
 
     async def _follow(self, arm: str) -> None:
         """Take changes over into what answers for `arm`."""
-        try:
-            loaded = self._answering()[arm]
-            while await self.catch_up(loaded) == LIMIT:
-                pass
-        finally:
-            self._tell()
+        loaded = self._answering()[arm]
+        while await self.catch_up(loaded) == LIMIT:
+            pass
 
     async def _hold(self) -> None:
         """Say which bundles are in use here."""
@@ -301,7 +303,7 @@ class SearchService:
             self.refused = str(error)
             raise
 
-    def _tell(self) -> None:
+    async def _tell(self) -> None:
         """Metrics of what is served, and of what waits."""
         for arm, loaded in self._answering().items():
             self.metrics.state(loaded.bundle, arm, loaded.drift.value, loaded.behind)
@@ -330,7 +332,10 @@ class SearchService:
         start = time.perf_counter()
         loaded = self.trial.arms[arm] if self.trial and arm else self.current()
         text = normalize_query(query)
-        vector, labels = await self._of_query(loaded, text, arm)
+        vector, path = await self._of_query(loaded, text)
+        labels = {"path": path, "arm": arm}
+        if path == "tail":
+            self.metrics.stage("encode", labels, time.perf_counter() - start)
         return await self._nearest(
             loaded, vector, k, where, labels, start, text if hybrid else None, min_score
         )
@@ -340,7 +345,7 @@ class SearchService:
         start = time.perf_counter()
         loaded = self.current()
         texts = [normalize_query(query) for query in queries]
-        asked = await asyncio.gather(*(self._of_query(loaded, text, NO_ARM) for text in texts))
+        asked = await asyncio.gather(*(self._of_query(loaded, text) for text in texts))
         vectors = np.stack([vector for vector, _ in asked])
         encoded = time.perf_counter()
         hits: list[list[Hit]] = []
@@ -348,25 +353,21 @@ class SearchService:
         for first in range(0, len(vectors), OF_A_BATCH):
             some = vectors[first : first + OF_A_BATCH]
             hits += await loop.run_in_executor(self._pool, loaded.index.search, some, k, where)
+        seconds = self._timed({"path": "batch", "arm": NO_ARM}, start, encoded)
         return [
-            self._found(loaded, own, self._none_good([own], None), labels, start, encoded)
-            for own, (_, labels) in zip(hits, asked, strict=True)
+            self._found(loaded, own, self._none_good([own], None), path, NO_ARM, seconds)
+            for own, (_, path) in zip(hits, asked, strict=True)
         ]
 
-    async def _of_query(
-        self, loaded: Loaded, text: str, arm: str
-    ) -> tuple[NDArray[np.float32], dict[str, str]]:
-        """A normalised query's vector, and the labels of its metrics."""
-        start = time.perf_counter()
+    async def _of_query(self, loaded: Loaded, text: str) -> tuple[NDArray[np.float32], str]:
+        """A normalised query's vector, and its path: hot or tail."""
         row = loaded.bundle.hot.get(text)
-        labels = {"path": "tail" if row is None else "hot", "arm": arm}
         if row is not None:
             vector = np.asarray(loaded.bundle.hot_vectors[row])
         else:
             vector = await self._vector(loaded, text)
-            self.metrics.stage("encode", labels, time.perf_counter() - start)
         loaded.drift.add(vector)
-        return vector, labels
+        return vector, "tail" if row is None else "hot"
 
     async def similar(self, product_id: str, k: int, where: Filter) -> Found | None:
         """The products nearest to a product, without it; None: there is no such product."""
@@ -453,28 +454,33 @@ class SearchService:
         if min_score is not None:
             rankings = [[hit for hit in some if hit.score >= min_score] for some in rankings]
         hits = rankings[0] if hybrid is None else fuse(k, *rankings)
-        return self._found(loaded, hits, no_good_match, labels, start, asked)
+        seconds = self._timed(labels, start, asked)
+        return self._found(loaded, hits, no_good_match, labels["path"], labels["arm"], seconds)
 
     def _none_good(self, rankings: Sequence[list[Hit]], min_score: float | None) -> bool:
         scores = [hit.score for ranking in rankings for hit in ranking]
         good = self.settings.good_score if min_score is None else min_score
         return not scores or (good is not None and max(scores) < good)
 
+    def _timed(self, labels: dict[str, str], start: float, asked: float) -> float:
+        """Seconds from `start` until now, of which those from `asked` on were in the index."""
+        end = time.perf_counter()
+        self.metrics.stage("index", labels, end - asked)
+        self.metrics.stage("total", labels, end - start)
+        return end - start
+
     def _found(
         self,
         loaded: Loaded,
         hits: list[Hit],
         no_good_match: bool,
-        labels: dict[str, str],
-        start: float,
-        asked: float,
+        path: str,
+        arm: str,
+        seconds: float,
     ) -> Found:
-        """Hits as an answer, counted and timed: from `start`, in the index from `asked` on."""
-        end = time.perf_counter()
-        self.metrics.stage("index", labels, end - asked)
-        self.metrics.stage("total", labels, end - start)
-        self.metrics.queries.inc(labels["path"], labels["arm"])
-        return Found(hits, labels["path"], loaded.version, no_good_match, end - start)
+        """Hits as an answer, counted."""
+        self.metrics.queries.inc(path, arm)
+        return Found(hits, path, loaded.version, no_good_match, seconds)
 
 
 class Trial:

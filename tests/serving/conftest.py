@@ -172,13 +172,13 @@ def with_service(world: World) -> Callable[..., None]:
 
 
 @pytest.fixture
-def address(world: World) -> Iterator[str]:
-    """A service on a socket of 127.0.0.1, by uvicorn in a thread."""
+def address(world: World, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A service on a socket of 127.0.0.1, by uvicorn in a thread; its parameter is the API key."""
     ready = threading.Event()
     made: dict[str, Any] = {}
 
     async def serve() -> None:
-        local = LocalService(world.settings)
+        local = LocalService(world.settings, getattr(request, "param", None))
         async with local:
             config = uvicorn.Config(local.app, port=0, log_level="error", lifespan="off")
             made["server"] = server = uvicorn.Server(config)

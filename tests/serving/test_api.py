@@ -19,6 +19,8 @@ import cv2
 import faiss
 import httpx2 as httpx
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from untrained import save_untrained
@@ -682,6 +684,51 @@ def test_what_is_too_much_is_refused_at_once_and_the_rest_answered(world, with_s
     with_service(test, max_requests=5)
 
 
+def test_searches_find_a_place_beside_an_importers_requests(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        assert isinstance(local.app, Gate)
+        products = [client.put(f"/products/n{i}", json={"title": f"new {i}"}) for i in range(30)]
+        searches = [client.get(f"/search?q=query+{i}") for i in range(10)]
+        answers = await asyncio.gather(*products, *searches)
+        put, found = answers[:30], answers[30:]
+        refused = [answer for answer in put if answer.status_code == 503]
+        assert len(refused) == 30 - 2
+        assert all("products and photos" in answer.json()["error"] for answer in refused)
+        assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+        assert [answer.status_code for answer in found] == 10 * [200]
+        assert (local.app.running, local.app.encoding) == (0, 0)
+
+    with_service(test, max_requests=16)
+
+
+def test_a_product_that_is_there_twice_is_refused(world, with_service) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        twice = [{"product_id": "n", "title": title} for title in ("red shoe", "blue shoe")]
+        answer = await client.post("/products", json={"products": twice})
+        assert answer.status_code == 422
+        assert "the product 'n' is there 2 times" in answer.json()["error"]
+        assert local.catalogue._log.last() == 0
+
+    with_service(test)
+
+
+def test_a_batch_is_timed_once_and_its_searches_are_counted(
+    world, with_service, monkeypatch
+) -> None:
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        timed, counted = [], []
+        metrics = local.service.metrics
+        monkeypatch.setattr(metrics, "stage", lambda *args: timed.append(args[:2]))
+        monkeypatch.setattr(metrics.queries, "inc", lambda *labels: counted.append(labels[0]))
+        hot = next(iter(Bundle(world.bundle).hot))
+        await client.post("/search/batch", json={"queries": [hot, "purple zebra", "hat"], "k": 3})
+        assert counted == ["hot", "tail", "tail"]
+        batch = {"path": "batch", "arm": ""}
+        assert timed == [("index", batch), ("total", batch)]
+
+    with_service(test)
+
+
 def test_every_answer_is_counted_by_its_status_and_probes_are_not(
     with_service, monkeypatch
 ) -> None:
@@ -809,6 +856,57 @@ def test_a_query_encoder_apart_that_is_of_another_model_makes_the_service_unavai
         assert unavailable(await client.get("/search?q=purple+zebra"), "of another model")
 
     with_service(test, encoder_apart=True)
+
+
+def test_a_swap_waits_until_the_query_encoder_apart_has_the_new_bundle(world, with_service) -> None:
+    async def encode(bundle: Path, texts: Sequence[str]) -> tuple[str, np.ndarray]:
+        if bundle == world.other_bundle and not ready.is_set():
+            raise Unavailable("it is loaded still")
+        encoder = QueryEncoder.load(bundle / "query_encoder")
+        return encoder.version, encoder.encode(list(texts))
+
+    ready = asyncio.Event()
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        local.service._encode_apart = encode
+        publish(world.settings.workdir, world.other_bundle)
+
+        async def swapped() -> bool:
+            assert (await client.get("/search?q=purple+zebra")).status_code == 200
+            return (await client.get("/version")).json()["bundle"] == world.other_bundle.name
+
+        for _ in range(30):
+            assert not await swapped()
+            await asyncio.sleep(0.02)
+        ready.set()
+        await until(swapped)
+
+    with_service(test, encoder_apart=True)
+
+
+def test_a_runtime_that_a_bundle_lacks_is_refused_for_an_encoder_apart_too(
+    world, with_service
+) -> None:
+    async def nothing(client: httpx.AsyncClient, local: Any) -> None:
+        raise AssertionError("it started")
+
+    with pytest.raises(UserError, match="which the runtime onnx needs"):
+        with_service(nothing, encoder_apart=True, runtime="onnx")
+
+
+def test_queries_that_nobody_clicked_after_are_not_hot(world, tmp_path) -> None:
+    queries = pq.read_table(world.ingested.path / "queries.parquet")
+    clicked = set(queries.filter(pc.field("clicks") > 0)["text"].to_pylist())
+    assert 20 < len(clicked) < len(queries)
+    many = world.settings.serve.model_copy(update={"hot_queries": 100_000})
+    settings = world.settings.model_copy(update={"serve": many, "workdir": tmp_path})
+    embedded = world.ingested.path.parents[1] / f"embed-{world.model.name}"
+    stages = world.ingested, Stage("embed", embedded, world.model.name, 0.0, reused=True)
+    bundle = build_bundle(settings, world.model, world.model, *stages).path
+    assert set(Bundle(bundle).hot) == clicked
+    info = json.loads((bundle / "bundle.json").read_text())
+    assert info["hot_queries"] == len(clicked)
+    assert 0 < info["hot_share_of_test_searches"] < 1
 
 
 def test_many_products_are_encoded_a_few_at_a_time(world, monkeypatch) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Browser, Dialog, Page, Route, expect
 
 from acebert.serving.bundle import Bundle
 
@@ -114,3 +114,30 @@ def test_a_query_whose_vector_was_there_is_shown_as_hot_and_another_as_encoded(
         expect(status).to_contain_text("·")
         assert f"· {shown} ·" in status.inner_text()
         page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["secret"], indirect=True)
+def test_the_key_is_asked_for_once(browser: Browser, address: str) -> None:
+    page = browser.new_page()
+    asked: list[str] = []
+
+    def give(dialog: Dialog) -> None:
+        asked.append(dialog.message)
+        dialog.accept("secret")
+
+    page.on("dialog", give)
+    page.goto(f"{address}/?q=red+shoe")
+    expect(page.locator(".card")).to_have_count(40)
+    page.wait_for_function("document.querySelectorAll('#category option').length > 1")
+    assert asked == ["API key"]
+    page.close()
+
+
+@pytest.mark.slow
+def test_an_answer_that_is_no_json_is_told_by_its_status(browser: Browser, address: str) -> None:
+    page = browser.new_page()
+    page.route("**/search?*", lambda route: route.fulfill(status=502, body="<html>Bad Gateway"))
+    page.goto(f"{address}/?q=red+shoe")
+    expect(page.locator("#status")).to_have_text("The service answered 502: try again.")
+    page.close()

@@ -14,12 +14,14 @@ async function ask(address, signal, body) {
   const sent = body ? { method: "POST", body: JSON.stringify(body) } : {};
   const answer = await fetch(address, { signal, headers, ...sent });
   if (answer.status === 401) {
+    if (sessionStorage.getItem("key") !== key) return ask(address, signal, body); // given meanwhile
     const given = window.prompt("API key");
     if (given === null) throw new Error("This service needs an API key.");
     sessionStorage.setItem("key", given);
     return ask(address, signal, body);
   }
-  const told = await answer.json();
+  const failed = `The service answered ${answer.status}: try again.`; // or what stands before it did
+  const told = await answer.json().catch(() => ({ error: failed }));
   if (!answer.ok) throw new Error(told.error);
   return told;
 }
