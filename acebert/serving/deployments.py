@@ -246,12 +246,21 @@ class Search:
         await self.service.stop()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        key = os.environ.get(KEY_VARIABLE)
-        if key == "":
-            raise UserError(f"{KEY_VARIABLE} is empty: give it a key, or take it away")
-        if key is None:
-            log.warning("no %s: whoever reaches the service may change products", KEY_VARIABLE)
-        return make_api(self.service, key)
+        return make_api(self.service, api_key())
+
+
+def api_key() -> str | None:
+    """The key that requests have to carry; None: the environment has none, which is told.
+
+    Raises:
+        UserError: it is empty, as of a secret that was not filled in.
+    """
+    key = os.environ.get(KEY_VARIABLE)
+    if key == "":
+        raise UserError(f"{KEY_VARIABLE} is empty: give it a key, or take it away")
+    if key is None:
+        log.warning("no %s: whoever reaches the service may change products", KEY_VARIABLE)
+    return key
 
 
 def build(settings: Settings, replicas: int = 1) -> serve.Application:

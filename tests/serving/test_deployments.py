@@ -25,7 +25,7 @@ from acebert.evaluation.testset import load_test_set
 from acebert.experiment.assignment import Experiment
 from acebert.serving.bundle import publish
 from acebert.serving.catalogue import Unavailable
-from acebert.serving.deployments import _asked
+from acebert.serving.deployments import _asked, api_key
 from acebert.serving.drift import WINDOW
 from acebert.serving.leases import held
 from acebert.serving.query_encoder import QueryEncoder
@@ -226,23 +226,39 @@ def test_every_metric_that_the_dashboard_asks_for_is_one_that_the_service_export
     for metric in ("acebert_age_s", "acebert_products", "acebert_behind_s"):
         assert by_arm(metric) == {"", "old", "new"}
 
-    def counted(metric: str, label: str) -> dict[str, float]:
-        """By a label's value; of times the stage `total`."""
+    def counted(metric: str, label: str, batches: bool = False) -> dict[str, float]:
+        """By a label's value; of times the stage `total`, of batches or of all else."""
         sums: dict[str, float] = {}
         for line in re.findall(rf"^ray_{metric}_total{{.*", httpx.get(address).text, re.MULTILINE):
             labels, value = dict(re.findall(r'(\w+)="([^"]*)"', line)), float(line.split()[-1])
-            if labels.get("stage", "total") == "total":
+            if labels.get("stage", "total") == "total" and (labels["path"] == "batch") == batches:
                 sums[labels[label]] = sums.get(labels[label], 0) + value
         return sums
 
     def histogram_is_of_all_searches() -> bool:
         at_most = counted("acebert_stage_ms_bucket", "le")
+        batches = counted("acebert_stage_ms_bucket", "le", batches=True)["+Inf"]
         searches = sum(counted("acebert_queries", "path").values())
         rising = sorted(at_most.items(), key=lambda pair: float(pair[0]))
         counts = [count for _, count in rising]
-        return counts == sorted(counts) and at_most["+Inf"] == searches >= 2 * WINDOW
+        of_batches = 100 * batches  # of so many are all here
+        whole = searches == at_most["+Inf"] + of_batches
+        return counts == sorted(counts) and whole and of_batches >= 2 * WINDOW
 
     until(histogram_is_of_all_searches, 120)
+
+
+def test_an_empty_key_is_refused_and_none_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ACEBERT_API_KEY", "")
+    with pytest.raises(UserError, match="ACEBERT_API_KEY is empty"):
+        api_key()
+    monkeypatch.delenv("ACEBERT_API_KEY")
+    assert api_key() is None
+    assert "whoever reaches the service may change products" in caplog.text
+    monkeypatch.setenv("ACEBERT_API_KEY", "secret")
+    assert api_key() == "secret"
 
 
 def test_replicas_that_are_shut_down_hold_no_bundle_any_more(
