@@ -164,7 +164,8 @@ class DataSettings(Section):
     max_bad_share: float = Field(0.1, ge=0, le=1)
     """stop when more than this share of the products, or of the impressions, is quarantined"""
     robot_clicks_per_minute: int = Field(60, ge=1)
-    """a user with more clicks in one minute is a robot; all its rows are left out"""
+    """a user with more clicks in one minute is a robot; its rows of that split and of later ones
+    are left out"""
     robot_same_click: int = Field(20, ge=1)
     """a user who clicks one product for one query more often in a day is a robot"""
     hot_queries: int = Field(10, ge=1)
@@ -346,13 +347,17 @@ class PlanSettings(Section):
     categories than batches a partition: every batch holds few categories, and is hard"""
 
 
+MAX_LEARNED_GAMMA = 100.0
+"""as CLIP bounds its learned scale"""
+
+
 class LossSettings(Section):
     """Semantic matching (paper Eq. 4-5)."""
 
     gamma: float = Field(20.0, gt=0)
     """smoothing γ of Eq. 4, the inverse temperature"""
     gamma_learned: bool = False
-    """learn γ, starting there"""
+    """learn γ, starting there; it stays below 100"""
     false_negatives: Literal["keep", "batch", "log"] = "log"
     """in-batch negatives that are clicked pairs are kept (paper), masked where the batch shows the
     click, or masked where the whole training log shows it"""
@@ -379,6 +384,8 @@ class LossSettings(Section):
         first, last = self.hard_negative_ranks
         if not 1 <= first <= last:
             raise ValueError(f"hard_negative_ranks: 1 ≤ first ≤ last, got {first} and {last}")
+        if self.gamma_learned and self.gamma > MAX_LEARNED_GAMMA:
+            raise ValueError(f"gamma {self.gamma:g}: one that is learned stays below 100")
         return self
 
 

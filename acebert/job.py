@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -75,6 +75,16 @@ def bundle_arguments(action: Literal["store", "append"] = "store") -> argparse.A
     )
     parser.add_argument("--arm", action=action, help="of an experiment (docs/experiments.md)")
     return parser
+
+
+def refuse_given(argv: Sequence[str], leaves: Collection[str], why: str) -> None:
+    """
+    Raises:
+        UserError: `argv` gives one of the settings `leaves` (`model.layers`).
+    """
+    for word in argv:
+        if (leaf := word.removeprefix("--").partition("=")[0]) in leaves and word.startswith("--"):
+            raise UserError(f"--{leaf}: {why}")
 
 
 def path(text: str) -> Path:

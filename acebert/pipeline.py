@@ -224,7 +224,7 @@ def mine_stage(settings: Settings) -> Stage:
         loss = settings.loss.model_copy(update={"hard_negatives": 0})
         model = finetune_stage(shared(settings).model_copy(update={"loss": loss})).path
     miner = model_settings(settings, model)
-    data = catalogue_stages(shared(miner))
+    data = catalogue_stages(shared(miner), model / "tokenizer")
     connect()
     ranks = settings.loss.hard_negative_ranks
     return tracked(settings, mine(miner, model, data.ingested, data.tokens, data.features, ranks))

@@ -2,10 +2,11 @@
 
     python ray_jobs/compare.py --recipes twinbert_tiny acebert_tiny [--seeds 0 1] [settings]
 
-All settings but the recipe and the seed are shared. A recipe may be the settings.yaml of a model;
-all of them read the same data. What is done already is reused. Each recipe is compared with the
-one named before it, and the last also with the row without training that finds most, by a bootstrap
-over seeds and queries. The runs carry one tag in MLflow, so that its compare page shows the table.
+All settings but the recipe and the seed, the pre-training's too, are shared. A recipe may be the
+settings.yaml of a model; all of them read the same data. What is done already is reused. Each
+recipe is compared with the one named before it, and the last also with the row without training
+that finds most, by a bootstrap over seeds and queries. The runs carry one tag in MLflow, so that
+its compare page shows the table.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from rich.table import Table
 
 from acebert.config import ScheduleSettings, Settings, load_settings
 from acebert.errors import UserError
-from acebert.job import run_job
+from acebert.job import refuse_given, run_job
+from acebert.report.parts import refuse_repeated
 from acebert.workdir import Stage, run_stage, stages_used
 
 if TYPE_CHECKING:
@@ -33,10 +35,14 @@ STAGES = (
     *("pretrain", "hard_negatives", "finetune", "embed", "evaluate"),
 )
 """whose seconds are shown, where a row needs them"""
+OF_A_SEED = ("seed", "pretrain.seed")
+"""or an interval over seeds would not know what another pre-training makes of a row"""
 
 
 def work(arguments: argparse.Namespace) -> None:
     settings = shared_settings(arguments.recipes, arguments.settings)
+    refuse_given(arguments.settings, ("recipe", *OF_A_SEED), "each row's own: --recipes, --seeds")
+    refuse_repeated("seeds", arguments.seeds)
     from acebert.cluster import connect_and_load
 
     connect_and_load()
@@ -56,7 +62,8 @@ def work(arguments: argparse.Namespace) -> None:
     for name, recipe in zip(row_names(arguments.recipes), arguments.recipes, strict=True):
         evaluated = []
         for seed in arguments.seeds:
-            own = ["--recipe", recipe, "--seed", str(seed), "--tracking.tag", "none"]
+            own = ["--recipe", recipe, "--tracking.tag", "none"]
+            own += [word for leaf in OF_A_SEED for word in (f"--{leaf}", str(seed))]
             chosen = load_settings([*arguments.settings, *own])
             with stages_used() as used:
                 model = finetune_stage(chosen)

@@ -3,8 +3,8 @@
     python ray_jobs/reproduce.py [--parts table1 fig6 …] [--seeds 0 1 2] [settings]
 
 Trains every row with every seed; what is done is reused, and the same command goes on where it was
-stopped. Settings of the command line hold for all rows; what makes a row a row wins over them. The
-last line printed is the page.
+stopped. Settings of the command line hold for all rows; what rows are told apart by is refused
+there. The last line printed is the page.
 """
 
 import argparse
@@ -14,20 +14,19 @@ from pathlib import Path
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
-from acebert.job import run_job
+from acebert.job import refuse_given, run_job
 from acebert.report.parts import PARTS, TABLES, seeds_by_part, systems_of
-from acebert.report.rows import System
+from acebert.report.rows import WHAT_A_ROW_IS, System
 
 FIG_5 = Path(__file__).parents[1] / "tune_spaces" / "fig5_partitions.yaml"
 
 
 def work(arguments: argparse.Namespace) -> None:
     settings = load_settings(arguments.settings)
-    own = {"--recipe", "--seed", "--pretrain.seed"}
-    if own.intersection(leaf.split("=")[0] for leaf in arguments.settings):
-        raise UserError(
-            "--recipe, --seed and --pretrain.seed are each row's own: give --size and --seeds"
-        )
+    own = ("recipe", "seed", "pretrain.seed")
+    refuse_given(arguments.settings, own, "each row's own: give --size and --seeds")
+    told_apart = "rows are told apart by it, and would not be what the page calls them"
+    refuse_given(arguments.settings, WHAT_A_ROW_IS, told_apart)
     seeds = seeds_by_part(arguments.parts, arguments.seeds, arguments.table1_seeds)
     start = arguments.sentence_transformer
     if start is not None and not start.is_dir():

@@ -64,7 +64,7 @@ from acebert.workdir import Stage, digest_of, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 ROBOT_SHARE = 0.1  # of the log's rows: more of robots than this is worth a second look
 
 Connection = duckdb.DuckDBPyConnection

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import blake2b
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -163,7 +163,11 @@ class PhotoStorage:
             inside = Path(path).is_relative_to(os.path.realpath(directory))
         else:
             path = posixpath.normpath(path)
-            inside = path.split("/")[0] == directory.split("/")[0]
+            inside = (
+                PurePosixPath(path).is_relative_to(posixpath.normpath(directory))
+                if directory.startswith("/")  # HDFS: the whole cluster is one tree
+                else path.split("/")[0] == directory.split("/")[0]  # one bucket
+            )
         if not inside:
             raise outside
         return filesystem, path

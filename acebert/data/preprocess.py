@@ -253,7 +253,7 @@ def stream_shards(
         ).map_batches(
             _Encode,
             fn_constructor_args=(shared, out, reuse),
-            # Ray wants a number where there are GPUs. This one joins short runs; it splits none.
+            # Ray wants a number where there are GPUs. What it cuts apart is put together.
             batch_size=max(run.count for run in runs),
             num_gpus=0.5,
             num_cpus=(1 - CPU_SHARE) / 2,

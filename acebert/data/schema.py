@@ -5,6 +5,7 @@ one SQL expression (`flag_sql`, `time_sql`, `number_sql`). So Parquet, CSV and J
 the same rows give the same result, and a quarantined row can be shown as it came.
 """
 
+import string
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,15 +58,24 @@ IMPRESSIONS = (
 )
 
 
+JOINERS = "\u200c\u200d"
+"""zero width, but Persian, Indic scripts and emoji are written with them"""
+
+
 def normalize_query(text: str) -> str:
     """The form in which a query is stored, counted and searched: in ingest and in serving alike.
 
-    Unicode NFKC and case folding (together Unicode's NFKC_Casefold, less its removal of ignorable
-    characters), then every run of white space one space, none at the ends. Idempotent. A query
-    without a visible character gives ''.
+    Unicode NFKC and case folding, without characters that have no shape (Unicode's class Cf, such
+    as a zero width space) but for the joiners that scripts are written with; then every run of
+    white space one space, none at the ends. Idempotent. One without a visible character gives ''.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(unicodedata.normalize("NFKC", folded.casefold()).split())
+    if not folded.isascii():
+        seen = (c for c in folded if c in JOINERS or unicodedata.category(c) != "Cf")
+        folded = unicodedata.normalize("NFKC", "".join(seen).casefold())
+        if not folded.strip(JOINERS + string.whitespace):
+            return ""
+    return " ".join(folded.split())
 
 
 def normalized(queries: pa.StringArray) -> pa.StringArray:

@@ -408,7 +408,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 def _cell(value: Any) -> str | None:
     """A JSON value as `schema.as_text` gives the same value from Parquet."""
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # NaN, as pandas writes what is missing
         return None
     if isinstance(value, str):
         return value

@@ -7,7 +7,7 @@ the queries clicked on training days: words of validation and test days stay out
 import hashlib
 import json
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 VERSION = 3
 BATCH = 10_000  # texts tokenised at a time
 MAX_CHARACTERS = 1000  # in a vocabulary trained here
+SPECIAL = ("cls", "sep", "pad", "mask")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -149,9 +150,10 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
     tokenizer: PreTrainedTokenizerFast = loaded
     tokenizer.backend_tokenizer.no_padding()  # some models' files ask for it
     tokenizer.backend_tokenizer.no_truncation()
-    for name in ("cls_token_id", "sep_token_id", "pad_token_id", "mask_token_id"):
-        if getattr(tokenizer, name) is None:
-            raise UserError(f"--model.backbone {directory}: its tokenizer has no {name[:-3]}")
+    known = tokenizer.get_added_vocab()
+    for token in map(_special, SPECIAL):
+        if token not in known:
+            raise UserError(f"--model.backbone {directory}: its tokenizer has no {token}")
     return tokenizer
 
 
@@ -263,14 +265,23 @@ def _batches(texts: pa.ChunkedArray) -> Iterator[list[str]]:
 def _tokenise_all(
     batches: Iterable[list[str]], tokenizer: PreTrainedTokenizerFast, max_tokens: int
 ) -> Ragged:
-    parts = [encode(tokenizer, batch, max_tokens) for batch in batches]
+    parts = deque(encode(tokenizer, batch, max_tokens) for batch in batches)
     lengths = np.concatenate([np.diff(part.offsets) for part in parts] or [np.zeros(0, np.int64)])
-    values = np.concatenate([part.values for part in parts] or [np.zeros(0, np.int32)])
-    return Ragged(values, np.concatenate([[0], np.cumsum(lengths)]))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    values, end = np.empty(offsets[-1], np.int32), 0
+    while parts:  # each goes when it is copied, or memory would hold all twice
+        part = parts.popleft().values
+        values[end : end + len(part)] = part
+        end += len(part)
+    return Ragged(values, offsets)
 
 
 def special_ids(tokenizer_dir: Path) -> dict[str, int]:
     """cls, sep, pad and mask ids without loading transformers' tokenizer classes."""
     tokenizer = json.loads((tokenizer_dir / "tokenizer.json").read_text())
     ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    return {name: ids[f"[{name.upper()}]"] for name in ("cls", "sep", "pad", "mask")}
+    return {name: ids[_special(name)] for name in SPECIAL}
+
+
+def _special(name: str) -> str:
+    return f"[{name.upper()}]"

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from acebert.data.schema import normalized
+from acebert.data.schema import normalized, valid_text
 from acebert.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,10 @@ def _text_column(path: str) -> pa.ChunkedArray:
             raise UserError(
                 f"--distill.texts {path}: it has no column 'text', only: {', '.join(names)}"
             )
-        return pq.read_table(path, columns=["text"])["text"].cast(pa.string())
+        read = pq.read_table(path, columns=["text"])["text"].cast(pa.string())
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"--distill.texts {path}: cannot be read as Parquet: {error}") from error
+    texts, broken = valid_text(read.combine_chunks())
+    if broken.any():
+        raise UserError(f"--distill.texts {path}: row {int(broken.argmax())} is no UTF-8")
+    return pa.chunked_array([texts])

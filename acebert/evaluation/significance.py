@@ -27,6 +27,10 @@ LEVEL = 0.95
 CHUNK = 50  # samples drawn at a time: bounds memory to CHUNK · Q counts
 
 
+LEAST_QUERIES = 30
+"""fewer than these are no sample: the bootstrap's intervals are too narrow"""
+
+
 @dataclass(frozen=True)
 class Ratios:
     """A metric of one row: a ratio of sums over the same Q queries, for S seeds."""
@@ -48,6 +52,11 @@ class Ratios:
     @property
     def value(self) -> float:
         return float((self.numerator.sum(axis=1) / self.denominator.sum()).mean())
+
+    @property
+    def queries(self) -> int:
+        """that count"""
+        return int((self.denominator > 0).sum())
 
 
 @dataclass(frozen=True)

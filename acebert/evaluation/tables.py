@@ -16,6 +16,7 @@ from rich.table import Table
 from acebert.errors import UserError
 from acebert.evaluation.recall import recall
 from acebert.evaluation.significance import (
+    LEAST_QUERIES,
     Interval,
     Ratios,
     difference,
@@ -24,6 +25,8 @@ from acebert.evaluation.significance import (
     weighted_by_query,
 )
 
+WIDEST = 300
+SAMPLES = 2000
 QUERY_GROUPS = {"seen": ("seen", True), "unseen": ("seen", False)} | {
     "head": ("head", True),
     "tail": ("head", False),
@@ -77,7 +80,7 @@ class Row:
     def of(cls, directory: Path) -> Self:
         return cls(read_metrics(directory)["name"], (directory,))
 
-    def measured(self, name: str, samples: int = 2000) -> Interval | None:
+    def measured(self, name: str, samples: int = SAMPLES) -> Interval | None:
         """`gauc`, `mrr` or `recall_K` over the whole test day: the mean over the seeds, with a 95 %
         interval over seeds and queries. None: this system has no such number."""
         metrics = [read_metrics(directory) for directory in self.seeds]
@@ -101,7 +104,7 @@ class Row:
         return sorted(names, key=lambda name: int(name.removeprefix("recall_")))
 
 
-def rows_table(rows: Sequence[Row], width: int = 100) -> str:
+def rows_table(rows: Sequence[Row]) -> str:
     """A text table: GAUC, each Recall@K and MRR; '-' where a system has no such number.
 
     `±` is half of the 95 % interval, which is nearly symmetric.
@@ -124,21 +127,21 @@ def rows_table(rows: Sequence[Row], width: int = 100) -> str:
         table.add_row(row.name, *seeds, *(_cell(row.measured(name)) for name in names))
     notes = {f"{row.name}: {note}" for row in rows for note in read_metrics(row.seeds[0])["notes"]}
     legend = [f"{row.name}: {LEGEND[row.name]}" for row in rows if row.name in LEGEND]
-    return _printed(table, width) + "".join(f"{line}\n" for line in [*legend, *sorted(notes)])
+    return _printed(table) + "".join(f"{line}\n" for line in [*legend, *sorted(notes)])
 
 
-def differences_table(a: Row, b: Row, width: int = 100) -> str:
+def differences_table(a: Row, b: Row) -> str:
     """A text table of a − b, overall and by group: GAUC and the deepest Recall@K.
 
     A difference whose 95 % interval excludes 0 is marked; the others are not to be claimed, and
-    none where a trained row has one seed.
+    none of fewer than LEAST_QUERIES queries, or where a trained row has one seed.
     """
     one_seed = a.one_seed or b.one_seed
     recalls = a.recalls
     metrics = ["gauc", *recalls[-1:]] if a.measured("gauc") and b.measured("gauc") else recalls[-1:]
     table = Table(
         title=f"{a.name} − {b.name}: difference and 95 % interval"
-        + ("" if one_seed else ", * where it excludes 0"),
+        + ("" if one_seed else f", * where it excludes 0, of {LEAST_QUERIES} queries or more"),
         title_style="dim",
         title_justify="left",
     )
@@ -152,12 +155,14 @@ def differences_table(a: Row, b: Row, width: int = 100) -> str:
             if group is not None and breakdown[group].get(name) is None:
                 cells.append("-")  # GAUC of a group of products; a group without clicks
                 continue
-            found = compare(a.seeds, b.seeds, name, group)
-            mark = " *" if found.excludes_zero and not one_seed else "  "
+            ours, theirs = (read_ratios(row.seeds, name, group) for row in (a, b))
+            found = difference(ours, theirs, SAMPLES)
+            few = min(ours.queries, theirs.queries) < LEAST_QUERIES
+            mark = " *" if found.excludes_zero and not (one_seed or few) else "  "
             cells.append(f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{mark}")
         table.add_row("all" if group is None else group.replace("_", " "), *cells)
     notes = [GROUPS, *([ONE_SEED] if one_seed else [])]
-    return _printed(table, width) + "".join(f"{textwrap.fill(note, width)}\n" for note in notes)
+    return _printed(table) + "".join(f"{textwrap.fill(note, 100)}\n" for note in notes)
 
 
 def label(metric: str) -> str:
@@ -165,9 +170,10 @@ def label(metric: str) -> str:
     return {"gauc": "GAUC", "mrr": "MRR"}.get(metric, metric.replace("recall_", "Recall@"))
 
 
-def _printed(table: Table, width: int) -> str:
+def _printed(table: Table) -> str:
+    """As wide as it is: Rich cuts numbers to fit a terminal."""
     text = io.StringIO()
-    Console(width=width, file=text).print(table)
+    Console(width=WIDEST, file=text).print(table)
     return text.getvalue()
 
 
@@ -208,13 +214,17 @@ def read_ratios(directories: Sequence[Path], metric: str, group: str | None = No
 
 
 def compare(
-    a: Sequence[Path], b: Sequence[Path], metric: str, group: str | None = None, samples: int = 2000
+    a: Sequence[Path],
+    b: Sequence[Path],
+    metric: str,
+    group: str | None = None,
+    samples: int = SAMPLES,
 ) -> Interval:
     """95 % interval of row a − row b, each given by the directories of its seeds."""
     return difference(read_ratios(a, metric, group), read_ratios(b, metric, group), samples)
 
 
-def interval_of_seeds(directories: Sequence[Path], metric: str, samples: int = 2000) -> Interval:
+def interval_of_seeds(directories: Sequence[Path], metric: str, samples: int = SAMPLES) -> Interval:
     """95 % interval of a row over its seeds and queries."""
     return interval(read_ratios(directories, metric), samples)
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from acebert.config import ModelSettings
+from acebert.config import MAX_LEARNED_GAMMA, ModelSettings
 from acebert.errors import UserError
 from acebert.models.encoder import (
     ROWS_OF_ONE_LENGTH,
@@ -27,7 +27,6 @@ from acebert.models.encoder import (
     seeded,
 )
 
-MAX_GAMMA = 100.0  # as CLIP bounds its learned scale
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
@@ -168,7 +167,7 @@ class DualEncoder(nn.Module):
         """(v_q, v_p), each [B, d]; one forward of both sides, as DDP wants it."""
         if self.log_gamma is not None and self.training:
             with torch.no_grad():  # after the optimiser's last step, before this one
-                self.log_gamma.clamp_(max=math.log(MAX_GAMMA))
+                self.log_gamma.clamp_(max=math.log(MAX_LEARNED_GAMMA))
         return self.encode_queries(query_text), self.encode_products(product_text, product_image)
 
     def save(self, directory: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from acebert.evaluation.significance import Interval, Ratios, relative_gain
+from acebert.evaluation.significance import LEAST_QUERIES, Interval, relative_gain
 from acebert.evaluation.tables import Row, read_metrics, read_ratios
 from acebert.report.parts import Step, Table
 from acebert.report.run import Measured
@@ -18,8 +18,6 @@ BesidePaper = Literal[
 ]
 GROUP_METRICS = ("gauc", "recall_100")
 """what is told of a part of the queries"""
-LEAST_QUERIES = 30
-"""fewer than these are no sample: the bootstrap's intervals are too narrow"""
 
 
 @dataclass(frozen=True)
@@ -123,16 +121,12 @@ def relative(
     a, b = (read_ratios(one.seeds, metric, group) for one in (row, beside))
     if b.value <= 0:
         return None
-    return *relative_gain(a, b, samples=2000), min(_counting(a), _counting(b))
+    return *relative_gain(a, b, samples=2000), min(a.queries, b.queries)
 
 
 def queries_of(row: Row, group: str, metric: str) -> int:
     """Queries of a group that count in a metric which the row has."""
-    return _counting(read_ratios(row.seeds, metric, group))
-
-
-def _counting(ratios: Ratios) -> int:
-    return int((ratios.denominator > 0).sum())
+    return read_ratios(row.seeds, metric, group).queries
 
 
 def value_of(row: Row, metric: str, group: str | None = None) -> float | None:

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from acebert.data.plan_arithmetic import PAPER_BATCHES_PER_PARTITION
-from acebert.evaluation.significance import Interval
-from acebert.evaluation.tables import compare, interval_of_seeds, label, read_ratios
+from acebert.evaluation.significance import Interval, difference
+from acebert.evaluation.tables import SAMPLES, interval_of_seeds, label, read_ratios
 from acebert.report.style import LOOK, WIDTH, Panel, colour, panel
 from acebert.tracking import without_password
 
@@ -47,10 +47,12 @@ class Best:
         batches_per_partition: n/(P·W)
         above_ends: its differences from the easiest and the hardest point, each with its 95 %
             interval over seeds and queries; None: it is one of the two
+        queries: that count
     """
 
     batches_per_partition: float
     above_ends: tuple[Interval, Interval] | None
+    queries: int
 
 
 def best_points(sweep: Path) -> dict[str, Best]:
@@ -65,12 +67,15 @@ def best_points(sweep: Path) -> dict[str, Best]:
     for metric in METRICS:
         if any(trial.get(f"test_{metric}") is None for trial in finished):
             continue
-        best = max(rows, key=lambda point: read_ratios(rows[point], metric).value)
+        ratios = {point: read_ratios(rows[point], metric) for point in rows}
+        best = max(ratios, key=lambda point: ratios[point].value)
         above = None
         if best not in (easy, hard):
-            from_easy, from_hard = (compare(rows[best], rows[e], metric) for e in (easy, hard))
+            from_easy, from_hard = (
+                difference(ratios[best], ratios[end], SAMPLES) for end in (easy, hard)
+            )
             above = (from_easy, from_hard)
-        found[metric] = Best(best, above)
+        found[metric] = Best(best, above, min(one.queries for one in ratios.values()))
     return found
 
 

@@ -220,13 +220,21 @@ def seeds_by_part(
     Raises:
         UserError: a seed is given twice.
     """
-    for name, given in (("seeds", seeds), ("table1_seeds", table1_seeds or ())):
-        if len(set(given)) < len(given):
-            raise UserError(f"--{name} {' '.join(map(str, given))}: a seed is given twice")
+    refuse_repeated("seeds", seeds)
+    refuse_repeated("table1_seeds", table1_seeds or ())
     found = {part: tuple(seeds) for part in PARTS if part in parts}
     if "table1" in found and table1_seeds:
         found["table1"] = tuple(table1_seeds)
     return found
+
+
+def refuse_repeated(name: str, seeds: Sequence[int]) -> None:
+    """
+    Raises:
+        UserError: a seed is given twice.
+    """
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--{name} {' '.join(map(str, seeds))}: a seed is given twice")
 
 
 def systems_of(parts: Collection[str]) -> dict[str, list[System]]:

@@ -6,6 +6,13 @@ they are what it is.
 
 from dataclasses import dataclass
 
+WHAT_A_ROW_IS = (
+    *("image.roi", "model.patches", "model.pixels", "model.hot_queries", "model.hot_query_dropout"),
+    *("loss.false_negatives", "loss.popularity_correction", "adversary.form", "adversary.weight"),
+    *("pretrain.adaptive_loss", "pretrain.queries"),
+)
+"""settings in which the recipes of the paper's systems differ"""
+
 
 @dataclass(frozen=True)
 class System:

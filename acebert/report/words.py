@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from acebert.evaluation.significance import Interval, paired_by_seed
+from acebert.evaluation.significance import LEAST_QUERIES, Interval, paired_by_seed
 from acebert.evaluation.tables import label
 from acebert.report.gains import Comparison, Gain
 from acebert.report.partitions_figure import Best
@@ -109,6 +109,8 @@ def _optimum_words(best: Best) -> str:
     )
     if min(one.seeds for one in best.above_ends) < 2:
         verdict = "one seed: not claimed"
+    elif best.queries < LEAST_QUERIES:
+        verdict = "too few queries: not claimed"
     else:
         verdict = "shown" if all(one.low > 0 for one in best.above_ends) else "not shown"
     return f"{where} is inside, {told}: {verdict}"

@@ -215,12 +215,14 @@ def _fit(
             if newest == before:
                 if not any(isinstance(failure, DEATHS) for failure in failures):
                     raise
+                stage = checkpoints.directory.parent.name.partition("-")[0]
+                part = "train.micro_batch" if stage == "finetune" else f"{stage}.batch_size"
                 where = f"after {newest.name}" if newest else "before the first checkpoint"
                 raise UserError(
                     f"{checkpoints.directory.parent.name}: workers died {max_failures + 1} times "
                     f"{where} (--train.max_failures {max_failures}): {_first_line(failures)}. "
                     "Start the job again, it goes on from there; workers that are killed for "
-                    "memory need a smaller --train.micro_batch"
+                    f"memory need a smaller --{part}"
                 ) from error
             log.warning("workers died, goes on from %s: %s", newest, _first_line(failures))
             before = newest

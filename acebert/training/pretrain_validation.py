@@ -150,7 +150,7 @@ class HeldOut:
             return _words("", answers[NONE])
         own, other, alike = answers[OWN], answers[OTHER], answers[SAME_CATEGORY]
         r = batches.settings.negatives
-        right = [float(np.mean(own.match > 0)), float(np.mean(other.match <= 0))]
+        right = [float(np.mean(own.match > 0)), _mean(other.match <= 0)]
         loss = [_tip(own.match, 1), _tip(other.match, 0)]
         return {
             **_words("", own),
@@ -209,11 +209,13 @@ class HeldOut:
             shares: list[list[Answers]] = [parts] * trainer.world
             dist.all_gather_object(shares, parts)
             parts = [part for share in shares for part in share]
-        together = (
-            np.concatenate(column)
-            for column in zip(*(vars(p).values() for p in parts), strict=True)
-        )
-        return Answers(*together)
+        columns = zip(*(vars(p).values() for p in [_NOBODY, *parts]), strict=True)
+        return Answers(*(np.concatenate(column) for column in columns))
+
+
+_NO_ROW, _NO_LOGIT = np.zeros(0, np.int64), np.zeros(0, np.float32)
+_NOBODY = Answers(_NO_ROW, _NO_ROW, _NO_ROW, np.zeros(0), _NO_LOGIT, _NO_LOGIT)
+"""to a kind of photo that no row has, as another one of its category where there are none"""
 
 
 def _chunks(n: int) -> Iterator[slice]:
@@ -262,6 +264,10 @@ def _gain(products: NDArray[np.int64], own: Answers, other: Answers) -> dict[str
     gain, n = gained.sum() / words.sum(), len(words)
     spread = np.sqrt(n / max(1, n - 1) * ((gained - gain * words) ** 2).sum())
     return {"mlm_gain": float(gain), "mlm_gain_error": float(spread / words.sum())}
+
+
+def _mean(right: NDArray[np.bool_]) -> float:
+    return float(right.mean()) if len(right) else float("nan")
 
 
 def _tip(logits: NDArray[np.float32], label: int) -> float:

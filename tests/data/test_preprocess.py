@@ -310,6 +310,24 @@ def test_a_catalogue_on_the_local_disk_never_opens_what_is_elsewhere(
     assert error.value.reason == "outside the catalogue"
 
 
+def test_on_hdfs_only_what_lies_below_the_catalogue_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its paths begin with a slash, and the whole cluster is one tree."""
+    for name in ("user/shop/photos", "user/other"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.jpg").write_bytes(b"photo")
+    cluster = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    monkeypatch.setattr("acebert.data.photos._storage", lambda _: (cluster, "/user/shop"))
+    storage = PhotoStorage("hdfs://node:8020/user/shop/products.parquet", 10**6)
+    for uri in ("photos/a.jpg", "hdfs://node:8020/user/shop/photos/a.jpg"):
+        assert storage.fetch(uri) == b"photo"
+    for uri in ("../other/a.jpg", "/user/other/a.jpg", "hdfs://node:8020/user/other/a.jpg"):
+        with pytest.raises(BrokenImage) as error:
+            storage.fetch(uri)
+        assert error.value.reason == "outside the catalogue"
+
+
 @pytest.mark.parametrize(
     "uri", ["http://[abc/x.jpg", "file://[x/y.jpg", "http://℀.com/x.jpg", "x" * 5000, "//[", ""]
 )

@@ -39,6 +39,11 @@ from acebert.errors import UserError
         ("ﬁt", "fit"),  # ligature
         ("red\u00a0shoes", "red shoes"),
         (" \u2003 ", ""),
+        ("\u200b", ""),
+        ("\ufeff \u200e", ""),
+        ("\u200c\u200d", ""),
+        ("dre\u00adss\u200b", "dress"),  # a soft hyphen, a zero width space
+        ("می\u200cخواهم", "می\u200cخواهم"),  # a joiner that is part of the word
     ],
 )
 def test_queries_that_read_alike_become_one(text: str, want: str) -> None:

@@ -52,6 +52,13 @@ def test_a_file_without_rows_is_told(tmp_path: Path, format: str):
         distinct_queries(str(path), "queries", "query")
 
 
+def test_what_pandas_writes_for_a_missing_cell_is_no_text(tmp_path: Path):
+    path = tmp_path / "queries.jsonl"
+    path.write_text('{"query": "watch"}\n{"query": NaN}\n')
+    with pytest.raises(UserError, match="row 2: it has no query"):
+        distinct_queries(str(path), "queries", "query")
+
+
 def test_a_line_that_is_no_json_is_told(tmp_path: Path):
     path = tmp_path / "queries.jsonl"
     path.write_text('{"query": "watch"}\n{"query": \n')

@@ -6,9 +6,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from acebert.config import Settings, load_settings
 from acebert.data.tokens import Ragged, backbone_digest, load_tokenizer, tokenize, train_wordpiece
+from acebert.errors import UserError
 from acebert.workdir import Stage
 
 TITLES = ["red cotton shirt", "blue denim trousers", "green wool scarf"] * 5
@@ -65,6 +68,20 @@ def test_the_same_texts_give_the_same_vocabulary() -> None:
     assert len(vocabulary) == 150
     assert set(first.all_special_tokens) == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
     assert "[UNK]" not in first.tokenize("AXYB jz")
+
+
+def test_a_tokenizer_with_other_special_tokens_is_refused_by_the_one_that_lacks(
+    tmp_path: Path,
+) -> None:
+    tokenizer = train_wordpiece(["red shoe", "blue bag"] * 20, 40)
+    names = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "[PAD]", "mask_token": "[MASK]"}
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "red": 1}, unk_token="[UNK]"))
+    backend.add_special_tokens(list(names.values()))
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"other: its tokenizer has no \[CLS\]"):
+        load_tokenizer(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "ours")
+    assert load_tokenizer(tmp_path / "ours").cls_token == "[CLS]"
 
 
 def test_a_backbone_is_known_by_what_its_files_hold(tmp_path: Path) -> None:

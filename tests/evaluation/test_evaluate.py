@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from small_world import World, make_world, random_vectors, write_vectors
 
 from acebert.errors import UserError
+from acebert.evaluation import tables
 from acebert.evaluation.evaluate import BASELINES, evaluate_baselines, evaluate_embeddings
 from acebert.evaluation.tables import (
     Row,
@@ -237,7 +238,9 @@ def test_missing_products_queries_files_and_columns_are_named(world, tmp_path):
         evaluate_embeddings(world.settings, world.ingested, tmp_path / "bad", "bad")
 
 
-def test_rows_of_several_seeds_are_compared_over_seeds_and_queries(tmp_path: Path):
+def test_rows_of_several_seeds_are_compared_over_seeds_and_queries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     world = make_world(tmp_path)
     perfect = dict(zip(world.product_ids, np.eye(len(world.product_ids)), strict=True))
     queries = {}
@@ -279,6 +282,10 @@ def test_rows_of_several_seeds_are_compared_over_seeds_and_queries(tmp_path: Pat
     mean = interval_of_seeds(good, "gauc").value
     cells = [line.split() for line in rows_table([Row("good", tuple(good))]).splitlines()]
     assert ["3", f"{mean:.3f}"] in [[c[3], c[5]] for c in cells if c[1:2] == ["good"]]
+    of_20 = differences_table(Row("good", tuple(good)), Row("bad", tuple(bad)))
+    assert "] *" not in of_20
+    assert "of 30 queries or more" in " ".join(of_20.split())
+    monkeypatch.setattr(tables, "LEAST_QUERIES", 1)  # to see what else decides
     lines = differences_table(Row("good", tuple(good)), Row("bad", tuple(bad))).splitlines()
     found = compare(good, bad, "gauc")
     (overall,) = [line for line in lines if line.startswith("│ all ")]

@@ -28,8 +28,9 @@ TINY = [
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--seed", "3"], "are each row's own: give --size and --seeds"),
-        (["--pretrain.seed=3"], "are each row's own: give --size and --seeds"),
+        (["--model.pixels=true"], "--model.pixels: rows are told apart by it"),
+        (["--seed", "3"], "each row's own: give --size and --seeds"),
+        (["--pretrain.seed=3"], "each row's own: give --size and --seeds"),
         (["--seeds", "1", "1"], "--seeds 1 1: a seed is given twice"),
         (["--sentence_transformer", "/no/such"], "--sentence_transformer /no/such: no such"),
     ],

@@ -31,7 +31,7 @@ def test_one_seed_of_a_point_inside_claims_nothing(made, tmp_path: Path) -> None
 
 
 def test_a_best_point_at_an_end_is_told_as_none_inside() -> None:
-    told = partitions_words({"recall_100": Best(1.0, None)})
+    told = partitions_words({"recall_100": Best(1.0, None, 500)})
     assert told.endswith(
         "by Recall@100 the best n/(P·W), 1, is an end of the range: none was found inside."
     )

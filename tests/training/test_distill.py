@@ -59,6 +59,10 @@ def test_a_file_of_texts_that_is_none_is_named(stages: dict[str, Stage], tmp_pat
     pq.write_table(pa.table({"query": ["a"]}), path)
     with pytest.raises(UserError, match="no column 'text', only: query"):
         unlabelled_texts(stages["ingested"].path, True, str(path))
+    latin = pa.array([b"a", "café".encode("latin-1")]).view(pa.string())
+    pq.write_table(pa.table({"text": latin}), path)
+    with pytest.raises(UserError, match=r"texts\.parquet: row 1 is no UTF-8"):
+        unlabelled_texts(stages["ingested"].path, True, str(path))
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,15 @@
 
 import copy
 import logging
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import handmade
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -179,6 +183,22 @@ def test_losses_fall_and_every_validation_measures_each_task(
         assert row["mpm_kl_position"] < 1.01 * row["mpm_kl_mean"]
         assert row["mpm_kl_mean"] < 1.01 * row["mpm_kl_uniform"]
         assert {"mlm_accuracy_other_photo", "mlm_accuracy_no_photo", "mpm_kl"} <= set(row)
+
+
+def test_a_catalogue_without_categories_is_pre_trained_and_what_needs_them_is_not_a_number(
+    settings: Settings, handmade_paths: StagePaths, tmp_path: Path
+) -> None:
+    ingest = tmp_path / "ingest"
+    shutil.copytree(handmade_paths.ingest, ingest)
+    for part in (ingest / "products").glob("part-*.parquet"):
+        table = pq.read_table(part)
+        column = table.column_names.index("category")
+        table = table.set_column(column, "category", pa.nulls(len(table), pa.string()))
+        pq.write_table(table, part)
+    _, state = train(settings, replace(handmade_paths, ingest=ingest))
+    told = state.validations[-1]
+    assert np.isnan(told["tip_auc_same_category"])
+    assert 0 <= told["tip_auc_random"] <= 1
 
 
 @pytest.fixture(scope="module")
