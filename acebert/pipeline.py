@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from acebert.models.encoder import CEBertConfig, backbone_config
 from acebert.serving.bundle import ProductTable, build_bundle, hot_queries
 from acebert.serving.onnx_export import export
 from acebert.serving.student_table import TEACHER, students_table
-from acebert.tracking import DATA_TAG, finished_run, shared, start_run
+from acebert.tracking import DATA_TAG, MODEL_TAG, finished_run, shared, start_run
 from acebert.training.distill import distill, student_layers
 from acebert.training.finetune import finetune
 from acebert.training.pretrain import pretrain
@@ -249,7 +250,8 @@ def evaluate_stage(settings: Settings, model: Path) -> tuple[Stage, Stage]:
     embedded = embed_stage(shared(settings), model, evaluation_queries(settings, ingested))
     name = Path(settings.recipe).stem
     evaluated = evaluate_embeddings(settings, ingested, embedded.path, name)
-    return embedded, tracked(settings, evaluated, row=True)
+    tags = {MODEL_TAG: str(model)}
+    return embedded, tracked(settings, evaluated, row=True, tags=tags)
 
 
 def distill_stages(settings: Settings, teacher: Path) -> tuple[list[Stage], Stage]:
@@ -351,7 +353,12 @@ def baselines_stage(settings: Settings) -> Stage:
 
 
 def tracked(
-    settings: Settings, stage: Stage, *, row: bool = False, name: str | None = None
+    settings: Settings,
+    stage: Stage,
+    *,
+    row: bool = False,
+    name: str | None = None,
+    tags: Mapping[str, str] = {},
 ) -> Stage:
     """Note a stage as an MLflow run, with what it wrote to be seen. One that is reused has its run,
     unless the job that built it was stopped in between. A `row` has a run for each table (the tag)
@@ -361,9 +368,9 @@ def tracked(
         return stage
     started = time.time() - stage.seconds
     data = _data_of(stage)
-    tags = {DATA_TAG: data} if data else {}
+    all_tags = {**tags, **({DATA_TAG: data} if data else {})}
     with start_run(
-        settings, stage.name, stage.digest, name=name, tags=tags, started=started
+        settings, stage.name, stage.digest, name=name, tags=all_tags, started=started
     ) as run:
         run.log_metrics({"seconds": stage.seconds, **_numbers(stage.path)})
         for path in sorted(stage.path.rglob("*")):

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 STAGE_TAG = "acebert.stage"
 DATA_TAG = "acebert.data"
+MODEL_TAG = "acebert.model"
 """digest of the ingest that a run is of"""
 DIGEST_TAG = "acebert.digest"
 WORKDIR_TAG = "acebert.workdir"

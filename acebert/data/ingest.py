@@ -158,6 +158,8 @@ def _build(
     robots = count_robots(con)
     _warn_of_robots(robots, read)
     splits = _splits(con)
+    if len(logs) > 1:  # the days of files are none of the calendar
+        splits = {split: counts | {"first": None, "last": None} for split, counts in splits.items()}
     clicks = {split: counts["clicks"] for split, counts in splits.items()}
     check_clicks(clicks, where["impressions"], hold_out)
     _say_days(splits)
@@ -318,7 +320,8 @@ def _say_days(splits: dict[str, Report]) -> None:
     for split, counts in splits.items():
         if not counts["days"]:
             continue
-        span = str(counts["first"]) + (f" to {counts['last']}" if counts["days"] > 1 else "")
+        span = str(counts["first"] or "given apart")
+        span += f" to {counts['last']}" if counts["days"] > 1 else ""
         log.info(
             "%s: %s, %s rows, %s clicks",
             split,

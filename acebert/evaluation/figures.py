@@ -123,9 +123,11 @@ def breakdown_figure(directories: Sequence[Path], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(11, 4.2), layout="constrained")
     width = 0.8 / max(1, len(rows))
     for i, row in enumerate(rows):
-        values = [row["breakdown"][group].get(f"recall_{deepest}", 0.0) for group in GROUPS]
-        left = [g - 0.4 + (i + 0.5) * width for g in range(len(GROUPS))]
-        bars = axis.bar(left, values, width * 0.92, color=colours[row["name"]], label=row["name"])
+        values = [row["breakdown"][group].get(f"recall_{deepest}") for group in GROUPS]
+        measured = [g for g, value in enumerate(values) if value is not None]
+        left = [g - 0.4 + (i + 0.5) * width for g in measured]
+        heights = [values[g] for g in measured]
+        bars = axis.bar(left, heights, width * 0.92, color=colours[row["name"]], label=row["name"])
         if len(rows) <= 3:
             axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
     targets = [rows[0]["breakdown"][group]["targets"] for group in GROUPS] if rows else []

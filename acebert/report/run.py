@@ -250,8 +250,10 @@ def measure_rival(
             ]
             rows = [evaluate_embeddings(settings, ingested, s.path, name) for s in stages]
             for seed, row in zip(own_seeds, rows, strict=True):
-                own = tagged(settings, UNTRAINED_PART)
-                tracked(own, row, row=True, name=f"{name}, seed {seed}")
+                rate = settings.train.model_copy(update={"lr": lr})
+                own = settings.model_copy(update={"seed": seed, "train": rate})
+                of_row = tagged(own, UNTRAINED_PART)
+                tracked(of_row, row, row=True, name=f"{name}, seed {seed}")
         except Exception as error:
             results.leave_out(name, error)
             continue

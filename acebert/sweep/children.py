@@ -13,7 +13,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from acebert.config import Settings
 from acebert.sweep.trials import Outcome
-from acebert.tracking import DIGEST_TAG, Run, start_run
+from acebert.tracking import DIGEST_TAG, MODEL_TAG, Run, start_run
 
 GROUPS = {
     "best": ("gauc", "recall_100", "best_step"),
@@ -61,7 +61,7 @@ class Children:
             digest = f"{self.sweep}-{outcome.trial.digest}"
             tags = {"acebert.trained_by": trained_by}
             if "model" in outcome.result:
-                tags["acebert.model"] = outcome.result["model"]
+                tags[MODEL_TAG] = outcome.result["model"]
             with start_run(outcome.trial.settings(base), "trial", digest, tags=tags) as run:
                 pass
         run.log_metrics(run_metrics(outcome.result))

@@ -54,6 +54,9 @@ TEST_KEY = "test_key"
 """in a finished trial's result: digest of how its numbers of the test day were made"""
 NO_PART_OF_IT: Any = {
     **dict.fromkeys(("recipe", "workdir", "tracking", "eval"), True),
+    **dict.fromkeys(("distill", "serve", "experiment"), True),
+    "data": {"memory_limit"},
+    "image": {"feature_cache", "feature_cache_dir"},
     "train": set(HOW_IT_RUNS),
 }
 """of the settings: what changes nothing that a trial trains"""
