@@ -181,7 +181,7 @@ def test_a_row_of_two_tables_has_a_run_in_each_and_what_is_no_row_has_no_tag(
     built = Stage("evaluate", tmp_path / "row", "d1", 1.0, reused=False)
     found = replace(built, reused=True)
     for one, table in ((built, "t1"), (found, "t2"), (found, "t1")):
-        tracked(tagged(settings, table), one, row=True)
+        tracked(tagged(settings, table), one, row=True, tags={"acebert.model": "/models/m1"})
     tracked(shared(settings), replace(built, name="ingest"))
     mlflow = client(settings)
     experiment = mlflow.get_experiment_by_name(settings.tracking.experiment).experiment_id
@@ -190,6 +190,8 @@ def test_a_row_of_two_tables_has_a_run_in_each_and_what_is_no_row_has_no_tag(
     assert tables == [("evaluate", "t1"), ("evaluate", "t2"), ("ingest", None)]
     data = {(r.data.tags["acebert.stage"], r.data.tags["acebert.data"]) for r in runs}
     assert data == {("evaluate", "i1"), ("ingest", "d1")}
+    models = [run.data.tags.get("acebert.model") for run in runs]
+    assert sorted(map(str, models)) == ["/models/m1", "/models/m1", "None"]
 
 
 def test_a_server_that_does_not_answer_is_named(

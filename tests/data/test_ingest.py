@@ -441,6 +441,9 @@ def test_a_log_without_timestamps_is_split_by_files_and_leaves_out_own_queries(
     assert lists["red shoe", "a"] == ["shoe"]
     assert lists["shoe", "a"] == ["red shoe"]
     assert lists["hat", "c"] == []
+    splits = json.loads((got.path / "report.json").read_text())["splits"]
+    assert {split["first"] for split in splits.values()} == {None}  # no days of the calendar
+    assert {split["last"] for split in splits.values()} == {None}
 
 
 def test_the_same_input_gives_the_same_bytes_and_a_second_call_reuses_them(tmp_path: Path) -> None:

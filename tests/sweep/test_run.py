@@ -65,6 +65,10 @@ def test_the_best_point_is_found_and_comes_out_as_a_recipe(
     assert statuses(settings) == {"FINISHED"}
     before = toy.calls(settings)
     assert sweep(settings, "toy", space, **toy.parts) == directory
+    less = settings.data.model_copy(update={"memory_limit": "500MB"})
+    other = settings.image.model_copy(update={"feature_cache": "node_memory"})
+    elsewhere = settings.model_copy(update={"data": less, "image": other})
+    assert sweep(elsewhere, "toy", space, **toy.parts) == directory
     assert toy.calls(settings) == before  # nothing is left to do
 
 
