@@ -357,7 +357,7 @@ class LossSettings(Section):
     gamma: float = Field(20.0, gt=0)
     """smoothing γ of Eq. 4, the inverse temperature"""
     gamma_learned: bool = False
-    """learn γ, starting there; it stays below 100"""
+    """learn γ, starting there; it is 100 at most"""
     false_negatives: Literal["keep", "batch", "log"] = "log"
     """in-batch negatives that are clicked pairs are kept (paper), masked where the batch shows the
     click, or masked where the whole training log shows it"""
@@ -385,7 +385,7 @@ class LossSettings(Section):
         if not 1 <= first <= last:
             raise ValueError(f"hard_negative_ranks: 1 ≤ first ≤ last, got {first} and {last}")
         if self.gamma_learned and self.gamma > MAX_LEARNED_GAMMA:
-            raise ValueError(f"gamma {self.gamma:g}: one that is learned stays below 100")
+            raise ValueError(f"gamma {self.gamma:g}: one that is learned is 100 at most")
         return self
 
 

@@ -13,12 +13,10 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from acebert.config import ScheduleSettings, Settings, load_settings
@@ -136,6 +134,8 @@ def row_names(recipes: Sequence[str]) -> list[str]:
 
 def seconds_table(spent: Mapping[str, Sequence[Stage]]) -> str:
     """Seconds that the stages behind each row took when they were built, those reused included."""
+    from acebert.evaluation.tables import printed
+
     names = [name for name in STAGES if any(s.name == name for of in spent.values() for s in of)]
     table = Table(title="seconds that each stage took when it was built", title_justify="left")
     table.add_column("row")
@@ -144,9 +144,7 @@ def seconds_table(spent: Mapping[str, Sequence[Stage]]) -> str:
     for row, stages in spent.items():
         seconds = {name: [s.seconds for s in stages if s.name == name] for name in names}
         table.add_row(row, *(f"{sum(of):.1f}" if of else "-" for of in seconds.values()))
-    text = StringIO()
-    Console(width=120, file=text).print(table)
-    return text.getvalue()
+    return printed(table)
 
 
 def print_next(

@@ -132,6 +132,21 @@ def test_where_nodes_read_features_is_the_jobs_and_not_the_models(model: Path) -
     assert (used.feature_cache, used.feature_cache_dir, used.cnn_side) == ("none", None, 128)
 
 
+def test_a_miner_reads_titles_by_its_own_tokenizer(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another day's data a vocabulary that is trained there would number words otherwise."""
+
+    def take(settings: Settings, tokenizer: Path | None = None) -> None:
+        assert tokenizer == model / "tokenizer"
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(pipeline, "catalogue_stages", take)
+    settings = load_settings(["--loss.hard_negatives_from", str(model)])
+    with pytest.raises(RuntimeError, match="enough"):
+        pipeline.mine_stage(settings)
+
+
 def test_no_job_waits_for_the_nodes_of_the_models_training(model: Path) -> None:
     tree = yaml.safe_load((model / "settings.yaml").read_text())
     tree["train"] |= {"wait_minutes": 20, "use_gpu": True, "num_workers": 8, "lr": 0.25}

@@ -5,7 +5,6 @@ one SQL expression (`flag_sql`, `time_sql`, `number_sql`). So Parquet, CSV and J
 the same rows give the same result, and a quarantined row can be shown as it came.
 """
 
-import string
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,9 +72,8 @@ def normalize_query(text: str) -> str:
     if not folded.isascii():
         seen = (c for c in folded if c in JOINERS or unicodedata.category(c) != "Cf")
         folded = unicodedata.normalize("NFKC", "".join(seen).casefold())
-        if not folded.strip(JOINERS + string.whitespace):
-            return ""
-    return " ".join(folded.split())
+    words = folded.split()
+    return " ".join(words) if any(word.strip(JOINERS) for word in words) else ""
 
 
 def normalized(queries: pa.StringArray) -> pa.StringArray:

@@ -25,7 +25,7 @@ from acebert.evaluation.significance import (
     weighted_by_query,
 )
 
-WIDEST = 300
+WIDEST = 300  # a printed table is as wide as it needs to be, up to this
 SAMPLES = 2000
 QUERY_GROUPS = {"seen": ("seen", True), "unseen": ("seen", False)} | {
     "head": ("head", True),
@@ -127,7 +127,7 @@ def rows_table(rows: Sequence[Row]) -> str:
         table.add_row(row.name, *seeds, *(_cell(row.measured(name)) for name in names))
     notes = {f"{row.name}: {note}" for row in rows for note in read_metrics(row.seeds[0])["notes"]}
     legend = [f"{row.name}: {LEGEND[row.name]}" for row in rows if row.name in LEGEND]
-    return _printed(table) + "".join(f"{line}\n" for line in [*legend, *sorted(notes)])
+    return printed(table) + "".join(f"{line}\n" for line in [*legend, *sorted(notes)])
 
 
 def differences_table(a: Row, b: Row) -> str:
@@ -162,7 +162,7 @@ def differences_table(a: Row, b: Row) -> str:
             cells.append(f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{mark}")
         table.add_row("all" if group is None else group.replace("_", " "), *cells)
     notes = [GROUPS, *([ONE_SEED] if one_seed else [])]
-    return _printed(table) + "".join(f"{textwrap.fill(note, 100)}\n" for note in notes)
+    return printed(table) + "".join(f"{textwrap.fill(note, 100)}\n" for note in notes)
 
 
 def label(metric: str) -> str:
@@ -170,8 +170,8 @@ def label(metric: str) -> str:
     return {"gauc": "GAUC", "mrr": "MRR"}.get(metric, metric.replace("recall_", "Recall@"))
 
 
-def _printed(table: Table) -> str:
-    """As wide as it is: Rich cuts numbers to fit a terminal."""
+def printed(table: Table) -> str:
+    """The table as text, as wide as it is: Rich cuts numbers to fit a terminal."""
     text = io.StringIO()
     Console(width=WIDEST, file=text).print(table)
     return text.getvalue()

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from acebert.config import Settings
 from acebert.errors import UserError
+from acebert.evaluation.tables import WIDEST
 from acebert.sweep.space import Point, Space, point_words, short
 from acebert.sweep.trials import Outcome, points_tried
 
@@ -96,9 +97,6 @@ def write_recipe(
     found = f"{METRICS[space.metric]} {mean_text(values(winners, space.metric))} (validation day)"
     head = f"# Best of the sweep {name}, {' '.join(point_words(trial.point))}: {found}\n"
     path.write_text(head + yaml.safe_dump(tree, sort_keys=False))
-
-
-WIDEST = 200  # a table is as wide as it needs to be, up to this
 
 
 def table_text(space: Space, outcomes: Sequence[Outcome]) -> str:

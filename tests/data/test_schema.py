@@ -42,6 +42,7 @@ from acebert.errors import UserError
         ("\u200b", ""),
         ("\ufeff \u200e", ""),
         ("\u200c\u200d", ""),
+        ("\u200c\u2028\u200d", ""),  # with a line separator
         ("dre\u00adss\u200b", "dress"),  # a soft hyphen, a zero width space
         ("می\u200cخواهم", "می\u200cخواهم"),  # a joiner that is part of the word
     ],

@@ -96,6 +96,22 @@ def test_recipes_that_read_other_data_or_measure_otherwise_are_refused_by_the_se
     assert getattr(shared(recipes, [f"--{leaf}", values[0]]), leaf.split(".")[0])
 
 
+@pytest.mark.parametrize(
+    ("seeds", "argv", "reason"),
+    [
+        ([0, 0], [], "--seeds 0 0: a seed is given twice"),
+        ([0], ["--seed", "3"], "--seed: each row's own"),
+        ([0], ["--pretrain.seed=3"], "--pretrain.seed: each row's own"),
+    ],
+)
+def test_seeds_that_are_no_rows_own_are_refused(
+    seeds: list[int], argv: list[str], reason: str
+) -> None:
+    given = argparse.Namespace(recipes=["twinbert_tiny"], seeds=seeds, settings=argv)
+    with pytest.raises(UserError, match=reason):
+        runpy.run_path(str(ROOT / "ray_jobs" / "compare.py"))["work"](given)
+
+
 def test_two_models_whose_settings_have_one_file_name_are_two_rows() -> None:
     names = runpy.run_path(str(ROOT / "ray_jobs" / "compare.py"))["row_names"]
     recipes = ["a/settings.yaml", "b/settings.yaml", "my/own.yaml", "acebert_tiny"]

@@ -2,10 +2,11 @@
 
 import pytest
 
-from acebert.config import load_settings
+from acebert.config import flatten, load_settings
 from acebert.errors import UserError
 from acebert.report import rows
 from acebert.report.parts import BEYOND, PARTS, TABLES, seeds_by_part, systems_of
+from acebert.report.rows import WHAT_A_ROW_IS
 
 
 def test_parts_come_in_their_own_order_and_once_whatever_the_command_line_says() -> None:
@@ -49,3 +50,17 @@ def test_beyond_the_paper_a_row_is_set_beside_what_it_differs_from_in_one_thing(
     row: str, beside: str
 ) -> None:
     assert (row, beside) in {(s.row, s.beside) for table in BEYOND for s in table.steps}
+
+
+@pytest.mark.parametrize("size", ["", "_tiny"])
+def test_what_tells_the_papers_systems_apart_is_no_setting_of_all_rows(size: str) -> None:
+    """Of the settings in which their recipes differ the others are no system's own: which crop
+    pixels are of, pooling, decay; and a start for all rows may be given."""
+    names = ("twinbert", "twinbert_mlm", "fashionbert", "cebert", "acebert", "acebert_plus")
+    recipes = [flatten(load_settings(["--recipe", f"{name}{size}"]).model_dump()) for name in names]
+    differ = {leaf for leaf in recipes[0] if len({str(recipe[leaf]) for recipe in recipes}) > 1}
+    allowed = {
+        *("recipe", "model.start", "image.pixel_source", "image.max_megapixels"),
+        *("model.pooling", "train.weight_decay", "train.decay"),
+    }
+    assert differ - allowed == set(WHAT_A_ROW_IS)
