@@ -166,6 +166,13 @@ def node_resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def is_alone() -> bool:
+    """One node without GPUs: actors would compute with the cores that this process has, and start
+    for seconds before that."""
+    nodes = node_resources()
+    return len(nodes) == 1 and not nodes[0].get("GPU")
+
+
 def cores_here() -> int:
     """Cores that this process may use: no more than Ray counts on its node, for Ray knows the quota
     of a container, which the system's own count does not show."""

@@ -183,7 +183,7 @@ def look_inside_stage(settings: Settings, pretrained: Stage) -> Stage:
         raise ValueError("a model that reads no photos has nothing to be looked at")
     connect()
     stage = look_inside(settings, pretrained, data.ingested, data.tokens, data.features)
-    return tracked(settings, stage)
+    return tracked(settings, stage, tags={DATA_TAG: data.ingested.digest})
 
 
 @dataclass(frozen=True)
@@ -361,10 +361,10 @@ def tracked(
     tags: Mapping[str, str] = {},
 ) -> Stage:
     """Note a stage as an MLflow run, with what it wrote to be seen. One that is reused has its run,
-    unless the job that built it was stopped in between. A `row` has a run for each table (the tag)
-    that it stands in."""
+    unless the job that built it was stopped in between; so has one that was removed and built
+    again. A `row` has a run for each table (the tag) that it stands in."""
     table = settings.tracking.tag if row else None
-    if stage.reused and finished_run(settings, stage.name, stage.digest, table):
+    if finished_run(settings, stage.name, stage.digest, table, here=not stage.reused):
         return stage
     started = time.time() - stage.seconds
     data = _data_of(stage)

@@ -258,20 +258,26 @@ def _run_name(settings: Settings, stage: str, digest: str) -> str:
 
 
 def finished_run(
-    settings: Settings, stage: str, digest: str, table: str | None = None
+    settings: Settings,
+    stage: str,
+    digest: str,
+    table: str | None = None,
+    *,
+    here: bool = False,
 ) -> Run | None:
-    """The finished run of this stage and digest, and of this table where one is given."""
+    """The finished run of this stage and digest, and of this table where one is given; `here`: of
+    this work directory."""
     mlflow_client = client(settings)
     found = mlflow_client.search_runs(
         [_experiment(mlflow_client, settings)],
         f"tags.`{STAGE_TAG}` = '{stage}' AND tags.`{DIGEST_TAG}` = '{digest}' "
         "AND attributes.status = 'FINISHED'"
         + (f" AND tags.`{TABLE_TAG}` = '{table}'" if table else ""),
-        max_results=1,
     )
-    if not found:
-        return None
-    return Run(mlflow_client, found[0].info.run_id)
+    own = str(settings.workdir)
+    runs = (run for run in found if not here or run.data.tags.get(WORKDIR_TAG) == own)
+    run = next(runs, None)
+    return None if run is None else Run(mlflow_client, run.info.run_id)
 
 
 def log_model(settings: Settings, run: Run, directory: Path) -> None:

@@ -52,7 +52,7 @@ def timed(settings: Settings) -> dict[str, Any]:
 def measure(settings: Settings, trials: int, at_once: int) -> tuple[list[dict[str, float]], float]:
     """Seconds of each trial by part, and of all trials together."""
     space = Space(vary={"loss.gamma": list(range(10, 10 + trials))}, trials_at_once=at_once)
-    at_once, base = place(settings, space)
+    at_once, base = place(settings, space.trials_at_once, "--at-once")
     ready = training.prepare(settings, space)
     started: dict[str, float] = {}
     ended: dict[str, tuple[float, Outcome]] = {}

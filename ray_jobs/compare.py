@@ -47,8 +47,14 @@ def work(arguments: argparse.Namespace) -> None:
     from acebert.evaluation.evaluate import BASELINES
     from acebert.evaluation.figures import curves_figure, rows_figure
     from acebert.evaluation.tables import Row, differences_table, rows_table
-    from acebert.pipeline import baselines_stage, evaluate_stage, finetune_stage, tracked
-    from acebert.tracking import shared, tagged
+    from acebert.pipeline import (
+        baselines_stage,
+        evaluate_stage,
+        finetune_stage,
+        ingest_stage,
+        tracked,
+    )
+    from acebert.tracking import DATA_TAG, shared, tagged
 
     tag = settings.tracking.tag or "compare"
     spent: dict[str, list[Stage]] = {}
@@ -86,7 +92,8 @@ def work(arguments: argparse.Namespace) -> None:
     shown = [[row.name, *(path.name for path in row.seeds)] for row in rows]
     key = {"version": 1, "rows": shown, "baselines": baselines.digest}
     drawn = run_stage(settings.workdir, "compare", key, draw)
-    tracked(shared(settings), drawn, name=f"{tag} {drawn.digest[:6]}")
+    data = {DATA_TAG: ingest_stage(shared(settings)).digest}
+    tracked(shared(settings), drawn, name=f"{tag} {drawn.digest[:6]}", tags=data)
     print(f"pictures: {drawn.path / 'compare.png'}, {drawn.path / 'curves.png'}")
     print_next(settings, arguments, trained)
 

@@ -28,6 +28,8 @@ def work(arguments: argparse.Namespace) -> None:
     told_apart = "rows are told apart by it, and would not be what the page calls them"
     refuse_given(arguments.settings, WHAT_A_ROW_IS, told_apart)
     seeds = seeds_by_part(arguments.parts, arguments.seeds, arguments.table1_seeds)
+    if arguments.rows_at_once is not None and arguments.rows_at_once < 1:
+        raise UserError(f"--rows_at_once {arguments.rows_at_once}: at least one")
     start = arguments.sentence_transformer
     if start is not None and not start.is_dir():
         raise UserError(f"--sentence_transformer {start}: no such directory")
@@ -43,6 +45,7 @@ def work(arguments: argparse.Namespace) -> None:
         measure_systems,
         measure_untrained,
     )
+    from acebert.tracking import DATA_TAG
 
     given = Given(tuple(seeds), seeds, tuple(sys.argv))
     make = partial(row_settings, arguments)
@@ -50,14 +53,17 @@ def work(arguments: argparse.Namespace) -> None:
     wanted = systems_of(given.parts)
     if any(table.untrained for part in given.parts for table in TABLES.get(part, ())):
         measure_untrained(settings, results)
-    measure_systems(wanted, seeds, make, results)
+    measure_systems(wanted, seeds, make, results, arguments.rows_at_once)
     if "table1" in given.parts:
         lr = arguments.sentence_transformer_lr
         measure_rival(make, start, seeds["table1"], lr, results)
     swept = None
     if "fig5" in given.parts:
-        swept = measure_partitions(make, FIG_5, seeds["fig5"], results)
-    page = tracked(settings, report_stage(settings, ingest_stage(settings), given, results, swept))
+        at_once = arguments.rows_at_once
+        swept = measure_partitions(make, FIG_5, seeds["fig5"], results, at_once)
+    ingested = ingest_stage(settings)
+    page = report_stage(settings, ingested, given, results, swept)
+    tracked(settings, page, tags={DATA_TAG: ingested.digest})
     leave()
     print(page.path / "report.html")
 
@@ -78,6 +84,9 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of every trained row")
     parser.add_argument(
         "--table1_seeds", nargs="+", type=int, help="of Table 1's, where they differ"
+    )
+    parser.add_argument(
+        "--rows_at_once", type=int, help="trainings; default: one on CPUs, as many as find GPUs"
     )
     parser.add_argument(
         "--size", choices=("tiny", "paper"), default="tiny", help="recipes for two cores, or full"

@@ -234,6 +234,9 @@ def test_a_stages_pictures_reports_suspicious_pairs_and_numbers_are_in_its_mlflo
     again = tracked(settings, run_stage(tmp_path, "features", {"of": "photos"}, build))
     assert again.reused
     assert len(client(settings).search_runs(["1"])) == 1
+    shutil.rmtree(again.path)
+    tracked(settings, run_stage(tmp_path, "features", {"of": "photos"}, build))
+    assert len(client(settings).search_runs(["1"])) == 1
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from acebert.cluster import bring_workers
+from acebert.cluster import bring_workers, is_alone
 from acebert.config import Settings, weights_digest
 from acebert.data.crops import Batch, CropSpec, Reuse, ShardReport, encode, prepare
 from acebert.data.earlier import (
@@ -60,6 +60,7 @@ MIN_ROWS = 100
 MAX_BYTES = 96 << 20  # of a run's crops and pixels; below the size at which Ray splits blocks
 RUNS_PER_WORKER = 4  # at least, so that workers end together
 CPU_SHARE = 0.9  # of a CPU for a worker: what else is scheduled must find a little left
+FEW_PHOTOS = 1_000  # new ones, which one process reads in the time that actors take to start
 REPORT_SECONDS = 5.0
 GRID_PHOTOS = 24
 
@@ -237,7 +238,12 @@ def stream_shards(
     out: Path,
     reuse: Reuse | None = None,
 ) -> Iterator[ShardReport]:
-    """Write a shard for each run under `out`, by Ray Data; what each held comes as it is done."""
+    """Write a shard for each run under `out`, by Ray Data; what each held comes as it is done.
+    Few new photos are read here, sooner than actors would start."""
+    if is_alone() and _new_rows(runs, reuse) <= FEW_PHOTOS:
+        for run in runs:
+            yield encode(prepare(run, spec, reuse), cnn, out, reuse)
+        return
     resources = ray.cluster_resources()
     cpus, gpus = max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
     if cnn is None:
@@ -271,6 +277,12 @@ def stream_shards(
         fields = json.loads(row["report"])
         fields["broken"] = [tuple(pair) for pair in fields["broken"]]
         yield ShardReport(**fields)
+
+
+def _new_rows(runs: list[Rows], reuse: Reuse | None) -> int:
+    if reuse is None:
+        return sum(run.count for run in runs)
+    return int((np.load(reuse.rows) < 0).sum())
 
 
 class _Prepare:

@@ -31,7 +31,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from acebert.cluster import bring_workers, encoder_pool, node_resources
+from acebert.cluster import bring_workers, encoder_pool, is_alone, node_resources
 from acebert.config import Settings
 from acebert.data.batches import query_arrays
 from acebert.data.earlier import (
@@ -59,6 +59,9 @@ MODEL_FILES = ("model.safetensors", "config.json", "settings.yaml", "tokenizer/t
 RUN_ROWS = 16_384  # 8 MiB of vectors
 RUNS_AN_ACTOR = 4  # at least, so that actors end together
 FEW_ROWS = 500
+"""embedded without actors, which take longer to start"""
+FEW_ROWS_ALONE = 4_000
+"""the same where an actor would have the same cores"""
 SAY_EVERY = 10.0
 INPUTS = "inputs.npy"
 DIGEST = 16  # bytes that tell inputs apart
@@ -425,9 +428,9 @@ def _embedded(
     rows: NDArray[np.int64] | None,
     total: int,
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """Rows and vectors, by actors; `total` is the number of `rows` (none: all). The few that an
-    earlier stage leaves are embedded here, sooner than actors would start."""
-    few = rows is not None and total <= FEW_ROWS
+    """Rows and vectors, by actors; `total` is the number of `rows` (none: all). Few are embedded
+    here, sooner than actors would start."""
+    few = total <= (FEW_ROWS_ALONE if is_alone() else FEW_ROWS)
     if not few:
         bring_workers(settings.train)
     pool = encoder_pool(settings.eval.num_actors, node_resources())

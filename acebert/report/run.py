@@ -28,6 +28,7 @@ from acebert.pipeline import (
     model_settings,
     tracked,
 )
+from acebert.report.ahead import Training, train_ahead
 from acebert.report.parts import SWEPT
 from acebert.report.rival import sentence_transformers_stage
 from acebert.report.rows import RIVAL, TWINBERT, UNTRAINED, ZERO_SHOT, System
@@ -109,21 +110,29 @@ def measure_systems(
     seeds: Mapping[str, Sequence[int]],
     make: MakeSettings,
     results: Results,
+    at_once: int | None = 1,
 ) -> None:
     """Train and measure the systems of each part, once each, with the seeds of the first part with
     the most seeds, of those that they stand in.
 
     A system that cannot be trained or measured is left out with the reason; the others go on.
+    `at_once` trainings run at a time (None: as many as GPUs have room for).
 
     Raises:
-        UserError: none of them could.
+        UserError: none of them could, or the cluster has no room for so many at once.
     """
     order: dict[System, list[str]] = {}
     for part, systems in wanted.items():
         for system in systems:
             order.setdefault(system, []).append(part)
+    seeds_of = {
+        system: max((seeds[part] for part in parts), key=len) for system, parts in order.items()
+    }
+    train_ahead(_trainings(seeds_of, make, results), at_once, results.leave_out)
     began, spent = time.perf_counter(), 0
     for number, (system, parts) in enumerate(order.items()):
+        if system.name in results.left_out:
+            continue
         log.info(
             "report: row %d of %d, %s%s",
             number + 1,
@@ -135,8 +144,7 @@ def measure_systems(
             else "",
         )
         try:
-            most = max(parts, key=lambda part: len(seeds[part]))
-            measured, trained = _measure(system, parts, seeds[most], make)
+            measured, trained = _measure(system, parts, seeds_of[system], make)
         except Exception as error:
             results.leave_out(system.name, error)
             continue
@@ -144,6 +152,25 @@ def measure_systems(
         spent += trained
     if results.left_out and not any(system.name in results.rows for system in order):
         raise UserError(next(iter(results.left_out.values())))
+
+
+def _trainings(
+    seeds_of: Mapping[System, Sequence[int]], make: MakeSettings, results: Results
+) -> list[Training]:
+    """The first seed of each system in their order, then the second: systems that are trained side
+    by side seldom wait for the same stage. Those whose settings cannot be made are left out."""
+    found = []
+    for number in range(max(map(len, seeds_of.values()), default=0)):
+        for system, seeds in seeds_of.items():
+            if system.name in results.left_out or number >= len(seeds):
+                continue
+            seed = seeds[number]
+            try:
+                miner = make(system.miner, seed) if system.miner else None
+                found.append(Training(system.name, make(system, seed), miner))
+            except UserError as error:
+                results.leave_out(system.name, error)
+    return found
 
 
 def _measure(
@@ -269,12 +296,17 @@ def measure_rival(
 
 
 def measure_partitions(
-    make: MakeSettings, space: Path, seeds: Sequence[int], results: Results
+    make: MakeSettings,
+    space: Path,
+    seeds: Sequence[int],
+    results: Results,
+    at_once: int | None = None,
 ) -> Path | None:
     """The sweep of Fig. 5, its directory; left out with the reason where it fails."""
     try:
         settings = tagged(make(SWEPT, seeds[0]), "fig5")
-        wanted = read_space(space).model_copy(update={"seeds": tuple(seeds)})
+        own = {"seeds": tuple(seeds), "trials_at_once": at_once}
+        wanted = read_space(space).model_copy(update=own)
         swept = sweep(settings, space.stem, wanted, evaluate=True)
         trials = pq.read_table(swept / "trials.parquet", columns=["status", "reason"]).to_pylist()
         if not any(trial["status"] == "finished" for trial in trials):

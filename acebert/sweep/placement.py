@@ -1,7 +1,7 @@
-"""How many trials train at once, and which share of the cluster each of their workers gets.
+"""How many trainings run at once, and which share of the cluster each of their workers gets.
 
-A trial's own process and Ray Train's controller need no CPU; its workers are placed together or
-not at all. So trials that fit the cluster never wait for each other in a circle.
+A training's own process and Ray Train's controller need no CPU; its workers are placed together or
+not at all. So trainings that fit the cluster never wait for each other in a circle.
 """
 
 import math
@@ -10,19 +10,23 @@ import ray
 
 from acebert.config import Settings
 from acebert.errors import UserError
-from acebert.sweep.space import Space, with_leaves
+from acebert.sweep.space import with_leaves
 
 FOR_RAY = 0.1
 """share of a node's CPUs that workers leave to others"""
 
 
-def place(base: Settings, space: Space) -> tuple[int, Settings]:
-    """Trials at once, and `base` with the share of CPUs and threads of each worker.
+def place(base: Settings, wanted: int | None, name: str) -> tuple[int, Settings]:
+    """Trainings at once, and `base` with the share of CPUs and threads of each worker.
 
-    Neither changes what is trained, so a trial is the same stage however it was placed.
+    Neither changes what is trained, so a training is the same stage however it was placed.
+
+    Args:
+        wanted: trainings at once, which the user gave as `name`; None: one on CPUs, as many as
+            find GPUs, or as `train.cpus_per_worker` leaves room for.
 
     Raises:
-        UserError: `trials_at_once` trials do not fit the cluster.
+        UserError: they do not fit the cluster.
     """
     train = base.train
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -38,15 +42,15 @@ def place(base: Settings, space: Space) -> tuple[int, Settings]:
         )
 
     most = fitting(train.cpus_per_worker or 1.0) // train.num_workers
-    # CPUs may be shared out at will; unless told how, there is one trial. A worker is on one node,
-    # so several are filled by train.num_workers, trials_at_once or train.cpus_per_worker.
+    # CPUs may be shared out at will; unless told how, there is one training. A worker is on one
+    # node, so several are filled by train.num_workers, `wanted` or train.cpus_per_worker.
     default = max(1, most) if use_gpu or train.cpus_per_worker else 1
-    at_once = space.trials_at_once or default
+    at_once = wanted or default
     if at_once > max(1, most):
         needs = f"{train.cpus_per_worker or 1:g} CPUs" + (" and a GPU" if use_gpu else "")
         raise UserError(
-            f"trials_at_once {at_once}: the cluster has room for {max(1, most)} at once, with "
-            f"{train.num_workers} workers a trial (train.num_workers) of {needs} each"
+            f"{name} {at_once}: the cluster has room for {max(1, most)} at once, with "
+            f"{train.num_workers} workers a training (train.num_workers) of {needs} each"
         )
     if at_once == 1:
         return at_once, base

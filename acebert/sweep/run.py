@@ -85,7 +85,7 @@ def sweep(
     check_space(space, settings)
     with_leaves(settings, {"tracking.tag": settings.tracking.tag or name})  # may refuse the name
     connect()
-    at_once, base = place(settings, space)
+    at_once, base = place(settings, space.trials_at_once, "trials_at_once")
     ready = prepare(settings, space)  # what they share may take the whole cluster
     key = {
         "version": VERSION,

@@ -39,6 +39,12 @@ SCHEMA = pa.schema(
 )
 
 
+@pytest.fixture(autouse=True)
+def by_actors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few photos there are."""
+    monkeypatch.setattr(module, "FEW_PHOTOS", -1)
+
+
 def photo(seed: int, width: int = 80, height: int = 100) -> bytes:
     """A coloured rectangle off the centre of a white photo, as JPEG."""
     rng = np.random.default_rng(seed)
@@ -134,6 +140,26 @@ def test_too_many_broken_photos_stop_the_stage_and_leave_nothing(tmp_path: Path)
     with pytest.raises(UserError, match=r"2 of 4 photos.*not an image: 2.*p1, p3.*max_bad_share"):
         preprocess(settings(tmp_path / "w"), ingested(tmp_path / "in", photos))
     assert not [path for path in (tmp_path / "w" / "features").iterdir() if path.is_dir()]
+
+
+def test_actors_and_this_process_make_the_same_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = [photo(0), None, b"no image", *(photo(seed) for seed in range(1, 40))]
+    stages = []
+    for few in (-1, 1_000):
+        monkeypatch.setattr(module, "FEW_PHOTOS", few)
+        source = ingested(tmp_path / "in" / str(few), photos, group=9)
+        stages.append(preprocess(settings(tmp_path / str(few)), source))
+    by_actors, here = (FeatureStore(stage.path) for stage in stages)
+    rows = np.arange(len(photos))
+    np.testing.assert_array_equal(by_actors.has_image(rows), here.has_image(rows))
+    np.testing.assert_array_equal(by_actors.pixels(rows), here.pixels(rows))
+    np.testing.assert_allclose(by_actors.patches(rows), here.patches(rows), atol=0.02, rtol=0.02)
+    counted = [json.loads((stage.path / "report.json").read_text()) for stage in stages]
+    for report in counted:
+        del report["images_per_second"]
+    assert counted[0] == counted[1]
 
 
 def test_one_run_of_rows_or_many_give_the_same_features(

@@ -74,6 +74,29 @@ def test_rows_of_a_run_have_the_vectors_of_one_row_at_a_time(
             np.testing.assert_allclose(vector, encoder.encode_products(text, None)[0], atol=1e-5)
 
 
+def test_actors_and_this_process_write_the_same_vectors(
+    settings: Settings,
+    paths: StagePaths,
+    model: Path,
+    tmp_path: Path,
+    ray_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tables = []
+    for few in (0, 10**6):
+        monkeypatch.setattr(embed, "FEW_ROWS", few)
+        monkeypatch.setattr(embed, "FEW_ROWS_ALONE", few)
+        out = tmp_path / str(few)
+        out.mkdir()
+        embed.embed_products(settings, model, paths, out, "no photos", None)
+        tables.append(pq.read_table(out / "products.parquet"))
+    by_actors, here = tables
+    assert by_actors["product_id"] == here["product_id"]
+    np.testing.assert_allclose(
+        *(np.array(table["embedding"].to_pylist()) for table in tables), atol=1e-5
+    )
+
+
 def test_lengths_are_those_of_the_tokens_that_the_encoder_reads(
     settings: Settings, paths: StagePaths
 ) -> None:

@@ -174,6 +174,7 @@ def test_a_comparison_ends_with_a_table_pictures_and_commands_and_is_a_table_in_
     assert [run.info.run_name for run in drawn] == [f"compare {pictures[0].parent.name[:6]}"]
     artifacts = {file.path for file in mlflow.list_artifacts(drawn[0].info.run_id)}
     assert artifacts == {"compare.png", "curves.png", "stage.json"}
+    assert drawn[0].data.tags["acebert.data"] == ingested.name
 
     (model,) = (workdir / "finetune").glob("[!.]*")
     measured = job("evaluate.py", "--workdir", str(workdir), "--model", str(model), *SMALL[-8:])

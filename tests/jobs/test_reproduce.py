@@ -31,6 +31,7 @@ TINY = [
         (["--model.pixels=true"], "--model.pixels: rows are told apart by it"),
         (["--seed", "3"], "each row's own: give --size and --seeds"),
         (["--pretrain.seed=3"], "each row's own: give --size and --seeds"),
+        (["--rows_at_once", "0"], "--rows_at_once 0: at least one"),
         (["--seeds", "1", "1"], "--seeds 1 1: a seed is given twice"),
         (["--sentence_transformer", "/no/such"], "--sentence_transformer /no/such: no such"),
     ],

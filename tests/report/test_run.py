@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from acebert.evaluation.evaluate import read_vectors
 from acebert.evaluation.tables import Row
 from acebert.machine import machine
 from acebert.report import rival, run
+from acebert.report.ahead import Training, train_ahead
 from acebert.report.rows import (
     ACEBERT,
     FUSED,
@@ -68,8 +70,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tupl
         return load_settings([*SMALL, *own, *ranks, *system.changed])
 
     both = Results(), Results()
-    for results in both:
-        measure_systems(WANTED, {"table4": (0,), "beyond": (0,)}, make, results)
+    for results, at_once in zip(both, (2, 1), strict=True):
+        measure_systems(WANTED, {"table4": (0,), "beyond": (0,)}, make, results, at_once)
     return both
 
 
@@ -94,9 +96,42 @@ def test_every_row_has_its_metrics_cost_and_pairs(trained: tuple[Results, ...]) 
 def test_a_row_that_cannot_be_trained_is_left_out_with_the_reason(
     trained: tuple[Results, ...],
 ) -> None:
-    for results in trained:
+    for results in trained:  # whoever trained it
         assert list(results.left_out) == ["too deep"]
         assert "--loss.hard_negative_ranks 500 900: of 120 products" in results.left_out["too deep"]
+
+
+@pytest.mark.slow
+def test_rows_at_once_are_trained_side_by_side_each_once(trained: tuple[Results, ...]) -> None:
+    settings = trained[0].rows["ACE-BERT"].settings
+    assert settings is not None
+    mlflow = client(settings)
+    experiment = mlflow.get_experiment_by_name(settings.tracking.experiment).experiment_id
+    runs = mlflow.search_runs(
+        [experiment], "tags.`acebert.stage` = 'finetune'", order_by=["attributes.start_time ASC"]
+    )
+    models = {model for measured in trained[0].rows.values() for model in measured.models}
+    assert len(runs) == len(models)
+    assert any(b.info.start_time < a.info.end_time for a, b in pairwise(runs))
+
+
+@pytest.mark.slow
+def test_when_a_row_fails_with_one_seed_its_others_are_not_begun(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    def training(seed: int) -> Training:
+        files = ["--data.products", str(tmp_path / "none"), "--data.impressions", str(tmp_path)]
+        own = ["--recipe", "twinbert_tiny", "--workdir", str(tmp_path / "work")]
+        return Training("TwinBERT", load_settings([*own, *files, "--seed", str(seed)]))
+
+    reasons: list[str] = []
+
+    def leave_out(name: str, error: UserError) -> None:
+        reasons.append(f"{name}: {error}")
+
+    train_ahead([training(seed) for seed in range(6)], 2, leave_out)
+    assert 1 <= len(reasons) <= 3  # those that ran beside the first to fail
+    assert all(reason.startswith(f"TwinBERT: {tmp_path}/none") for reason in reasons)
 
 
 @pytest.mark.slow
@@ -215,6 +250,25 @@ def test_settings_that_cannot_be_made_cost_the_row_or_figure_that_they_are_of(
         RIVAL: "TwinBERT has no such recipe",
         "Figure 5": "ACE-BERT has no such recipe",
     }
+
+
+def test_every_row_has_its_first_seed_before_any_has_its_second_and_a_broken_row_has_none() -> None:
+    def make(system: System, seed: int) -> Settings:
+        if system is MATRYOSHKA:
+            raise UserError("no such recipe")
+        return load_settings(["--recipe", f"{system.recipe}_tiny", "--seed", str(seed)])
+
+    results = Results()
+    seeds_of = {ACEBERT: (3, 4), MATRYOSHKA: (3,), MINED_MASKED: (7, 8, 9)}
+    trainings = run._trainings(seeds_of, make, results)
+    masked, own = MINED_MASKED.name, ACEBERT.name
+    assert [training.name for training in trainings] == [
+        *(f"{own}, seed 3", f"{masked}, seed 7", f"{own}, seed 4", f"{masked}, seed 8"),
+        f"{masked}, seed 9",
+    ]
+    miners = [training.miner.seed for training in trainings if training.miner]
+    assert miners == [7, 8, 9]
+    assert results.left_out == {MATRYOSHKA.name: "no such recipe"}
 
 
 def test_a_row_has_the_seeds_of_the_first_of_its_parts_with_the_most(

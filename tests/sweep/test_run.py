@@ -364,8 +364,8 @@ def test_a_space_whose_name_cannot_be_the_trials_tag_is_refused_first(settings: 
 def test_trials_at_once_share_the_cores_and_are_the_same_stage(
     settings: Settings, ray_cluster: None
 ):
-    assert place(settings, Space(vary={"loss.gamma": [1]})) == (1, settings)
-    at_once, own = place(settings, Space(vary={"loss.gamma": [1]}, trials_at_once=2))
+    assert place(settings, None, "trials_at_once") == (1, settings)
+    at_once, own = place(settings, 2, "trials_at_once")
     assert at_once == 2
     assert (own.train.cpus_per_worker, own.train.threads_per_worker) == (0.9, 1)
 
@@ -387,7 +387,7 @@ def test_two_nodes_are_filled_by_gpus_and_by_shares_that_are_given(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(ray, "nodes", lambda: 2 * [{"Alive": True, "Resources": node}])
-    at_once, own = place(with_leaves(settings, leaves), Space(vary={"loss.gamma": [1]}))
+    at_once, own = place(with_leaves(settings, leaves), None, "trials_at_once")
     assert (at_once, own.train.cpus_per_worker, own.train.threads_per_worker) == wanted
 
 
@@ -418,11 +418,11 @@ def test_trials_of_a_given_share_take_no_more_threads_than_it(
     settings: Settings, ray_cluster: None
 ):
     halves = with_leaves(settings, {"train.cpus_per_worker": 1.0})
-    at_once, own = place(halves, Space(vary={"loss.gamma": [1]}))
+    at_once, own = place(halves, None, "trials_at_once")
     assert at_once == 2
     assert (own.train.cpus_per_worker, own.train.threads_per_worker) == (1.0, 1)
     told = with_leaves(halves, {"train.threads_per_worker": 3})
-    assert place(told, Space(vary={"loss.gamma": [1]}))[1].train.threads_per_worker == 3
+    assert place(told, None, "trials_at_once")[1].train.threads_per_worker == 3
 
 
 def test_a_figure_that_cannot_be_drawn_costs_nothing_else(

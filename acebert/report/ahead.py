@@ -1,0 +1,139 @@
+"""Trains and evaluates rows of the report several at once, before they are measured in turn.
+
+A training has a process of its own that drives it, as a trial of a sweep has: it needs no CPU, and
+is on this node, where MLflow's sqlite is. What it leaves are ordinary stages, which
+`acebert.report.run` finds.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from acebert.config import Settings, settings_from
+from acebert.errors import UserError, reason_of
+from acebert.job import set_up_logging
+from acebert.pipeline import evaluate_stage, finetune_stage, with_own_cnn
+from acebert.sweep.placement import place
+from acebert.sweep.space import with_leaves
+from acebert.tracking import server_environment, shared
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = "--rows_at_once"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One row with one seed.
+
+    Attributes:
+        row: its name
+        settings: of the training
+        miner: settings of the training whose model mines its negatives; None: its own
+    """
+
+    row: str
+    settings: Settings
+    miner: Settings | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}, seed {self.settings.seed}"
+
+
+def train_ahead(
+    trainings: Sequence[Training], wanted: int | None, leave_out: Callable[[str, UserError], None]
+) -> None:
+    """Train and evaluate, in this order, as many at once as the cluster has room for; nothing
+    where that is one, for they are then trained as they are measured.
+
+    Args:
+        wanted: trainings at once, as `acebert.sweep.placement.place` takes it
+        leave_out: is called with the row and the reason where a training fails; those of that row
+            that have not begun are left out too
+
+    Raises:
+        UserError: `wanted` trainings do not fit the cluster.
+    """
+    at_once = place(trainings[0].settings, wanted, AT_ONCE)[0] if trainings else 1
+    if at_once == 1:
+        return
+    _train_cnns(trainings)
+    to_do, running = list(trainings), dict[Any, Training]()
+    began = time.perf_counter()
+    while to_do or running:
+        while to_do and len(running) < at_once:
+            training = to_do.pop(0)
+            log.info("report: %s starts", training.name)
+            running[_start(training, at_once)] = training
+        (done,), _ = ray.wait(list(running))
+        ended = running.pop(done)
+        if (reason := _reason(done)) is not None:
+            leave_out(ended.row, UserError(reason))
+            to_do = [training for training in to_do if training.row != ended.row]
+        left = len(to_do) + len(running)
+        minutes = (time.perf_counter() - began) / 60 * left / (len(trainings) - left)
+        log.info(
+            "report: %s %s, %d left, about %.0f min at the pace so far",
+            *(ended.name, "is measured" if reason is None else "failed", left, minutes),
+        )
+
+
+def _train_cnns(trainings: Sequence[Training]) -> None:
+    """The patch CNN that rows share, with the whole cluster: with a share of it, what it learns in
+    its minutes would be less, and the other rows would wait for it."""
+    for row, settings in {training.row: training.settings for training in trainings}.items():
+        try:
+            with_own_cnn(shared(settings))
+        except Exception as error:  # the training will meet it again, and its row be left out
+            log.warning("report: the CNN of %s cannot be trained: %s", row, reason_of(error))
+
+
+def _start(training: Training, at_once: int) -> Any:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    own, miner = (
+        None if settings is None else place(settings, at_once, AT_ONCE)[1].model_dump()
+        for settings in (training.settings, training.miner)
+    )
+    assert own is not None
+    driven = _drive.options(scheduling_strategy=here)
+    return driven.remote(own, miner, os.getcwd(), server_environment())
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _drive(
+    tree: dict[str, Any],
+    miner: dict[str, Any] | None,
+    directory: str,
+    environment: dict[str, str],
+) -> str | None:
+    """Train and evaluate; why it failed, if it did."""
+    set_up_logging()
+    os.chdir(directory)  # relative paths in the settings start here
+    os.environ.update(environment)  # a cluster's workers have their own
+    try:
+        settings = settings_from(tree)
+        if miner is not None:
+            mined_by = finetune_stage(settings_from(miner)).path
+            settings = with_leaves(settings, {"loss.hard_negatives_from": mined_by})
+        evaluate_stage(settings, finetune_stage(settings).path)
+    except Exception as error:
+        if not isinstance(error, UserError):
+            log.exception("report: a training failed")
+        return reason_of(error)
+    return None
+
+
+def _reason(done: Any) -> str | None:
+    try:
+        reason: str | None = ray.get(done)
+    except RayError:
+        return "its process died (killed, or out of memory)"
+    return reason
