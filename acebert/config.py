@@ -639,6 +639,8 @@ class ExperimentSettings(Section):
     """split: a user sees one arm; interleave: each search shows a draft of both arms"""
     salt: str = ""
     """another salt deals the users of an experiment anew"""
+    log_queries: bool = False
+    """log what was searched for too, normalised; else who searched and what was shown"""
     flush_seconds: float = Field(30.0, gt=0)
     """how often a replica moves its part of the log to Parquet [s]"""
     retention_days: int = Field(90, ge=1)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from filelock import FileLock
+
 from acebert.cluster import connect
 from acebert.config import NO_FILES, Settings, weights_digest
 from acebert.data.cnn_labels import label_photos
@@ -27,7 +29,7 @@ from acebert.evaluation.teach import teach
 from acebert.evaluation.testset import evaluation_queries
 from acebert.model_settings import model_settings
 from acebert.models.encoder import CEBertConfig, backbone_config
-from acebert.serving.bundle import ProductTable, build_bundle, hot_queries
+from acebert.serving.bundle import ProductTable, build_bundle, bundle_queries
 from acebert.serving.onnx_export import export
 from acebert.serving.student_table import TEACHER, students_table
 from acebert.tracking import DATA_TAG, MODEL_TAG, finished_run, shared, start_run
@@ -281,7 +283,7 @@ def bundle_stage(
     whole = settings.eval.model_copy(update={"dimensions": None})  # as the encoders make them
     settings = settings.model_copy(update={"eval": whole})
     ingested = ingest_stage(shared(settings), refresh)
-    hot = hot_queries(ingested, settings.serve.hot_queries)
+    hot = bundle_queries(ingested, settings.serve.hot_queries)
     embedded = embed_stage(shared(settings), model, hot, refresh)
     earlier = refresh.earlier.bundle if refresh and refresh.earlier else None
     stages = ingested, embedded
@@ -364,20 +366,22 @@ def tracked(
     unless the job that built it was stopped in between; so has one that was removed and built
     again. A `row` has a run for each table (the tag) that it stands in."""
     table = settings.tracking.tag if row else None
-    if finished_run(settings, stage.name, stage.digest, table, here=not stage.reused):
-        return stage
-    started = time.time() - stage.seconds
-    data = _data_of(stage)
-    all_tags = {**tags, **({DATA_TAG: data} if data else {})}
-    with start_run(
-        settings, stage.name, stage.digest, name=name, tags=all_tags, started=started
-    ) as run:
-        run.log_metrics({"seconds": stage.seconds, **_numbers(stage.path)})
-        for path in sorted(stage.path.rglob("*")):
-            seen = path.suffix in {".png", ".json", ".html"} or path.name == SUSPICIOUS
-            if seen and "tokenizer" not in path.parts:
-                below = path.parent.relative_to(stage.path)
-                run.log_artifact(path, None if below == Path(".") else str(below))
+    whole = stage.digest.partition("/")[0]
+    with FileLock(settings.workdir / stage.name / f".{whole}.run.lock"):  # who waited for it, too
+        if finished_run(settings, stage.name, stage.digest, table, here=not stage.reused):
+            return stage
+        started = time.time() - stage.seconds
+        data = _data_of(stage)
+        all_tags = {**tags, **({DATA_TAG: data} if data else {})}
+        with start_run(
+            settings, stage.name, stage.digest, name=name, tags=all_tags, started=started
+        ) as run:
+            run.log_metrics({"seconds": stage.seconds, **_numbers(stage.path)})
+            for path in sorted(stage.path.rglob("*")):
+                seen = path.suffix in {".png", ".json", ".html"} or path.name == SUSPICIOUS
+                if seen and "tokenizer" not in path.parts:
+                    below = path.parent.relative_to(stage.path)
+                    run.log_artifact(path, None if below == Path(".") else str(below))
     return stage
 
 

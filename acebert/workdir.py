@@ -118,6 +118,15 @@ def _stage(workdir: Path, name: str, key: dict[str, Any], build: Callable[[Path]
         lock.release()
 
 
+def is_being_built(workdir: Path, name: str, digest: str) -> bool:
+    """Whether a process builds this stage now."""
+    try:
+        with FileLock(workdir / name / f".{digest}.lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def _acquire(lock: FileLock, name: str) -> None:
     try:
         lock.acquire(timeout=0)

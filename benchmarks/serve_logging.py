@@ -5,6 +5,7 @@
 The service under plain uvicorn, a process each, connected to a Ray that runs beside it. `bare`: no
 experiment, and metrics that count nothing. `metrics`: Ray's. `experiment`: metrics too, and each
 search, of one of 1,000 users, is in the log before it is answered; both arms are the same bundle.
+`unlogged`: the same with a log that keeps nothing, so that what the log costs stands alone.
 Closed loop, hot and tail queries as in serve.py, every request with its user's id. The servers take
 turns, the first of a round by turns too, and one whose turn it is not stands still, so that it
 moves its log to Parquet in its own time. Told are searches a second, median of the rounds, and by
@@ -30,7 +31,8 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow.parquet as pq
 
-PORTS = {"bare": 8010, "metrics": 8011, "experiment": 8012}
+PORTS = {"bare": 8010, "metrics": 8011, "unlogged": 8013, "experiment": 8012}
+TWO_ARMS = ("unlogged", "experiment")
 USERS = 1000
 
 
@@ -48,7 +50,7 @@ async def one_client(port: int, paths: Iterator[str], end: float) -> int:
             raise RuntimeError(head.decode())
         length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
         body = await reader.readexactly(length)
-        if (b'"search_id":null' in body) == (port == PORTS["experiment"]):
+        if (b'"search_id":null' in body) == (port in [PORTS[name] for name in TWO_ARMS]):
             raise RuntimeError(f"port {port}: logged, or not, as it should not be: {body[-99:]!r}")
         answers += 1
     writer.close()
@@ -93,7 +95,10 @@ def serve(name: str, workdir: str, ray_address: str) -> None:
             return []
 
     class Silent:
-        """Any metric, and any of its methods."""
+        """Any metric or log, and any of its methods."""
+
+        def __init__(self, *_: object) -> None:
+            pass
 
         def __getattr__(self, name: str) -> "Silent":
             return self
@@ -103,9 +108,11 @@ def serve(name: str, workdir: str, ray_address: str) -> None:
 
     if name == "bare":
         module.Metrics = Silent  # type: ignore[assignment,misc]
+    if name == "unlogged":
+        module.EventLog = Silent  # type: ignore[assignment,misc]
     ray.init(address=ray_address, log_to_driver=False)
     experiment = ["--experiment.name", "cost", "--experiment.arms", "old,new"]
-    chosen = load_settings(["--workdir", workdir, *(experiment if name == "experiment" else [])])
+    chosen = load_settings(["--workdir", workdir, *(experiment if name in TWO_ARMS else [])])
 
     async def run() -> None:
         running = module.SearchService(chosen, Nothing())  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,6 +171,17 @@ def test_a_finished_run_is_found_by_its_stage_and_digest(settings: Settings):
     assert found is not None
     assert found.run_id == run.run_id
     assert finished_run(settings, "evaluate", "d1") is None
+
+
+def test_a_stage_that_several_waited_for_has_one_run(settings: Settings, tmp_path: Path):
+    (tmp_path / "stage.json").write_text('{"key": {"ingest": "i1"}}')
+    found = Stage("tokens", tmp_path, "d1", 1.0, reused=True)
+    client(settings)  # the database is there
+    with ThreadPoolExecutor(4) as waiters:
+        list(waiters.map(lambda _: tracked(settings, found), range(4)))
+    mlflow = client(settings)
+    experiment = mlflow.get_experiment_by_name(settings.tracking.experiment).experiment_id
+    assert len(mlflow.search_runs([experiment])) == 1
 
 
 def test_a_row_of_two_tables_has_a_run_in_each_and_what_is_no_row_has_no_tag(

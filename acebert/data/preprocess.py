@@ -61,6 +61,7 @@ MAX_BYTES = 96 << 20  # of a run's crops and pixels; below the size at which Ray
 RUNS_PER_WORKER = 4  # at least, so that workers end together
 CPU_SHARE = 0.9  # of a CPU for a worker: what else is scheduled must find a little left
 FEW_PHOTOS = 1_000  # new ones, which one process reads in the time that actors take to start
+MANY_PHOTOS = 50_000  # all of which may have changed
 REPORT_SECONDS = 5.0
 GRID_PHOTOS = 24
 
@@ -240,7 +241,9 @@ def stream_shards(
 ) -> Iterator[ShardReport]:
     """Write a shard for each run under `out`, by Ray Data; what each held comes as it is done.
     Few new photos are read here, sooner than actors would start."""
-    if is_alone() and _new_rows(runs, reuse) <= FEW_PHOTOS:
+    total = sum(run.count for run in runs)
+    new = total if reuse is None else int((np.load(reuse.rows) < 0).sum())
+    if is_alone() and new <= FEW_PHOTOS and total <= MANY_PHOTOS:
         for run in runs:
             yield encode(prepare(run, spec, reuse), cnn, out, reuse)
         return
@@ -277,12 +280,6 @@ def stream_shards(
         fields = json.loads(row["report"])
         fields["broken"] = [tuple(pair) for pair in fields["broken"]]
         yield ShardReport(**fields)
-
-
-def _new_rows(runs: list[Rows], reuse: Reuse | None) -> int:
-    if reuse is None:
-        return sum(run.count for run in runs)
-    return int((np.load(reuse.rows) < 0).sum())
 
 
 class _Prepare:

@@ -430,14 +430,12 @@ def _embedded(
 ) -> Iterator[dict[str, NDArray[Any]]]:
     """Rows and vectors, by actors; `total` is the number of `rows` (none: all). Few are embedded
     here, sooner than actors would start."""
-    few = total <= (FEW_ROWS_ALONE if is_alone() else FEW_ROWS)
-    if not few:
-        bring_workers(settings.train)
-    pool = encoder_pool(settings.eval.num_actors, node_resources())
-    if few:
-        here = _Embedder(without_copy(settings), model, make, pool.threads, rows)
+    if total <= (FEW_ROWS_ALONE if is_alone() else FEW_ROWS):
+        here = _Embedder(without_copy(settings), model, make, torch.get_num_threads(), rows)
         yield here({"start": np.array([0]), "stop": np.array([total])})
         return
+    bring_workers(settings.train)
+    pool = encoder_pool(settings.eval.num_actors, node_resources())
     run = min(RUN_ROWS, -(-total // (RUNS_AN_ACTOR * pool.actors)))
     starts = range(0, total, run)
     items = [{"start": start, "stop": min(start + run, total)} for start in starts]

@@ -88,13 +88,14 @@ class Exposure:
     user: str
     """salted hash, see `user_key`; a reviewer's likewise"""
     query: str
+    """normalised; empty where `experiment.log_queries` is off"""
     products: list[str]
     """as shown, best first"""
     dealing: str
     """how users were dealt to arms, see `Experiment.dealing`"""
     design: Shown
     versions: dict[str, str]
-    """arm that answered → version of its model"""
+    """arm that answered → version of its model and of its query encoder"""
     teams: Sequence[str | None] | None = None
     """interleaved, or two lists side by side (the left one first): the arm that a click on each
     product counts for; None: for no arm"""

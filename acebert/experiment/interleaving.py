@@ -3,7 +3,7 @@
 Radlinski, Kurup and Joachims, How Does Clickthrough Data Reflect Retrieval Quality? (CIKM 2008),
 algorithm 2. Rounds of two picks: a coin says who picks first, each takes the best product of its
 ranking that is not in the list yet. A click counts for the team of its product. Each user sees both
-rankings, so that differences between users cancel: it takes far fewer searches than a split.
+rankings, so that differences between users cancel.
 """
 
 import random

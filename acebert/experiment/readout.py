@@ -137,7 +137,7 @@ FROM (
     SELECT "user", product_id AS won,
         list_filter(list_concat(teams, map_keys(versions)), lambda arm: arm <> {control})[1]
             AS treatment
-    FROM actions JOIN searches USING (search_id) WHERE action = 'vote'
+    FROM actions JOIN searches USING (search_id) WHERE action = 'vote' AND design = 'compare'
     QUALIFY row_number() OVER (PARTITION BY search_id ORDER BY actions."at") = 1
 )
 WHERE won IN (treatment, {control}) GROUP BY treatment, "user" ORDER BY treatment

@@ -168,33 +168,39 @@ async def _shop(
 
 def sent_text(sent: dict[str | None, Sent], arms: Sequence[str]) -> str:
     """A table by arm, those in `arms` first; CTR beside what the click model expects, which has
-    less noise: the lift that a long experiment would find, and how many searches an arm needs to
-    find it with 80 % power."""
+    less noise: the lift that a long experiment would find, how many searches an arm needs to find
+    it with 80 % power, and how many to tell the arm from the one above it: to see the order."""
     known = [arm for arm in arms if arm in sent]
     others = sorted((arm for arm in sent if arm not in known), key=str)
     table = Table("arm", title="sent", title_justify="left")
     for name in (
         *("searches", "clicks", "purchases", "CTR", "expected CTR", "expected lift"),
-        "searches\nto see it",
+        *("searches\nto see it", "to tell it from\nthe arm above"),
     ):
         table.add_column(name, justify="right")
     in_order = [*known, *others]
     control = sent[in_order[0]]
-    for arm in in_order:
+    for number, arm in enumerate(in_order):
         of = sent[arm]
-        expected, enough = "-", float("nan")
+        expected, enough = "-", ["-", "-"]
         if of is not control and control.expected:
-            size = of.expected_ctr / control.expected_ctr - 1
-            expected = f"{size:+.2%}"
-            enough = of.searches * needed(lift(of.ctr, control.ctr), size) if size else enough
+            expected = f"{of.expected_ctr / control.expected_ctr - 1:+.2%}"
+            enough = [_searches(of, other) for other in (control, sent[in_order[number - 1]])]
         table.add_row(
             arm or "interleaved",
             *(f"{count:,}" for count in (of.searches, of.clicks.total(), of.purchases)),
             f"{of.ctr.value:.2%}",
             f"{of.expected_ctr:.2%}",
             expected,
-            f"{enough:,.0f}" if math.isfinite(enough) else "-",
+            *enough,
         )
     text = io.StringIO()
     Console(width=100, file=text).print(table)
     return text.getvalue()
+
+
+def _searches(of: Sent, other: Sent) -> str:
+    """That an arm needs to find the expected lift of `of` over `other`."""
+    size = of.expected_ctr / other.expected_ctr - 1 if other.expected else 0.0
+    enough = of.searches * needed(lift(of.ctr, other.ctr), size) if size else float("nan")
+    return f"{enough:,.0f}" if math.isfinite(enough) else "-"

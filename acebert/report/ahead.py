@@ -1,4 +1,4 @@
-"""Trains and evaluates rows of the report several at once, before they are measured in turn.
+"""Trains rows of the report several at once, before they are measured in turn.
 
 A training has a process of its own that drives it, as a trial of a sweep has: it needs no CPU, and
 is on this node, where MLflow's sqlite is. What it leaves are ordinary stages, which
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+import torch
+from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from acebert.config import Settings, settings_from
 from acebert.errors import UserError, reason_of
 from acebert.job import set_up_logging
-from acebert.pipeline import evaluate_stage, finetune_stage, with_own_cnn
+from acebert.pipeline import finetune_stage, with_own_cnn
 from acebert.sweep.placement import place
 from acebert.sweep.space import with_leaves
 from acebert.tracking import server_environment, shared
@@ -27,6 +28,9 @@ from acebert.tracking import server_environment, shared
 log = logging.getLogger(__name__)
 
 AT_ONCE = "--rows_at_once"
+SHARE = ("cpus_per_worker", "threads_per_worker")
+"""settings of `train` by which trainings side by side share the cluster"""
+END_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class Training:
 def train_ahead(
     trainings: Sequence[Training], wanted: int | None, leave_out: Callable[[str, UserError], None]
 ) -> None:
-    """Train and evaluate, in this order, as many at once as the cluster has room for; nothing
-    where that is one, for they are then trained as they are measured.
+    """Train, in this order, as many at once as the cluster has room for; nothing where that is one,
+    for they are then trained as they are measured.
 
     Args:
         wanted: trainings at once, as `acebert.sweep.placement.place` takes it
@@ -62,28 +66,36 @@ def train_ahead(
     Raises:
         UserError: `wanted` trainings do not fit the cluster.
     """
-    at_once = place(trainings[0].settings, wanted, AT_ONCE)[0] if trainings else 1
+    if not trainings:
+        return
+    at_once, placed = place(trainings[0].settings, wanted, AT_ONCE)
     if at_once == 1:
         return
     _train_cnns(trainings)
+    share = {f"train.{leaf}": getattr(placed.train, leaf) for leaf in SHARE}
     to_do, running = list(trainings), dict[Any, Training]()
     began = time.perf_counter()
-    while to_do or running:
-        while to_do and len(running) < at_once:
-            training = to_do.pop(0)
-            log.info("report: %s starts", training.name)
-            running[_start(training, at_once)] = training
-        (done,), _ = ray.wait(list(running))
-        ended = running.pop(done)
-        if (reason := _reason(done)) is not None:
-            leave_out(ended.row, UserError(reason))
-            to_do = [training for training in to_do if training.row != ended.row]
-        left = len(to_do) + len(running)
-        minutes = (time.perf_counter() - began) / 60 * left / (len(trainings) - left)
-        log.info(
-            "report: %s %s, %d left, about %.0f min at the pace so far",
-            *(ended.name, "is measured" if reason is None else "failed", left, minutes),
-        )
+    try:
+        while to_do or running:
+            while to_do and len(running) < at_once:
+                training = to_do.pop(0)
+                log.info("report: %s starts", training.name)
+                running[_start(training, share)] = training
+            (done,), _ = ray.wait(list(running))
+            ended = running.pop(done)
+            if (reason := _reason(done)) is not None:
+                leave_out(ended.row, UserError(reason))
+                to_do = [training for training in to_do if training.row != ended.row]
+            left = len(to_do) + len(running)
+            minutes = (time.perf_counter() - began) / 60 * left / (len(trainings) - left)
+            log.info(
+                "report: %s %s, %d left, about %.0f min at the pace so far",
+                *(ended.name, "is trained" if reason is None else "failed", left, minutes),
+            )
+    finally:
+        for driven in running:  # Ctrl-C: they end their runs in MLflow
+            ray.cancel(driven)
+        ray.wait(list(running), num_returns=len(running), timeout=END_SECONDS)
 
 
 def _train_cnns(trainings: Sequence[Training]) -> None:
@@ -96,13 +108,10 @@ def _train_cnns(trainings: Sequence[Training]) -> None:
             log.warning("report: the CNN of %s cannot be trained: %s", row, reason_of(error))
 
 
-def _start(training: Training, at_once: int) -> Any:
+def _start(training: Training, share: dict[str, Any]) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    own, miner = (
-        None if settings is None else place(settings, at_once, AT_ONCE)[1].model_dump()
-        for settings in (training.settings, training.miner)
-    )
-    assert own is not None
+    own = with_leaves(training.settings, share).model_dump()
+    miner = with_leaves(training.miner, share).model_dump() if training.miner else None
     driven = _drive.options(scheduling_strategy=here)
     return driven.remote(own, miner, os.getcwd(), server_environment())
 
@@ -114,16 +123,17 @@ def _drive(
     directory: str,
     environment: dict[str, str],
 ) -> str | None:
-    """Train and evaluate; why it failed, if it did."""
+    """Train; why it failed, if it did."""
     set_up_logging()
     os.chdir(directory)  # relative paths in the settings start here
     os.environ.update(environment)  # a cluster's workers have their own
     try:
         settings = settings_from(tree)
+        torch.set_num_threads(settings.train.threads_per_worker or 1)  # for what it does itself
         if miner is not None:
             mined_by = finetune_stage(settings_from(miner)).path
             settings = with_leaves(settings, {"loss.hard_negatives_from": mined_by})
-        evaluate_stage(settings, finetune_stage(settings).path)
+        finetune_stage(settings)
     except Exception as error:
         if not isinstance(error, UserError):
             log.exception("report: a training failed")
@@ -134,6 +144,8 @@ def _drive(
 def _reason(done: Any) -> str | None:
     try:
         reason: str | None = ray.get(done)
-    except RayError:
+    except (WorkerCrashedError, OutOfMemoryError):
         return "its process died (killed, or out of memory)"
+    except RayError as error:
+        return reason_of(error)
     return reason

@@ -125,10 +125,11 @@ def _panel(
             axis.axvline(PAPER_BATCHES_PER_PARTITION, color="0.5", linestyle="--", linewidth=1)
             axis.annotate(
                 "paper's best",
-                (PAPER_BATCHES_PER_PARTITION, 0.02),
+                (PAPER_BATCHES_PER_PARTITION, 0.03),
                 xycoords=("data", "axes fraction"),
                 rotation=90,
-                ha="right",
+                rotation_mode="anchor",  # or half a letter would lie below the axis
+                va="bottom",
                 color="0.4",
             )
         axis.set_xscale("log")

@@ -157,19 +157,21 @@ def measure_systems(
 def _trainings(
     seeds_of: Mapping[System, Sequence[int]], make: MakeSettings, results: Results
 ) -> list[Training]:
-    """The first seed of each system in their order, then the second: systems that are trained side
-    by side seldom wait for the same stage. Those whose settings cannot be made are left out."""
+    """All seeds of the first system, then of the second: side by side, seeds have pre-trainings of
+    their own, where systems would wait for one. A system whose settings cannot be made is left out.
+    """
     found = []
-    for number in range(max(map(len, seeds_of.values()), default=0)):
-        for system, seeds in seeds_of.items():
-            if system.name in results.left_out or number >= len(seeds):
-                continue
-            seed = seeds[number]
-            try:
-                miner = make(system.miner, seed) if system.miner else None
-                found.append(Training(system.name, make(system, seed), miner))
-            except UserError as error:
-                results.leave_out(system.name, error)
+    for system, seeds in seeds_of.items():
+        try:
+            found += [
+                Training(
+                    *(system.name, make(system, seed)),
+                    make(system.miner, seed) if system.miner else None,
+                )
+                for seed in seeds
+            ]
+        except UserError as error:
+            results.leave_out(system.name, error)
     return found
 
 

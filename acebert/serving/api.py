@@ -126,8 +126,8 @@ def _searches(app: FastAPI, service: SearchService) -> None:
 
     @app.post("/events", status_code=202, response_model=schema.Status, operation_id="event")
     async def event(body: schema.EventIn) -> Any:
-        """What a shopper did with a product of an answer with a `search_id`; durable with the
-        answer. The same once more counts once."""
+        """What a shopper did with a product of an answer with a `search_id`; it is in the log with
+        the answer, and no kill of the service loses it. The same once more counts once."""
         if service.trial is None:
             raise UserError("no experiment runs here, so there is no log of events")
         await service.trial.act(body.search_id, body.action, body.product_id, body.revenue)

@@ -7,7 +7,7 @@
 | `index/` | the FAISS index of these (`acebert.index.ProductIndex`) |
 | `products.sqlite` | `product` (id, title, category, price, photo, digest, hot queries), `words` |
 | `hot.npy`, `hot_queries.parquet` | vectors of the most frequent queries, float32 [h, d]; texts |
-| `query_mean.npy` | mean vector of the log's queries by clicks, float32 [d]; a refresh keeps it |
+| `query_mean.npy` | mean vector of what drawn clicks asked for, float32 [d]; a refresh keeps it |
 | `model/`, `query_encoder/` | model directory (products are encoded by it), query encoder |
 
 Vectors of products, hot queries and the query encoder are of one model: `version` says which, and
@@ -45,16 +45,18 @@ from acebert.errors import UserError
 from acebert.index import TUNE_QUERIES, IndexInfo, Kind, ProductIndex
 from acebert.serving.products import Product
 from acebert.serving.query_encoder import dimensions, product_side_version
-from acebert.workdir import Stage, file_digests, run_stage, sync
+from acebert.workdir import Stage, digest_of, file_digests, run_stage, sync
 
 log = logging.getLogger(__name__)
 
-VERSION = 6
+VERSION = 7
 FLAT_UP_TO = 10_000  # products up to which exact search takes less than a millisecond
 OF_HOT_LISTS = ("train", "valid")  # days whose clicks are in the lists that are served
 PHOTO_SIDE = 320  # photos of hits are not shown larger [px]
 PHOTO_BYTES = 40_000  # smaller files are kept as they are
 CNN_WEIGHTS = "cnn.safetensors"
+DRAWN = 2_000
+"""clicks of the log, whose queries stand for what is searched for"""
 TOKENS = "porter unicode61 remove_diacritics 2"
 
 
@@ -72,7 +74,7 @@ def build_bundle(
         settings: the model's own, with this machine's `serve`.
         model: model directory.
         query_encoder: directory of a query encoder of the same version, e.g. `model`.
-        embedded: products in catalogue order; queries by falling frequency.
+        embedded: products in catalogue order, and `bundle_queries`.
         earlier: a bundle whose photos are taken where they have not changed.
 
     Raises:
@@ -99,18 +101,19 @@ def build_bundle(
         ids, vectors = _read_vectors(embedded.path / "products.parquet", "product_id")
         np.save(out / "vectors.npy", vectors)
         queries, hot = _read_vectors(embedded.path / "queries.parquet", "query")
+        known_hot = min(serve.hot_queries, _clicked(ingested.path))
+        mean = _query_mean(ingested.path, queries, hot, version, earlier)
+        np.save(out / "query_mean.npy", mean)
         index = ProductIndex.build(
             vectors,
             ids,
-            hot,
+            hot[: max(TUNE_QUERIES, known_hot)],
             ann_from=settings.eval.ann_from,
             target_recall=serve.target_recall,
             kind=_kind(settings, len(ids)),
             codec=serve.codec,
         )
         index.save(out / "index")
-        np.save(out / "query_mean.npy", _query_mean(ingested.path, queries, hot, version, earlier))
-        known_hot = min(serve.hot_queries, _clicked(ingested.path))
         queries, hot = queries[:known_hot], hot[:known_hot]
         np.save(out / "hot.npy", hot)
         pq.write_table(pa.table({"query": queries}), out / "hot_queries.parquet")
@@ -159,26 +162,36 @@ def _times(model: Path, ingested: Path) -> dict[str, str]:
 def _query_mean(
     ingested: Path,
     queries: list[str],
-    hot: NDArray[np.float32],
+    vectors: NDArray[np.float32],
     version: str,
     earlier: Path | None,
 ) -> NDArray[np.float32]:
     """What live queries are compared with: the mean of when the model was first published."""
     if earlier and _is_one_of_ours(earlier) and stage_key(earlier)["model"] == version:
         return np.load(earlier / "query_mean.npy", allow_pickle=False)
-    table = pq.read_table(ingested / "queries.parquet", columns=["text", "clicks"])
-    clicks = table["clicks"].take(pc.index_in(pa.array(queries), table["text"]))
-    return np.average(hot, axis=0, weights=clicks.to_numpy()).astype(np.float32)
+    rows = pc.index_in(pa.array(_drawn(ingested)), pa.array(queries))
+    return vectors[rows.to_numpy()].mean(axis=0)
 
 
-def hot_queries(ingested: Stage, count: int) -> list[str]:
-    """The queries with most clicks in the training days, most clicked first. A few hundred at
-    least, for the index's effort is set on them: after those that were clicked come others, which
-    are not hot."""
+def bundle_queries(ingested: Stage, count: int) -> list[str]:
+    """The queries whose vectors a bundle needs, each once. First the `count` with most clicks in
+    the training days, most clicked first, a few hundred at least, for the index's effort is set on
+    them: after those that were clicked come others, which are not hot. Then those that were drawn.
+    """
     table = pq.read_table(ingested.path / "queries.parquet")
     ranked = table.sort_by([("clicks", "descending"), ("query", "ascending")])
     wanted = min(count, _clicked(ingested.path))
-    return ranked["text"].slice(0, max(TUNE_QUERIES, wanted)).to_pylist()
+    first = ranked["text"].slice(0, max(TUNE_QUERIES, wanted)).to_pylist()
+    return list(dict.fromkeys([*first, *_drawn(ingested.path)]))
+
+
+def _drawn(ingested: Path) -> list[str]:
+    """Queries of DRAWN clicks of the training days, drawn with replacement, by one seed."""
+    table = pq.read_table(ingested / "queries.parquet", columns=["text", "clicks"])
+    clicks = table["clicks"].to_numpy()
+    rows = np.random.default_rng(0).choice(len(clicks), DRAWN, p=clicks / clicks.sum())
+    texts: list[str] = table["text"].take(rows).to_pylist()
+    return texts
 
 
 def _clicked(ingested: Path) -> int:
@@ -339,6 +352,7 @@ class Bundle(ProductTable):
         version: of the model, see the module's docstring.
         reads_photos: whether the model does; photos say nothing to one of titles alone.
         query_mean: of the log's queries, float32 [d].
+        encoder: of its query encoder, 8 hex digits.
         vectors: float32 [n, d], mapped.
         index_info: of the index.
         hot: text of a hot query → its row of `hot_vectors`.
@@ -357,6 +371,7 @@ class Bundle(ProductTable):
             texts = pq.read_table(directory / "hot_queries.parquet")["query"].to_pylist()
             self.query_mean = np.load(directory / "query_mean.npy", allow_pickle=False)
             self.version: str = self.info["version"]
+            self.encoder = digest_of(stage_key(directory)["query_encoder"])[:8]
         except (OSError, ValueError, KeyError) as error:
             raise _unreadable(directory, error) from error
         of_model = product_side_version(directory / "model")

@@ -12,8 +12,8 @@ keeps the bundle that it began with, which goes on following changes meanwhile.
 
 import asyncio
 import logging
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -73,6 +73,8 @@ class Found:
     """hot, tail, product or photo"""
     version: str
     """of the model"""
+    encoder: str
+    """of the query encoder"""
     no_good_match: bool
     seconds: float
     search_id: str | None = None
@@ -370,16 +372,19 @@ class SearchService:
         return vector, "tail" if row is None else "hot"
 
     async def similar(self, product_id: str, k: int, where: Filter) -> Found | None:
-        """The products nearest to a product, without it; None: there is no such product."""
+        """The products nearest to a product, without it, in the first bundle that has it, of those
+        that are served; None: none has."""
         start = time.perf_counter()
-        loaded = self.current()
-        vector = await asyncio.to_thread(loaded.index.vector, product_id)
-        if vector is None:
+        for loaded in self.all_loaded():
+            vector = await asyncio.to_thread(loaded.index.vector, product_id)
+            if vector is not None:
+                break
+        else:
             return None
         labels = {"path": "product", "arm": NO_ARM}
         found = await self._nearest(loaded, vector, k + 1, where, labels, start, None, None)
         others = [hit for hit in found.hits if hit.product.product_id != product_id][:k]
-        return Found(others, found.path, found.version, False, found.seconds)
+        return replace(found, hits=others, no_good_match=False)
 
     async def search_photo(self, photo: bytes, text: str, k: int, where: Filter) -> Found:
         """The products nearest to one that looks like `photo` and is called `text`.
@@ -480,7 +485,13 @@ class SearchService:
     ) -> Found:
         """Hits as an answer, counted."""
         self.metrics.queries.inc(path, arm)
-        return Found(hits, path, loaded.version, no_good_match, seconds)
+        encoder = loaded.bundle.encoder
+        return Found(hits, path, loaded.version, encoder, no_good_match, seconds)
+
+
+def _made_by(found: Found) -> str:
+    """Which model answered, and by which query encoder, as it is logged."""
+    return f"{found.version} {found.encoder}"
 
 
 class Trial:
@@ -496,6 +507,7 @@ class Trial:
         settings = service.all_settings
         self._workdir = settings.workdir
         self._directory = events_directory(settings.workdir)
+        self._log_queries = settings.experiment.log_queries
         self.arms: dict[str, Loaded] = {}
         """what answers for each"""
         self._log: EventLog | None = None
@@ -580,7 +592,7 @@ class Trial:
         if experiment.design == "interleave":
             both = await asyncio.gather(*(by(arm) for arm in experiment.arms))
             first, second = ([hit.product.product_id for hit in found.hits] for found in both)
-            versions = {arm: of.version for arm, of in zip(experiment.arms, both, strict=True)}
+            versions = {arm: _made_by(of) for arm, of in zip(experiment.arms, both, strict=True)}
             seed = experiment.seed("draft", user, normalize_query(query))
             picks = team_draft(first, second, k, seed)
             teams = [None if pick.team is None else experiment.arms[pick.team] for pick in picks]
@@ -593,8 +605,8 @@ class Trial:
         else:
             arm = experiment.arm(user)
             found = await by(arm)
-            versions = {arm: found.version}
-        name = search_id or uuid.uuid4().hex
+            versions = {arm: _made_by(found)}
+        name = search_id or secrets.token_hex(16)
         products = [hit.product.product_id for hit in found.hits]
         design = experiment.design
         start = time.perf_counter()
@@ -626,7 +638,7 @@ class Trial:
             self._experiment.name,
             arm,
             user_key(self._directory, user),
-            normalize_query(query),
+            normalize_query(query) if self._log_queries else "",
             products,
             self._experiment.dealing,
             design,
@@ -642,14 +654,14 @@ class Trial:
         Raises:
             Unavailable: the log cannot be written.
         """
-        search_id = uuid.uuid4().hex
+        search_id = secrets.token_hex(16)
         sides = self._experiment.sides(search_id)
         left, right = await asyncio.gather(
             *(self._service.search(query, k, where, min_score=None, arm=arm) for arm in sides)
         )
         products = [hit.product.product_id for hit in [*left.hits, *right.hits]]
         teams = [sides[0]] * len(left.hits) + [sides[1]] * len(right.hits)
-        versions = {arm: of.version for arm, of in zip(sides, (left, right), strict=True)}
+        versions = {arm: _made_by(of) for arm, of in zip(sides, (left, right), strict=True)}
         self._log_event(
             lambda: self._exposure(
                 search_id, "compare", None, user, query, products, teams, versions
@@ -670,7 +682,7 @@ class Trial:
     async def act(
         self, search_id: str, action: str, product_id: str, revenue: float | None
     ) -> None:
-        """Log what a shopper did; durable when it returns.
+        """Log what a shopper did; a kill of this process after it returns loses nothing.
 
         Raises:
             Unavailable: the log cannot be written.

@@ -32,7 +32,7 @@ import torch
 
 from acebert.config import flatten
 from acebert.errors import UserError
-from acebert.workdir import is_disk_full, sync
+from acebert.workdir import is_being_built, is_disk_full, sync
 
 log = logging.getLogger(__name__)
 
@@ -227,11 +227,15 @@ class Checkpoints:
 
 
 def begun_otherwise(directory: Path, stage: str, key: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each training of this stage, beside the one in `directory`, that has a checkpoint:
-    how far it came, and in what its key is another."""
+    """A line for each training of this stage, beside the one in `directory`, that was stopped at a
+    checkpoint: how far it came, and in what its key is another."""
+    workdir = directory.parents[1]
     for checkpoints in sorted(directory.parent.glob(f"{stage}-*/checkpoints")):
         paths = sorted(path for path in checkpoints.glob("step-*") if path.suffix != ".corrupt")
-        if checkpoints.parent == directory or not paths:
+        other = checkpoints.parent
+        if other == directory or not paths:
+            continue
+        if is_being_built(workdir, stage, other.name.removeprefix(f"{stage}-")):
             continue
         try:
             differences = _differences(_identity(paths[-1])["key"], key)

@@ -237,6 +237,7 @@ def test_votes_are_counted_by_reviewer_and_the_first_on_a_search_holds(tmp_path:
     events: list[Exposure | Action] = [*sides, shown("t1", "u1", "old"), shown("t2", "u2", "new")]
     events += [Action(f"s{i}", NOW, "vote", arm) for i, arm in enumerate(won)]
     events += [Action("s0", late, "vote", "old"), Action("s0", late, "vote", "")]
+    events.append(Action("t2", NOW, "vote", "old"))  # on a search that showed one arm
     found = read_out(SPLIT, logged(tmp_path, events))
     votes = found.votes["new"]
     assert (votes.reviewers, votes.votes) == (4, 10)

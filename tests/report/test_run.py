@@ -252,7 +252,7 @@ def test_settings_that_cannot_be_made_cost_the_row_or_figure_that_they_are_of(
     }
 
 
-def test_every_row_has_its_first_seed_before_any_has_its_second_and_a_broken_row_has_none() -> None:
+def test_seeds_of_a_row_are_trained_side_by_side_and_a_row_without_settings_has_none() -> None:
     def make(system: System, seed: int) -> Settings:
         if system is MATRYOSHKA:
             raise UserError("no such recipe")
@@ -263,8 +263,8 @@ def test_every_row_has_its_first_seed_before_any_has_its_second_and_a_broken_row
     trainings = run._trainings(seeds_of, make, results)
     masked, own = MINED_MASKED.name, ACEBERT.name
     assert [training.name for training in trainings] == [
-        *(f"{own}, seed 3", f"{masked}, seed 7", f"{own}, seed 4", f"{masked}, seed 8"),
-        f"{masked}, seed 9",
+        *(f"{own}, seed {seed}" for seed in (3, 4)),
+        *(f"{masked}, seed {seed}" for seed in (7, 8, 9)),
     ]
     miners = [training.miner.seed for training in trainings if training.miner]
     assert miners == [7, 8, 9]

@@ -26,7 +26,7 @@ from acebert.data.tokens import tokenize
 from acebert.evaluation import embed
 from acebert.models.dual import DualEncoder
 from acebert.serving.api import make_api
-from acebert.serving.bundle import build_bundle, hot_queries, publish, published
+from acebert.serving.bundle import build_bundle, bundle_queries, publish, published
 from acebert.serving.catalogue import Catalogue
 from acebert.serving.changes import ChangeLog, Source
 from acebert.serving.product_encoder import ProductEncoder
@@ -69,7 +69,7 @@ def make_bundle(settings: Settings, ingested: Stage, paths: StagePaths, model: P
     vectors = np.empty_like(found["embedding"])
     vectors[found["row"]] = found["embedding"]
     embed._write(out / "products.parquet", "product_id", iter(ids.chunks), vectors)
-    queries = hot_queries(ingested, settings.serve.hot_queries)
+    queries = bundle_queries(ingested, settings.serve.hot_queries)
     hot = QueryEncoder.load(model).encode(queries)
     embed._write(out / "queries.parquet", "query", iter([pa.array(queries)]), hot)
     embedded = Stage("embed", out, model.name, 0.0, reused=False)

@@ -32,7 +32,7 @@ from acebert.experiment.event_log import EventLog, Exposure, collect, events_dir
 from acebert.experiment.readout import Readout, read_out
 from acebert.experiment.shoppers import demo_searches
 from acebert.experiment.simulate import send
-from acebert.serving.bundle import publish
+from acebert.serving.bundle import Bundle, publish
 from acebert.serving.catalogue import Unavailable
 from acebert.serving.leases import held
 from acebert.serving.query_encoder import QueryEncoder
@@ -146,7 +146,7 @@ def test_users_get_their_arms_own_answers_before_and_after_a_restart(start, worl
     assert {u: server.search(u)["arm"] for u in users} == {u: a["arm"] for u, a in before.items()}
 
 
-def test_every_answered_search_is_logged_once_when_the_process_is_killed(start) -> None:
+def test_every_answered_search_is_logged_once_when_the_process_is_killed(start, world) -> None:
     server = start()
     answered: list[dict[str, Any]] = []
 
@@ -167,12 +167,16 @@ def test_every_answered_search_is_logged_once_when_the_process_is_killed(start) 
     rows = {row["search_id"]: row for row in logged}
     assert len(rows) == len(logged)
     assert len(answered) > 50
+    bundles = {"old": world.bundle, "new": world.other_bundle}
+    encoders = {arm: Bundle(bundle).encoder for arm, bundle in bundles.items()}
     for answer in answered:
         row = rows[answer["search_id"]]
         assert row["arm"] == answer["arm"]
         assert row["products"] == [hit["product_id"] for hit in answer["hits"]]
         assert len(row["user"]) == 32
-        assert row["versions"] == [(answer["arm"], answer["version"])]
+        encoder = encoders[answer["arm"]]
+        assert row["versions"] == [(answer["arm"], f"{answer['version']} {encoder}")]
+        assert row["query"] == ""
     assert len(rows) <= len(answered) + 4  # those that were under way
 
 
@@ -293,6 +297,13 @@ def test_searches_are_answered_while_the_log_cannot_be_written(start) -> None:
     assert len(server.logged("action")) == 1
 
 
+def test_what_was_searched_for_is_logged_where_it_is_asked_for(start) -> None:
+    server = start(log_queries=True)
+    server.search("u1", "  Red SHOE ")
+    server.stop()
+    assert [row["query"] for row in server.logged("exposure")] == ["red shoe"]
+
+
 def test_products_of_an_arm_alone_have_a_page_a_photo_and_a_price(start, world, tmp_path) -> None:
     bundle = tmp_path / "with-a-product-more"
     shutil.copytree(world.other_bundle, bundle)
@@ -306,6 +317,8 @@ def test_products_of_an_arm_alone_have_a_page_a_photo_and_a_price(start, world, 
     photo = server.client.get("/photos/arms-own")
     assert photo.status_code == 200
     assert photo.content == server.client.get(f"/photos/{world.ids[row]}").content
+    similar = server.client.get("/similar/arms-own?k=3")
+    assert (similar.status_code, len(similar.json()["hits"])) == (200, 3)
     assert server.client.get("/products/nobodys").status_code == 404
     name = server.search("u1")["search_id"]
     event = {"search_id": name, "action": "purchase", "product_id": "arms-own"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from acebert.errors import UserError
 from acebert.training.checkpoint import (
@@ -194,14 +195,20 @@ def test_a_checkpoint_of_other_code_is_refused(
         Checkpoints(checkpoints.directory, identity, keep=2).newest()
 
 
-def test_a_training_begun_with_another_key_is_told_with_what_differs(tmp_path: Path):
+def test_a_stopped_training_with_another_key_is_told_with_what_differs_and_one_that_runs_is_not(
+    tmp_path: Path,
+):
+    train = tmp_path / "train"
     for name, lr in (("finetune-a", 0.001), ("finetune-b", 0.002), ("pretrain-c", 0.003)):
-        made = Checkpoints(tmp_path / name / "checkpoints", {"key": {"train": {"lr": lr}}}, keep=1)
+        made = Checkpoints(train / name / "checkpoints", {"key": {"train": {"lr": lr}}}, keep=1)
         made.save(state(3), progress(3))
         made.wait()
-    (line,) = begun_otherwise(tmp_path / "finetune-b", "finetune", {"train": {"lr": 0.002}})
-    checkpoint = tmp_path / "finetune-a" / "checkpoints" / "step-00000003"
+    ours = train / "finetune-b", "finetune", {"train": {"lr": 0.002}}
+    (line,) = begun_otherwise(*ours)
+    checkpoint = train / "finetune-a" / "checkpoints" / "step-00000003"
     assert line == f"{checkpoint}: train.lr was 0.001, is 0.002"
+    with FileLock(tmp_path / "finetune" / ".a.lock"):  # as whoever builds the stage
+        assert list(begun_otherwise(*ours)) == []
 
 
 def test_the_code_that_trains_is_known_by_file():
