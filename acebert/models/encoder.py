@@ -35,6 +35,8 @@ from transformers.models.bert.modeling_bert import (
 from transformers.utils import logging as transformers_logging
 
 from acebert.errors import UserError
+from acebert.models.dropout import dropout as drop
+from acebert.models.dropout import use_dropout
 
 log = logging.getLogger(__name__)
 
@@ -265,6 +267,7 @@ class CEBertModel(BertPreTrainedModel):
             )
         self.embeddings = CEBertEmbeddings(config)
         self.encoder = BertEncoder(config)
+        use_dropout(self)
         self.new_parameters: frozenset[str] = frozenset()
         self.post_init()
 
@@ -404,7 +407,7 @@ def _attend(
         scores.masked_fill_(~mask, -torch.inf)
     else:
         scores += mask
-    return F.dropout(scores.softmax(-1), dropout) @ value
+    return drop(scores.softmax(-1), dropout) @ value
 
 
 def load_backbone(

@@ -39,7 +39,7 @@ SCHEMA = pa.schema(
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def by_actors(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few photos there are."""
     monkeypatch.setattr(module, "FEW_PHOTOS", -1)
@@ -77,6 +77,7 @@ def settings(workdir: Path, **sections: dict[str, Any]) -> Settings:
     return settings_from({"workdir": workdir, "image": image, **sections})
 
 
+@pytest.mark.usefixtures("by_actors")
 def test_features_are_those_of_the_photos_and_reused_when_asked_again(tmp_path: Path) -> None:
     from acebert.data.patches import PatchCNN
 
@@ -135,6 +136,7 @@ def test_broken_and_missing_photos_are_counted_listed_and_masked(
     assert "4 broken" in caplog.text
 
 
+@pytest.mark.usefixtures("by_actors")
 def test_too_many_broken_photos_stop_the_stage_and_leave_nothing(tmp_path: Path) -> None:
     photos = [photo(0), b"no image", photo(1), b"no image"]
     with pytest.raises(UserError, match=r"2 of 4 photos.*not an image: 2.*p1, p3.*max_bad_share"):
@@ -162,6 +164,7 @@ def test_actors_and_this_process_make_the_same_features(
     assert counted[0] == counted[1]
 
 
+@pytest.mark.usefixtures("by_actors")
 def test_one_run_of_rows_or_many_give_the_same_features(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,10 +283,12 @@ def test_a_photo_that_is_replaced_under_its_address_makes_new_features(tmp_path:
     assert json.loads((third.path / "report.json").read_text())["photos_as_before"] == 1
 
 
+@pytest.mark.parametrize("few", [-1, 1_000], ids=["actors", "here"])
 def test_another_log_of_the_same_photos_takes_the_features_of_the_stage_that_has_most_of_them(
-    tmp_path: Path,
+    few: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And none that other settings made; what is taken is what would be computed."""
+    monkeypatch.setattr(module, "FEW_PHOTOS", few)
     photos = [photo(seed) for seed in range(6)]
     of = {
         name: ingested(tmp_path / "ingest" / name, pictures)
@@ -386,10 +391,12 @@ def test_runs_cover_every_row_once_within_their_row_groups(tmp_path: Path) -> No
 FULL_DISK = """
 from pathlib import Path
 from acebert.config import settings_from
+from acebert.data import preprocess as module
 from acebert.data.preprocess import preprocess
 from acebert.errors import UserError
 from acebert.workdir import Stage
 import ray  # after acebert, which keeps it on 127.0.0.1
+module.FEW_PHOTOS = -1
 ray.init(address="local", num_cpus=2, num_gpus={gpus}, object_store_memory=200 * 2**20,
          include_dashboard=False)
 image = {{"cnn": "resnet18", "cnn_weights": "random", "cnn_side": 128, "pixel_side": 224}}
@@ -467,6 +474,7 @@ def test_rows_of_a_photo_storage_come_in_order(tmp_path: Path) -> None:
     assert [(p.product, p.product_id, p.data) for p in read] == [(1, "p1", None), (2, "p2", b"x")]
 
 
+@pytest.mark.usefixtures("by_actors")
 def test_a_cluster_that_grows_on_demand_is_asked_for_the_trainings_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

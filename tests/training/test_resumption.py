@@ -176,7 +176,6 @@ def workers_below(process: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.slow
 def test_a_killed_worker_costs_nothing(
     dropping: Settings, data: dict[str, Stage], undisturbed_dropping: Stage
 ):
@@ -244,7 +243,6 @@ def finished(process: subprocess.Popen, settings: Settings) -> tuple[Stage, str]
     return Stage("finetune", path, path.name, seconds=0.0, reused=False), out
 
 
-@pytest.mark.slow
 def test_a_job_that_is_killed_then_stopped_goes_on_when_it_is_started_again(
     dropping: Settings, data: dict[str, Stage], undisturbed_dropping: Stage
 ):
