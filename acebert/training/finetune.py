@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 SETTINGS_THAT_MATTER = ("model", "text", "loss", "adversary")
 """sections whose leaves can change the weights; the other sections act through their stage"""
 BY_THEIR_STAGE = {"hard_negative_ranks", "hard_negatives_from"}

@@ -26,7 +26,7 @@ from acebert.training.record import write_record
 from acebert.training.steps import Rank
 from acebert.workdir import Stage
 
-VERSION = 4
+VERSION = 5
 MODEL_SETTINGS = {
     *("backbone", "layers", "width", "heads", "dropout"),
     *("patches", "pixels", "pooling"),
