@@ -91,8 +91,11 @@ def path(text: str) -> Path:
     """An absolute path, the type of an argument: the cluster's workers are in other directories.
 
     Raises:
-        ArgumentTypeError: a relative one, in a submitted job.
+        ArgumentTypeError: an empty one, as of a variable that was not set; or a relative one, in a
+            submitted job.
     """
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
     try:
         return absolute(Path(text))
     except ValueError as error:

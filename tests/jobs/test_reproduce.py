@@ -59,6 +59,12 @@ def test_each_seed_of_a_pre_trained_row_has_a_pre_training_of_its_own() -> None:
     assert [(settings.seed, settings.pretrain.seed) for settings in of] == [(0, 0), (7, 7)]
 
 
+def test_a_model_that_a_failed_job_did_not_name_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        model_arguments().parse_known_args(["--model", ""])
+    assert "argument --model: an empty path" in capsys.readouterr().err
+
+
 def test_an_option_is_its_whole_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         model_arguments().parse_known_args(["--mod", "directory"])
