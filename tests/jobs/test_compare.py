@@ -49,6 +49,7 @@ def settings_yaml(directory: Path, *argv: str) -> str:
     return str(directory / "settings.yaml")
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_rows_without_training_are_measured_on_the_data_of_the_recipes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
