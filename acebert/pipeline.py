@@ -37,7 +37,7 @@ from acebert.training.distill import distill, student_layers
 from acebert.training.finetune import finetune
 from acebert.training.pretrain import pretrain
 from acebert.training.train_cnn import WEIGHTS, crop_settings, train_cnn
-from acebert.workdir import STAGE_FILE, Stage, run_stage
+from acebert.workdir import STAGE_FILE, Stage, lock_file, run_stage
 
 log = logging.getLogger(__name__)
 
@@ -367,7 +367,7 @@ def tracked(
     again. A `row` has a run for each table (the tag) that it stands in."""
     table = settings.tracking.tag if row else None
     whole = stage.digest.partition("/")[0]
-    with FileLock(settings.workdir / stage.name / f".{whole}.run.lock"):  # who waited for it, too
+    with FileLock(lock_file(settings.workdir, stage.name, whole)):  # several may have waited for it
         if finished_run(settings, stage.name, stage.digest, table, here=not stage.reused):
             return stage
         started = time.time() - stage.seconds

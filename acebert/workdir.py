@@ -106,7 +106,7 @@ def _stage(workdir: Path, name: str, key: dict[str, Any], build: Callable[[Path]
         return _reused(name, final, digest)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(final.parent / f".{digest}.lock")
+        lock = FileLock(lock_file(workdir, name, digest))
         _acquire(lock, name)
     except OSError as error:
         raise UserError(f"workdir {workdir}: cannot be written ({error.strerror})") from error
@@ -118,10 +118,15 @@ def _stage(workdir: Path, name: str, key: dict[str, Any], build: Callable[[Path]
         lock.release()
 
 
+def lock_file(workdir: Path, name: str, digest: str) -> Path:
+    """Of a stage, beside it: who holds its lock builds it, or notes it in MLflow."""
+    return workdir / name / f".{digest}.lock"
+
+
 def is_being_built(workdir: Path, name: str, digest: str) -> bool:
     """Whether a process builds this stage now."""
     try:
-        with FileLock(workdir / name / f".{digest}.lock", timeout=0):
+        with FileLock(lock_file(workdir, name, digest), timeout=0):
             return False
     except Timeout:
         return True

@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 
 PORTS = {"bare": 8010, "metrics": 8011, "unlogged": 8013, "experiment": 8012}
 TWO_ARMS = ("unlogged", "experiment")
+GIVE_IDS = {PORTS[name] for name in TWO_ARMS}
 USERS = 1000
 
 
@@ -50,7 +51,7 @@ async def one_client(port: int, paths: Iterator[str], end: float) -> int:
             raise RuntimeError(head.decode())
         length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
         body = await reader.readexactly(length)
-        if (b'"search_id":null' in body) == (port in [PORTS[name] for name in TWO_ARMS]):
+        if (b'"search_id":null' in body) == (port in GIVE_IDS):
             raise RuntimeError(f"port {port}: logged, or not, as it should not be: {body[-99:]!r}")
         answers += 1
     writer.close()

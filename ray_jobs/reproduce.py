@@ -28,8 +28,9 @@ def work(arguments: argparse.Namespace) -> None:
     told_apart = "rows are told apart by it, and would not be what the page calls them"
     refuse_given(arguments.settings, WHAT_A_ROW_IS, told_apart)
     seeds = seeds_by_part(arguments.parts, arguments.seeds, arguments.table1_seeds)
-    if arguments.rows_at_once is not None and arguments.rows_at_once < 1:
-        raise UserError(f"--rows_at_once {arguments.rows_at_once}: at least one")
+    at_once = arguments.rows_at_once
+    if at_once is not None and at_once < 1:
+        raise UserError(f"--rows_at_once {at_once}: at least one")
     start = arguments.sentence_transformer
     if start is not None and not start.is_dir():
         raise UserError(f"--sentence_transformer {start}: no such directory")
@@ -53,13 +54,12 @@ def work(arguments: argparse.Namespace) -> None:
     wanted = systems_of(given.parts)
     if any(table.untrained for part in given.parts for table in TABLES.get(part, ())):
         measure_untrained(settings, results)
-    measure_systems(wanted, seeds, make, results, arguments.rows_at_once)
+    measure_systems(wanted, seeds, make, results, at_once)
     if "table1" in given.parts:
         lr = arguments.sentence_transformer_lr
         measure_rival(make, start, seeds["table1"], lr, results)
     swept = None
     if "fig5" in given.parts:
-        at_once = arguments.rows_at_once
         swept = measure_partitions(make, FIG_5, seeds["fig5"], results, at_once)
     ingested = ingest_stage(settings)
     page = report_stage(settings, ingested, given, results, swept)

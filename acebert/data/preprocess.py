@@ -241,9 +241,7 @@ def stream_shards(
 ) -> Iterator[ShardReport]:
     """Write a shard for each run under `out`, by Ray Data; what each held comes as it is done.
     Few new photos are read here, sooner than actors would start."""
-    total = sum(run.count for run in runs)
-    new = total if reuse is None else int((np.load(reuse.rows) < 0).sum())
-    if is_alone() and new <= FEW_PHOTOS and total <= MANY_PHOTOS:
+    if is_alone() and _are_few(runs, reuse):
         for run in runs:
             yield encode(prepare(run, spec, reuse), cnn, out, reuse)
         return
@@ -280,6 +278,13 @@ def stream_shards(
         fields = json.loads(row["report"])
         fields["broken"] = [tuple(pair) for pair in fields["broken"]]
         yield ShardReport(**fields)
+
+
+def _are_few(runs: list[Rows], reuse: Reuse | None) -> bool:
+    total = sum(run.count for run in runs)
+    if reuse is None or total > MANY_PHOTOS:
+        return total <= FEW_PHOTOS
+    return int((np.load(reuse.rows) < 0).sum()) <= FEW_PHOTOS
 
 
 class _Prepare:

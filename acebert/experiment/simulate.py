@@ -6,7 +6,6 @@ once.
 """
 
 import asyncio
-import io
 import logging
 import math
 import time
@@ -18,10 +17,10 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from acebert.errors import UserError
+from acebert.evaluation.tables import printed
 from acebert.experiment.shoppers import PURCHASE, Search
 from acebert.experiment.statistics import PerUser, lift, needed
 
@@ -194,9 +193,7 @@ def sent_text(sent: dict[str | None, Sent], arms: Sequence[str]) -> str:
             expected,
             *enough,
         )
-    text = io.StringIO()
-    Console(width=100, file=text).print(table)
-    return text.getvalue()
+    return printed(table)
 
 
 def _searches(of: Sent, other: Sent) -> str:

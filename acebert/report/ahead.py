@@ -22,8 +22,10 @@ from acebert.errors import UserError, reason_of
 from acebert.job import set_up_logging
 from acebert.pipeline import finetune_stage, with_own_cnn
 from acebert.sweep.placement import place
+from acebert.sweep.run import NO_PART_OF_IT
 from acebert.sweep.space import with_leaves
 from acebert.tracking import server_environment, shared
+from acebert.workdir import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +53,30 @@ class Training:
     def name(self) -> str:
         return f"{self.row}, seed {self.settings.seed}"
 
+    @property
+    def trains(self) -> str:
+        """Digest of what is trained: rows that are one model cut or fused have one."""
+        return digest_of(
+            [
+                settings and settings.model_dump(mode="json", exclude=NO_PART_OF_IT)
+                for settings in (self.settings, self.miner)
+            ]
+        )
+
+
+def each_once(trainings: Sequence[Training]) -> list[Training]:
+    """Of those that train the same, the first."""
+    found: dict[str, Training] = {}
+    for training in trainings:
+        found.setdefault(training.trains, training)
+    return list(found.values())
+
 
 def train_ahead(
     trainings: Sequence[Training], wanted: int | None, leave_out: Callable[[str, UserError], None]
 ) -> None:
-    """Train, in this order, as many at once as the cluster has room for; nothing where that is one,
-    for they are then trained as they are measured.
+    """Train, in this order and each once, as many at once as the cluster has room for; nothing
+    where that is one, for they are then trained as they are measured.
 
     Args:
         wanted: trainings at once, as `acebert.sweep.placement.place` takes it
@@ -66,14 +86,15 @@ def train_ahead(
     Raises:
         UserError: `wanted` trainings do not fit the cluster.
     """
-    if not trainings:
+    if not trainings or wanted == 1:
         return
     at_once, placed = place(trainings[0].settings, wanted, AT_ONCE)
     if at_once == 1:
         return
     _train_cnns(trainings)
     share = {f"train.{leaf}": getattr(placed.train, leaf) for leaf in SHARE}
-    to_do, running = list(trainings), dict[Any, Training]()
+    to_do, running = each_once(trainings), dict[Any, Training]()
+    total = len(to_do)
     began = time.perf_counter()
     try:
         while to_do or running:
@@ -87,7 +108,7 @@ def train_ahead(
                 leave_out(ended.row, UserError(reason))
                 to_do = [training for training in to_do if training.row != ended.row]
             left = len(to_do) + len(running)
-            minutes = (time.perf_counter() - began) / 60 * left / (len(trainings) - left)
+            minutes = (time.perf_counter() - began) / 60 * left / (total - left)
             log.info(
                 "report: %s %s, %d left, about %.0f min at the pace so far",
                 *(ended.name, "is trained" if reason is None else "failed", left, minutes),

@@ -19,7 +19,7 @@ from acebert.evaluation.evaluate import read_vectors
 from acebert.evaluation.tables import Row
 from acebert.machine import machine
 from acebert.report import rival, run
-from acebert.report.ahead import Training, train_ahead
+from acebert.report.ahead import Training, each_once, train_ahead
 from acebert.report.rows import (
     ACEBERT,
     FUSED,
@@ -271,6 +271,20 @@ def test_seeds_of_a_row_are_trained_side_by_side_and_a_row_without_settings_has_
     miners = [training.miner.seed for training in trainings if training.miner]
     assert miners == [7, 8, 9]
     assert results.left_out == {MATRYOSHKA.name: "no such recipe"}
+
+
+def test_rows_that_are_one_model_cut_or_fused_are_one_training_and_others_are_not() -> None:
+    def make(system: System, seed: int) -> Settings:
+        own = ["--recipe", f"{system.recipe}_tiny", "--seed", str(seed)]
+        return load_settings([*own, "--tracking.run_name", system.name, *system.changed])
+
+    systems = [ACEBERT, MATRYOSHKA, FUSED, MATRYOSHKA_64, MINED, MINED_MASKED]
+    seeds_of = {**dict.fromkeys(systems, (0,)), ACEBERT: (0, 1)}
+    trained = each_once(run._trainings(seeds_of, make, Results()))
+    assert [(training.row, training.settings.seed) for training in trained] == [
+        *((ACEBERT.name, 0), (ACEBERT.name, 1)),
+        *((system.name, 0) for system in (MATRYOSHKA, MINED, MINED_MASKED)),
+    ]
 
 
 def test_a_row_has_the_seeds_of_the_first_of_its_parts_with_the_most(
