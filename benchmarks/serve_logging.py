@@ -6,7 +6,8 @@ The service under plain uvicorn, a process each, connected to a Ray that runs be
 experiment, and metrics that count nothing. `metrics`: Ray's. `experiment`: metrics too, and each
 search, of one of 1,000 users, is in the log before it is answered; both arms are the same bundle.
 `unlogged`: the same with a log that keeps nothing, so that what the log costs stands alone.
-Closed loop, hot and tail queries as in serve.py, every request with its user's id. The servers take
+Closed loop, hot and tail queries as in serve.py, and both mixed as on the log's test day (`log`),
+every request with its user's id. The servers take
 turns, the first of a round by turns too, and one whose turn it is not stands still, so that it
 moves its log to Parquet in its own time. Told are searches a second, median of the rounds, and by
 round their ratio to `bare`: median, least and most.
@@ -69,14 +70,21 @@ def rate(port: int, paths: Iterator[str], clients: int, seconds: float) -> float
 
 
 def queries(bundle: Path) -> dict[str, Iterator[str]]:
+    """Without end: `hot`, `tail`, and both as often as the searches of the test day were."""
     hot = pq.read_table(bundle / "hot_queries.parquet")["query"].to_pylist()[:500]
     words = sorted({word for query in hot for word in query.split()})
     rng = np.random.default_rng(0)
     tail = [quote(" ".join(rng.choice(words, 3))) for _ in range(20_000)]
-    return {
+    share = json.loads((bundle / "bundle.json").read_text())["hot_share_of_test_searches"]
+    paths = {
         "hot": cycle([f"/search?k=10&q={quote(text)}" for text in hot]),
         "tail": (f"/search?k=10&q={q}+{i}" for i, q in zip(count(), cycle(tail), strict=False)),
     }
+    paths["log"] = (
+        next(paths[kind])
+        for kind in cycle(rng.choice(["hot", "tail"], 10_000, p=[share, 1 - share]))
+    )
+    return paths
 
 
 def serve(name: str, workdir: str, ray_address: str) -> None:

@@ -17,7 +17,6 @@ of them holds it too.
 import errno
 import fcntl
 import hmac
-import json
 import logging
 import os
 import secrets
@@ -28,22 +27,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import IO, Literal, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.json as pj
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+from pydantic_core import to_json
 
 log = logging.getLogger(__name__)
 
 ROWS = 100_000  # of a row group
-MOVED = 10_000  # events read at a time while they are moved to Parquet: bounds the memory
+MOVED = 4 * 2**20  # bytes read at a time while events are moved to Parquet: bounds the memory
 STALE_SECONDS = 3600  # without a byte more, after which a half-written file is nobody's
 DAY_SECONDS = 24 * 3600
 TIME = pa.timestamp("ms", tz="UTC")
+VERSIONS = pa.map_(pa.string(), pa.string())
 SCHEMAS = {
     "exposure": pa.schema(
         {
@@ -57,7 +59,7 @@ SCHEMAS = {
             "teams": pa.list_(pa.string()),
             "dealing": pa.string(),
             "design": pa.string(),
-            "versions": pa.map_(pa.string(), pa.string()),
+            "versions": VERSIONS,
         }
     ),
     "action": pa.schema(
@@ -70,7 +72,20 @@ SCHEMAS = {
         }
     ),
 }
-
+# of the lines, as Arrow reads them: it has no maps and no numbers for times
+IN_JSON: dict[pa.DataType, pa.DataType] = {
+    TIME: pa.int64(),
+    VERSIONS: pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())])),
+}
+LINES = pj.ParseOptions(
+    pa.schema(
+        {
+            kind: pa.struct([(field.name, IN_JSON.get(field.type, field.type)) for field in schema])
+            for kind, schema in SCHEMAS.items()
+        }
+    ),
+    unexpected_field_behavior="error",
+)
 
 Shown = Literal["split", "interleave", "compare"]
 """one arm's list, a draft of two, or two lists side by side"""
@@ -143,12 +158,11 @@ class EventLog:
         Raises:
             OSError: the disk is full, or away; none of the events is in the log.
         """
-        lines = [(_kind(event), vars(event)) for event in events]
-        data = "".join(_to_json(line) + "\n" for line in lines)
+        data = b"".join(_line(event) for event in events)
         with self._lock:
             if self._current is None:
                 self._current = _HotFile.new(self._directory)
-            self._current.append(data.encode())
+            self._current.append(data)
 
     def flush(self) -> int:
         """Move what is there to Parquet; how many events those were. Events are appended while
@@ -241,14 +255,15 @@ class _HotFile:
         """Unlocks it too."""
         os.close(self._fd)
 
-    def _events(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Kind and event; without what a kill left of a line. Also where somebody has deleted the
-        file: the events in it were acknowledged."""
+    def _events(self) -> Iterator[pa.Table]:
+        """Some events at a time, a column for each kind; without what a kill left of a line. Also
+        where somebody has deleted the file: the events in it were acknowledged."""
         with os.fdopen(os.dup(self._fd), "rb") as file:
             file.seek(0)  # of the open file, which is appended to whatever the place
-            for line in file:
-                if line.endswith(b"\n"):
-                    yield json.loads(line)
+            while some := file.read(MOVED) + file.readline():
+                if whole := some[: some.rfind(b"\n") + 1]:
+                    reading = pj.ReadOptions(use_threads=False, block_size=len(whole))
+                    yield pj.read_json(pa.BufferReader(whole), reading, LINES)
 
 
 def collect(directory: Path) -> int:
@@ -386,23 +401,17 @@ def _salt(directory: Path) -> bytes:
     return _SALTS[directory]
 
 
-def _write(events: Iterator[tuple[str, dict[str, Any]]], directory: Path) -> int:
+def _write(tables: Iterator[pa.Table], directory: Path) -> int:
     """To a file for each kind and day, all or none; how many events those were."""
     count = 0
     files: dict[tuple[str, str], _ParquetFile] = {}
     try:
-        while some := list(islice(events, MOVED)):
-            of_file: dict[tuple[str, str], list[dict[str, Any]]] = {}
-            for kind, event in some:
-                if kind == "exposure":
-                    event["versions"] = list(event["versions"].items())  # as Arrow wants a map
-                day = f"{datetime.fromtimestamp(event['at'] / 1000, UTC):%Y-%m-%d}"
-                of_file.setdefault((kind, day), []).append(event)
-            for (kind, day), rows in of_file.items():
+        for table in tables:
+            for kind, day, rows in _by_file(table):
                 if (kind, day) not in files:
                     files[kind, day] = _ParquetFile(directory / kind / day, SCHEMAS[kind])
-                files[kind, day].write(pa.RecordBatch.from_pylist(rows, SCHEMAS[kind]))
-            count += len(some)
+                files[kind, day].write(rows)
+                count += len(rows)
         for file in files.values():
             file.end()
         for file in files.values():
@@ -411,6 +420,24 @@ def _write(events: Iterator[tuple[str, dict[str, Any]]], directory: Path) -> int
         for file in files.values():
             file.discard()
     return count
+
+
+def _by_file(table: pa.Table) -> Iterator[tuple[str, str, pa.RecordBatch]]:
+    """Kind, day and their events."""
+    for kind, schema in SCHEMAS.items():
+        events = table[kind].combine_chunks().drop_null()
+        columns = [_typed(events.field(field.name), field.type) for field in schema]
+        rows = pa.RecordBatch.from_arrays(columns, schema=schema)
+        days = pc.strftime(rows["at"], "%Y-%m-%d")
+        for day in days.unique():
+            yield kind, day.as_py(), rows.filter(pc.equal(days, day))
+
+
+def _typed(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    if kind == VERSIONS:
+        keys, items = (values.values.field(name) for name in ("key", "value"))
+        return pa.MapArray.from_arrays(values.offsets, keys, items)
+    return values.cast(kind)
 
 
 class _ParquetFile:
@@ -461,12 +488,9 @@ class _ParquetFile:
         self._aside.unlink(missing_ok=True)
 
 
-def _kind(event: Event) -> str:
-    return "exposure" if isinstance(event, Exposure) else "action"
-
-
-def _milliseconds(at: datetime) -> int:
-    return round(at.timestamp() * 1000)
-
-
-_to_json = json.JSONEncoder(default=_milliseconds).encode  # `json.dumps` would make one each time
+def _line(event: Event) -> bytes:
+    told = vars(event) | {"at": round(event.at.timestamp() * 1000)}
+    if isinstance(event, Action):
+        return to_json({"action": told}) + b"\n"
+    told["versions"] = [{"key": arm, "value": version} for arm, version in event.versions.items()]
+    return to_json({"exposure": told}) + b"\n"

@@ -55,6 +55,13 @@ class FilterIn(Request):
     in_stock: bool | None = None
 
 
+class SearchIn(FilterIn):
+    q: Query
+    k: K = 10
+    min_score: Score | None = None
+    hybrid: bool = False
+
+
 class BatchIn(Request):
     queries: list[Query] = Field(min_length=1, max_length=MAX_BATCH)
     k: K = 10
@@ -146,6 +153,13 @@ class Answers(BaseModel):
 SEARCH_ID = r"^[A-Za-z0-9_-]{8,64}$"
 UserId = Annotated[str, Field(min_length=1, max_length=200)]
 SearchId = Annotated[str, Field(pattern=SEARCH_ID)]
+
+
+class ShopperIn(BaseModel):
+    """Headers of a search."""
+
+    x_user_id: UserId | None = None
+    x_search_id: SearchId | None = None
 
 
 class EventIn(Request):
