@@ -503,13 +503,16 @@ def _remarks(readout: Readout) -> list[str]:
     if readout.preference is not None:
         control, treatment = readout.arm_names
         lines.append(
-            f"interleaved: preference for {treatment} over {control} {_cell(readout.preference)}, "
-            f"{readout.interleaved_users:,} users, sign test p = {readout.preference_p:.2g}"
+            f"interleaved: preference for {treatment} over {control} "
+            f"{_cell(readout.preference).rstrip()}, "
+            f"{_many(readout.interleaved_users, 'user')}, sign test p = {readout.preference_p:.2g}"
         )
     for name, votes in readout.votes.items():
         lines.append(
-            f"votes: preference for {name} over {readout.arm_names[0]} {_cell(votes.preference)}, "
-            f"{votes.votes:,} votes of {votes.reviewers:,} reviewers, sign test p = {votes.p:.2g}"
+            f"votes: preference for {name} over {readout.arm_names[0]} "
+            f"{_cell(votes.preference).rstrip()}, "
+            f"{_many(votes.votes, 'vote')} of {_many(votes.reviewers, 'reviewer')}, "
+            f"sign test p = {votes.p:.2g}"
         )
     if readout.not_shown:
         lines.append(
@@ -527,6 +530,10 @@ def _remarks(readout: Readout) -> list[str]:
             "a product, and count as 0"
         )
     return lines
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _few(arm: ArmResult) -> bool:
