@@ -118,12 +118,15 @@ class PatchCNN:
         starts at zero makes the features of a deep random network less telling, not more.
         """
         layers = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        momenta = [layer.momentum for layer in layers]
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None  # the batch's own statistics, not a moving average
             layer.train()
         with torch.inference_mode():
             self.model.forward_features(self._normalised(dead_leaves(32, self.side)))
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum  # of a training from here
         self.model.eval()
 
     def _probe(self, name: str) -> int:

@@ -32,7 +32,7 @@ from acebert.training.record import write_record
 from acebert.training.steps import Rank
 from acebert.workdir import Stage
 
-VERSION = 1
+VERSION = 2
 WEIGHTS = "cnn.safetensors"
 
 

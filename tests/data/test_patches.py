@@ -48,6 +48,14 @@ def test_patch_features_are_16_means_over_timms_feature_map(side: int) -> None:
     assert error < 0.02  # bf16 keeps 8 bits, and sums differently for other batch sizes
 
 
+def test_a_random_cnn_trains_with_the_momenta_of_timms_model(cnn: PatchCNN) -> None:
+    def momenta(model: torch.nn.Module) -> list[float | None]:
+        return [m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+    assert momenta(cnn.model) == momenta(timm.create_model("resnet18"))
+    assert len(momenta(cnn.model)) == 20
+
+
 def test_without_bf16_patch_features_are_exact_to_fp16(cnn: PatchCNN) -> None:
     exact = PatchCNN("resnet18", "random", SIDE)
     exact.autocast = torch.autocast("cpu", enabled=False)
