@@ -4,7 +4,7 @@
 
 Trains every row with every seed; what is done is reused, and the same command goes on where it was
 stopped. Settings of the command line hold for all rows; what rows are told apart by is refused
-there. The last line printed is the page.
+there. The last line printed is the page; where rows failed it lacks them, and the job has failed.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from pathlib import Path
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
 from acebert.job import refuse_given, run_job
-from acebert.report.parts import PARTS, TABLES, seeds_by_part, systems_of
-from acebert.report.rows import WHAT_A_ROW_IS, System
+from acebert.report.parts import PARTS, TABLES, seeds_by_part, systems_of, told_apart_by
+from acebert.report.rows import System
 
 FIG_5 = Path(__file__).parents[1] / "tune_spaces" / "fig5_partitions.yaml"
 
@@ -26,7 +26,7 @@ def work(arguments: argparse.Namespace) -> None:
     own = ("recipe", "seed", "pretrain.seed")
     refuse_given(arguments.settings, own, "each row's own: give --size and --seeds")
     told_apart = "rows are told apart by it, and would not be what the page calls them"
-    refuse_given(arguments.settings, WHAT_A_ROW_IS, told_apart)
+    refuse_given(arguments.settings, told_apart_by(arguments.parts), told_apart)
     seeds = seeds_by_part(arguments.parts, arguments.seeds, arguments.table1_seeds)
     at_once = arguments.rows_at_once
     if at_once is not None and at_once < 1:
@@ -66,6 +66,8 @@ def work(arguments: argparse.Namespace) -> None:
     tracked(settings, page, tags={DATA_TAG: ingested.digest})
     leave()
     print(page.path / "report.html")
+    if results.failed:
+        raise UserError(f"left out of the page, which says why: {', '.join(results.failed)}")
 
 
 def row_settings(arguments: argparse.Namespace, system: System, seed: int) -> Settings:

@@ -159,7 +159,8 @@ def _draw_both(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if a.denominator.shape != b.denominator.shape or not np.allclose(a.denominator, b.denominator):
         raise UserError("the two rows were not measured on the same test queries")
-    freedom = len(a.numerator) + len(b.numerator) - 2
+    trained = [len(row.numerator) for row in (a, b) if len(row.numerator) > 1]
+    freedom = len(trained) * (min(trained) - 1) if trained else 0
     drawn_a, drawn_b = _draw([a, b], freedom, samples, np.random.default_rng(seed))
     return drawn_a, drawn_b
 

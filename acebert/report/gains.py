@@ -11,11 +11,16 @@ from acebert.report.run import Measured
 
 Verdict = Literal["up", "down", "open"]
 Unclaimed = Literal[
-    "the other alone is pre-trained: not claimed", "one seed: not claimed", "too few queries"
+    "the other alone is pre-trained: not claimed",
+    "other numbers of pairs: not claimed",
+    "one seed: not claimed",
+    "too few queries",
 ]
 BesidePaper = Literal[
     "reproduced", "reproduced, larger", "direction only, smaller", "the opposite", "not shown"
 ]
+PAIRS_APART = 0.05
+"""share by which rows that were trained by the clock may differ in pairs"""
 GROUP_METRICS = ("gauc", "recall_100")
 """what is told of a part of the queries"""
 
@@ -32,8 +37,9 @@ class Gain:
         paper: the paper's, or None
         queries: that count in both rows
         one_seed: one of the two was trained, with a single seed
-        behind: the other row starts from a pre-training and this one does not, so that the step
-            adds one thing and takes another. The other way round pre-training is what is added
+        behind: the other row starts from more than this one (`Measured.start`), so that the step
+            adds one thing and takes another. The other way round the start is what is added
+        apart: they were trained by the clock, on other numbers of pairs
     """
 
     metric: str
@@ -44,12 +50,15 @@ class Gain:
     queries: int
     one_seed: bool
     behind: bool
+    apart: bool = False
 
     @property
     def unclaimed(self) -> Unclaimed | None:
         """Why nothing may be claimed, whatever the interval is."""
         if self.behind:
             return "the other alone is pre-trained: not claimed"
+        if self.apart:
+            return "other numbers of pairs: not claimed"
         if self.one_seed:
             return "one seed: not claimed"
         return "too few queries" if self.queries < LEAST_QUERIES else None
@@ -100,15 +109,23 @@ def _gains(table: Table, step: Step, row: Measured, beside: Measured) -> list[Ga
     wanted: list[tuple[str, str | None]] = [(metric, None) for metric in table.metrics]
     wanted += [(metric, group) for group in table.groups for metric in GROUP_METRICS]
     one_seed = row.one_seed or beside.one_seed
-    behind = beside.pretrained and not row.pretrained
+    behind, apart = beside.start > row.start, _apart(row, beside)
     out = []
     for metric, group in wanted:
         found = relative(row.row, beside.row, metric, group)
         if found is not None:
             paper = None if group else _paper_gain(table, step, metric)
             ours, difference, queries = found
-            out.append(Gain(metric, group, ours, difference, paper, queries, one_seed, behind))
+            said = (paper, queries, one_seed, behind, apart)
+            out.append(Gain(metric, group, ours, difference, *said))
     return out
+
+
+def _apart(row: Measured, beside: Measured) -> bool:
+    by_the_clock = any(m.settings and m.settings.train.max_minutes for m in (row, beside))
+    if not by_the_clock or row.pairs is None or beside.pairs is None:
+        return False
+    return abs(row.pairs - beside.pairs) > PAIRS_APART * max(row.pairs, beside.pairs)
 
 
 def relative(

@@ -48,11 +48,13 @@ class Best:
         above_ends: its differences from the easiest and the hardest point, each with its 95 %
             interval over seeds and queries; None: it is one of the two
         queries: that count
+        seeds: of the point that has the fewest
     """
 
     batches_per_partition: float
     above_ends: tuple[Interval, Interval] | None
     queries: int
+    seeds: int
 
 
 def best_points(sweep: Path) -> dict[str, Best]:
@@ -75,7 +77,8 @@ def best_points(sweep: Path) -> dict[str, Best]:
                 difference(ratios[best], ratios[end], SAMPLES) for end in (easy, hard)
             )
             above = (from_easy, from_hard)
-        found[metric] = Best(best, above, min(one.queries for one in ratios.values()))
+        queries = min(one.queries for one in ratios.values())
+        found[metric] = Best(best, above, queries, min(map(len, rows.values())))
     return found
 
 

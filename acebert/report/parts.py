@@ -77,6 +77,9 @@ TABLE_1 = Table(
         rows.PLUS,
     ),
     steps=(
+        Step(BM25, rows.UNTRAINED["bm25_titles"]),
+        Step(rows.RIVAL, rows.ZERO_SHOT),
+        Step("TwinBERT", rows.RIVAL),
         Step("TwinBERT + MLM", "TwinBERT"),
         Step("FashionBERT-Finetune", "TwinBERT"),
         Step("FashionBERT-Finetune", "TwinBERT + MLM"),
@@ -94,7 +97,8 @@ TABLE_1 = Table(
 TABLE_3 = Table(
     key="table3",
     title="Table 3: what the model reads of a photo",
-    about="Patches of the whole photo, patches of the region of interest, and pixels beside them.",
+    about="Patches of the whole photo, patches of the region of interest, and pixels beside them. "
+    "Where rows are pre-trained, FashionBERT's has its paper's adaptive loss, the others the sum.",
     metrics=("gauc", "recall_100"),
     systems=(rows.FASHIONBERT, rows.ROI_PATCHES, rows.CEBERT),
     steps=(
@@ -184,7 +188,7 @@ BEYOND = (
     _beyond(
         "adversary",
         "The adversary's form",
-        "Minimax has no floor; confusion has one.",
+        "Minimax has no floor; confusion has one, and here the weight that acebert_plus gives it.",
         *(rows.CONFUSION, rows.NO_ADVERSARY),
     ),
     _beyond(
@@ -218,14 +222,34 @@ def seeds_by_part(
     """The seeds of each of the parts, in the order of PARTS whatever theirs is.
 
     Raises:
-        UserError: a seed is given twice.
+        UserError: a seed is given twice, or Fig. 6 and 7 would find no seed that both of their
+            systems have.
     """
     refuse_repeated("seeds", seeds)
     refuse_repeated("table1_seeds", table1_seeds or ())
     found = {part: tuple(seeds) for part in PARTS if part in parts}
     if "table1" in found and table1_seeds:
         found["table1"] = tuple(table1_seeds)
+        if {"fig6", "fig7"} & set(parts) and not set(seeds) & set(table1_seeds):
+            raise UserError(
+                f"--table1_seeds {' '.join(map(str, table1_seeds))}: none is among --seeds, and "
+                "Fig. 6 and 7 compare ACE-BERT with and without adversary seed by seed"
+            )
     return found
+
+
+def told_apart_by(parts: Collection[str]) -> set[str]:
+    """Settings (`model.pixels`) by which rows of the parts are told apart: those in which the
+    paper's systems differ, and those that variants change."""
+    words = [
+        word
+        for part in parts
+        for table in TABLES.get(part, ())
+        for system in table.systems
+        for word in system.changed
+    ]
+    changed = {word.removeprefix("--") for word in words if word.startswith("--")}
+    return {*rows.WHAT_A_ROW_IS, *changed} - {"model.start"}
 
 
 def refuse_repeated(name: str, seeds: Sequence[int]) -> None:

@@ -300,6 +300,13 @@ def _summary(
             " their intervals are over the test day's queries alone, and another seed may tell "
             "otherwise. --seeds 0 1 2 trains with more, --table1_seeds those of Table 1."
         )
+    settings = [measured.settings for measured in trained if measured.settings]
+    if any(one.image.cnn_weights == "trained" for one in settings):
+        told.append(
+            "The patch CNN is trained here, once for whole photos and once for regions of "
+            "interest, and all seeds share it: what another training of it would change is in no "
+            "interval."
+        )
     return [sentence for sentence in told if sentence]
 
 
@@ -358,7 +365,9 @@ def _trained_on(trainings: Iterable[Path]) -> list[str]:
 
 def _flat(measured: Measured) -> dict[str, Any]:
     assert measured.settings is not None
-    flat = flatten(measured.settings.model_dump(mode="json", exclude=NOT_TOLD))
+    own_cnn = measured.settings.image.cnn_weights == "trained"
+    told = {leaf: all_of for leaf, all_of in NOT_TOLD.items() if leaf != "cnn" or not own_cnn}
+    flat = flatten(measured.settings.model_dump(mode="json", exclude=told))
     return {k: without_password(v) if isinstance(v, str) else v for k, v in flat.items()}
 
 

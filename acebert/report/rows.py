@@ -34,7 +34,7 @@ class System:
 
 
 TWINBERT = System("TwinBERT", "twinbert", ("--model.start", "backbone"))
-TWINBERT_MLM = System("TwinBERT + MLM", "twinbert_mlm")
+TWINBERT_MLM = System("TwinBERT + MLM", "twinbert_mlm", ("--model.start", "pretrain"))
 FASHIONBERT = System("FashionBERT-Finetune", "fashionbert")
 ROI_PATCHES = System("RoI patches", "cebert", ("--model.pixels", "false"))
 CEBERT = System("CE-BERT-Finetune", "cebert")
@@ -65,7 +65,7 @@ MINED_MASKED = _but(
 GAMMA_LEARNED = _but("γ learned", "--loss.gamma_learned", "true")
 LOG_Q = _but("popularity corrected (logQ)", "--loss.popularity_correction", "true")
 NESTED = ("--loss.matryoshka_dims", "64", "--loss.matryoshka_dims", "32")
-MATRYOSHKA = _but("Matryoshka, 128 dimensions", *NESTED)
+MATRYOSHKA = _but("Matryoshka, all dimensions", *NESTED)
 MATRYOSHKA_64 = _but("Matryoshka, cut to 64", *NESTED, "--eval.dimensions", "64")
 MATRYOSHKA_32 = _but("Matryoshka, cut to 32", *NESTED, "--eval.dimensions", "32")
 CONFUSION = _but(

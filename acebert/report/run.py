@@ -79,17 +79,26 @@ class Measured:
         return self.seconds is not None and len(self.row.seeds) == 1
 
     @property
-    def pretrained(self) -> bool:
-        """One of ours that starts from its own pre-training."""
-        return self.settings is not None and self.settings.model.start == "pretrain"
+    def start(self) -> int:
+        """What its encoder starts from: 0 random weights, 1 a model's, 2 its own pre-training."""
+        if self.settings is None:
+            return int("model" in self.others)
+        if self.settings.model.start == "pretrain":
+            return 2
+        return int(self.settings.model.backbone is not None)
 
 
 @dataclass
 class Results:
-    """What was measured, by name, and what was left out, with the reason."""
+    """What was measured, by name, and what was left out, with the reason.
+
+    Attributes:
+        failed: what was left out though it was wanted
+    """
 
     rows: dict[str, Measured] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
 
     def leave_out(self, name: str, error: Exception) -> None:
         if isinstance(error, UserError):
@@ -97,6 +106,7 @@ class Results:
         else:
             log.exception("report: %s is left out", name)
         self.left_out[name] = without_password(reason_of(error))
+        self.failed.append(name)
 
 
 def measure_untrained(settings: Settings, results: Results) -> None:

@@ -22,6 +22,8 @@ IN_FULL = {
     "not shown": "not shown: the interval includes zero",
     "the other alone is pre-trained: not claimed": "not claimed, for the other row alone is "
     "pre-trained",
+    "other numbers of pairs: not claimed": "not claimed, for the clock ended the rows at other "
+    "numbers of pairs",
     "one seed: not claimed": "not claimed, for a row was trained with one seed",
     "too few queries": "not claimed, for too few queries count",
 }
@@ -101,13 +103,14 @@ def partitions_words(best: Mapping[str, Best]) -> str:
 def _optimum_words(best: Best) -> str:
     where = f"the best n/(P·W), {best.batches_per_partition:.3g},"
     if best.above_ends is None:
-        return f"{where} is an end of the range: none was found inside"
+        verdict = "one seed: not claimed" if best.seeds < 2 else "none was found inside"
+        return f"{where} is an end of the range: {verdict}"
     ends = zip(("easy", "hard"), best.above_ends, strict=True)
     told = " and ".join(
         f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}] above the {end} end"
         for end, one in ends
     )
-    if min(one.seeds for one in best.above_ends) < 2:
+    if best.seeds < 2:
         verdict = "one seed: not claimed"
     elif best.queries < LEAST_QUERIES:
         verdict = "too few queries: not claimed"

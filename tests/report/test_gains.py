@@ -18,7 +18,7 @@ from acebert.evaluation.tables import Row
 from acebert.report import words
 from acebert.report.gains import Comparison, Gain, comparisons, relative, value_of
 from acebert.report.parts import TABLE_1, TABLE_3, TABLE_4, Step, Table
-from acebert.report.rows import FASHIONBERT
+from acebert.report.rows import FASHIONBERT, RIVAL, ZERO_SHOT
 
 
 def test_a_relative_gain_is_the_ratio_and_its_interval_scipys() -> None:
@@ -66,8 +66,9 @@ def test_nothing_is_claimed_beside_a_row_that_may_be_zero_and_the_gain_has_no_up
     assert words.verdict(found) == "no difference shown"
 
 
-def test_a_null_comparison_claims_nothing_in_nearly_all_cases() -> None:
-    """Two rows of one recipe, three other seeds each: training noise, query noise, both."""
+@pytest.mark.parametrize("seeds", [(3, 3), (2, 5)])
+def test_a_null_comparison_claims_nothing_in_nearly_all_cases(seeds: tuple[int, int]) -> None:
+    """Two rows of one recipe, other seeds each: training noise, query noise, both."""
     rng = np.random.default_rng(0)
     claimed = 0
     cases = 300
@@ -75,9 +76,10 @@ def test_a_null_comparison_claims_nothing_in_nearly_all_cases() -> None:
         of_query = rng.uniform(0.2, 0.8, 200)
         rows = [
             Ratios(
-                of_query + rng.normal(0, 0.02, (3, 1)) + rng.normal(0, 0.1, (3, 200)), np.ones(200)
+                of_query + rng.normal(0, 0.02, (own, 1)) + rng.normal(0, 0.1, (own, 200)),
+                np.ones(200),
             )
-            for _ in range(2)
+            for own in seeds
         ]
         claimed += relative_gain(rows[0], rows[1], samples=400)[1].excludes_zero
     # 5 % are allowed; more than 8 % of 300 would come by chance once in a hundred times.
@@ -117,7 +119,7 @@ def test_every_row_with_a_number_of_the_papers_is_trained_and_compared(table: Ta
 def test_comparisons_are_those_of_measured_rows_with_seen_and_unseen_queries(made) -> None:
     found = comparisons(TABLE_1, made.results.rows)
     steps = [comparison.step for comparison in found]
-    assert steps == list(TABLE_1.steps)  # the rival is there, its zero-shot row is in no step
+    assert steps == [step for step in TABLE_1.steps if step.beside != ZERO_SHOT]  # left out
     groups = {(gain.metric, gain.group) for gain in found[0].gains}
     assert {("gauc", None), ("recall_100", "unseen"), ("gauc", "seen")} <= groups
     without = {k: v for k, v in made.results.rows.items() if k != "ACE-BERT"}
@@ -227,6 +229,39 @@ def test_a_step_from_a_pre_trained_row_to_one_that_is_not_claims_nothing(made) -
     assert said["TwinBERT + MLM", "TwinBERT"] == {None}
     rows["FashionBERT-Finetune"] = replace(rows["FashionBERT-Finetune"], settings=pretrained)
     assert {g.unclaimed for c in comparisons(table, rows) for g in c.gains} == {None}
+
+
+def test_a_row_of_random_weights_claims_nothing_beside_a_rival_that_was_pre_trained(made) -> None:
+    table = replace(TABLE_1, steps=(Step("acebert_plus", RIVAL),), groups=())
+    rows = dict(made.results.rows)
+    rows[RIVAL] = replace(rows[RIVAL], settings=None, others={"model": "MiniLM"})
+    said = {}
+    for start in ([], ["--model.backbone", "bert-base-uncased"], ["--model.start", "pretrain"]):
+        settings = load_settings(["--recipe", "acebert_plus_tiny", *start])
+        rows["acebert_plus"] = replace(rows["acebert_plus"], settings=settings)
+        (found,) = comparisons(table, rows)
+        said[" ".join(start)] = {gain.unclaimed for gain in found.gains}
+    assert list(said.values()) == [
+        {"the other alone is pre-trained: not claimed"},
+        {None},
+        {None},
+    ]
+
+
+def test_rows_that_the_clock_ended_at_other_numbers_of_pairs_claim_nothing(made) -> None:
+    table = replace(TABLE_1, steps=(Step("ACE-BERT", "TwinBERT"),), groups=())
+    for minutes, pairs, said in (
+        (["--train.max_minutes", "5"], 1_060, "other numbers of pairs: not claimed"),
+        (["--train.max_minutes", "5"], 1_040, None),
+        ([], 1_060, None),
+    ):
+        settings = load_settings(["--recipe", "acebert_tiny", *minutes])
+        rows = {
+            name: replace(made.results.rows[name], settings=settings, pairs=own)
+            for name, own in (("ACE-BERT", 1_000), ("TwinBERT", pairs))
+        }
+        (found,) = comparisons(table, rows)
+        assert {gain.unclaimed for gain in found.gains} == {said}
 
 
 def test_the_papers_comparisons_are_counted_by_what_became_of_them() -> None:

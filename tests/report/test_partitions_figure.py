@@ -31,7 +31,8 @@ def test_one_seed_of_a_point_inside_claims_nothing(made, tmp_path: Path) -> None
 
 
 def test_a_best_point_at_an_end_is_told_as_none_inside() -> None:
-    told = partitions_words({"recall_100": Best(1.0, None, 500)})
-    assert told.endswith(
-        "by Recall@100 the best n/(P·W), 1, is an end of the range: none was found inside."
-    )
+    end = "by Recall@100 the best n/(P·W), 1, is an end of the range: "
+    told = partitions_words({"recall_100": Best(1.0, None, 500, seeds=2)})
+    assert told.endswith(f"{end}none was found inside.")
+    told = partitions_words({"recall_100": Best(1.0, None, 500, seeds=1)})
+    assert told.endswith(f"{end}one seed: not claimed.")

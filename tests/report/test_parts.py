@@ -5,14 +5,21 @@ import pytest
 from acebert.config import flatten, load_settings
 from acebert.errors import UserError
 from acebert.report import rows
-from acebert.report.parts import BEYOND, PARTS, TABLES, seeds_by_part, systems_of
+from acebert.report.parts import (
+    BEYOND,
+    PARTS,
+    TABLES,
+    seeds_by_part,
+    systems_of,
+    told_apart_by,
+)
 from acebert.report.rows import WHAT_A_ROW_IS
 
 
 def test_parts_come_in_their_own_order_and_once_whatever_the_command_line_says() -> None:
     given = ["fig6", "table4", "table1", "table4"]
-    found = seeds_by_part(given, [1, 2], [3, 4, 5])
-    assert list(found.items()) == [("table1", (3, 4, 5)), ("table4", (1, 2)), ("fig6", (1, 2))]
+    found = seeds_by_part(given, [1, 2], [2, 3, 4])
+    assert list(found.items()) == [("table1", (2, 3, 4)), ("table4", (1, 2)), ("fig6", (1, 2))]
     assert list(systems_of(given)) == ["table1", "table4", "fig6"]
     assert list(systems_of(set(PARTS))) == list(PARTS)
 
@@ -22,6 +29,22 @@ def test_a_seed_that_is_given_twice_is_refused_by_its_option() -> None:
         seeds_by_part(["table3"], [0, 1, 0], None)
     with pytest.raises(UserError, match="--table1_seeds 4 4: a seed is given twice"):
         seeds_by_part(["table1"], [0], [4, 4])
+
+
+def test_seeds_of_table_1_that_fig_6_and_7_share_none_of_are_refused_before_any_training() -> None:
+    for figure in ("fig6", "fig7"):
+        with pytest.raises(UserError, match="--table1_seeds 3 4: none is among --seeds"):
+            seeds_by_part(["table1", figure], [0, 1], [3, 4])
+    assert seeds_by_part(["table1", "table4"], [0, 1], [3, 4])["table1"] == (3, 4)
+
+
+def test_what_a_part_tells_its_rows_apart_by_is_no_setting_of_all_rows() -> None:
+    of_the_paper = told_apart_by(["table1", "table3", "table4"])
+    assert of_the_paper == set(WHAT_A_ROW_IS)
+    assert told_apart_by(["beyond"]) - of_the_paper == {
+        *("loss.hard_negatives", "loss.gamma_learned", "loss.matryoshka_dims"),
+        *("eval.dimensions", "image.pixel_source"),
+    }
 
 
 def test_the_confusion_row_has_the_adversary_of_acebert_plus() -> None:
@@ -42,8 +65,8 @@ def test_every_step_is_between_rows_of_its_table() -> None:
         ("acebert_plus + BM25", "acebert_plus"),
         ("ACE-BERT + BM25", "BM25, titles + hot queries"),
         ("the same, clicks of the log masked", "one mined negative a pair"),
-        ("Matryoshka, cut to 64", "Matryoshka, 128 dimensions"),
-        ("Matryoshka, cut to 32", "Matryoshka, 128 dimensions"),
+        ("Matryoshka, cut to 64", "Matryoshka, all dimensions"),
+        ("Matryoshka, cut to 32", "Matryoshka, all dimensions"),
     ],
 )
 def test_beyond_the_paper_a_row_is_set_beside_what_it_differs_from_in_one_thing(
