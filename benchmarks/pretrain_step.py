@@ -122,11 +122,10 @@ def main() -> None:
         trainer.step(first, 0, 0.0)  # measures the peak
         assert trainer.peak is not None
         flops = flops_of(trainer, first)
-        stream: Iterator[PretrainBatch] = batches.stream(0, batches.steps_per_epoch)
-        if args.resident:
-            stream = iter([batches.batch(step).to(device) for step in range(4)])
-        stream = cycle(stream) if args.resident else stream
         warm = max(3, args.steps // 5)
+        stream: Iterator[PretrainBatch] = batches.stream(0, warm + args.steps)
+        if args.resident:
+            stream = cycle([batches.batch(step).to(device) for step in range(4)])
         for step, batch in enumerate(islice(stream, warm)):
             trainer.step(batch.to(device), step, 0.0)
         parts: dict[str, list[torch.Tensor]] = {}

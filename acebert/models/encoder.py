@@ -579,14 +579,16 @@ def _take(
     segments = "embeddings.token_type_embeddings.weight"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            start = weights.pop(name, None)
+            start = weights.get(name)
             if name == segments and start is not None and len(start) < len(parameter):
                 parameter[TITLE] = start[0]
                 parameter[HOT_QUERY] = start[0]
             elif start is None or start.shape != parameter.shape:
                 new.add(name)
+                continue
             else:
                 parameter.copy_(start)
+            del weights[name]
     model.new_parameters = frozenset(new)
     taken = {name for name, _ in model.named_parameters()} - new
     log.info(

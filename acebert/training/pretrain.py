@@ -15,7 +15,13 @@ from transformers.utils import logging as transformers_logging
 from acebert.config import Settings
 from acebert.data.features import FeatureStore
 from acebert.data.tokens import backbone_digest, load_tokenizer, special_ids
-from acebert.models.encoder import HOT_QUERY, TITLE, load_backbone
+from acebert.models.encoder import (
+    HOT_QUERY,
+    TITLE,
+    CEBertConfig,
+    backbone_config,
+    load_backbone,
+)
 from acebert.models.pretraining import CEBertForPreTraining, start_pretraining
 from acebert.tracking import Run
 from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors
@@ -26,7 +32,7 @@ from acebert.training.record import write_record
 from acebert.training.steps import Rank
 from acebert.workdir import Stage
 
-VERSION = 5
+VERSION = 6
 MODEL_SETTINGS = {
     *("backbone", "layers", "width", "heads", "dropout"),
     *("patches", "pixels", "pooling"),
@@ -91,7 +97,9 @@ def _export(
     progress = load_progress(last)
     model = new_model(settings, paths)
     model.load_state_dict(load_tensors(last, torch.device("cpu"))["model"])
-    if not settings.pretrain.queries:  # that segment was never seen: it starts as the title's
+    backbone = settings.model.backbone
+    knows_it = backbone is not None and isinstance(backbone_config(backbone), CEBertConfig)
+    if not (settings.pretrain.queries or knows_it):  # never seen, so it starts as the title's
         segments = model.ce_bert.embeddings.token_type_embeddings.weight
         with torch.no_grad():
             segments[HOT_QUERY] = segments[TITLE]

@@ -45,7 +45,6 @@ class PretrainBatch:
         paired: 1 where that is a question at all, else 0, float32 [B]: a title without a photo, or
             whose neighbours in the batch all show the same picture, asks nothing
         all_words, all_patches: how many of each the ranks have together
-        all_pairs: how many pairs they have where every picture has another in reach
         tokens, has_photo: of the rows, on the host: word pieces [B], whether it takes a photo [B]
         waited: how long training waited for this batch [s]
     """
@@ -56,7 +55,6 @@ class PretrainBatch:
     paired: torch.Tensor
     all_words: int
     all_patches: int
-    all_pairs: int
     tokens: NDArray[np.int64]
     has_photo: NDArray[np.bool_]
     waited: float = 0.0
@@ -69,7 +67,6 @@ class PretrainBatch:
             self.paired.to(device, non_blocking=True),
             self.all_words,
             self.all_patches,
-            self.all_pairs,
             self.tokens,
             self.has_photo,
             self.waited,
@@ -245,7 +242,6 @@ class PretrainBatches:
             torch.from_numpy(rows.paired.astype(np.float32)),
             int(all_words.sum()),
             int(all_patches.sum()),
-            int(self.pictured(texts).sum()) * (1 + r),
             lengths[rows.text],
             rows.product != NO_PHOTO,
         )

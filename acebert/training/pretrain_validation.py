@@ -150,7 +150,9 @@ class HeldOut:
             return _words("", answers[NONE])
         own, other, alike = answers[OWN], answers[OTHER], answers[SAME_CATEGORY]
         r = batches.settings.negatives
+        asked = own.match[np.isin(own.row, alike.row)]  # of those whose category has another photo
         right = [float(np.mean(own.match > 0)), _mean(other.match <= 0)]
+        right_alike = [_mean(asked > 0), _mean(alike.match <= 0)]
         loss = [_tip(own.match, 1), _tip(other.match, 0)]
         return {
             **_words("", own),
@@ -161,8 +163,9 @@ class HeldOut:
             **self.baselines,
             "tip_loss": (loss[0] + r * loss[1]) / (1 + r),
             "tip_accuracy": (right[0] + r * right[1]) / (1 + r),
+            "tip_accuracy_same_category": (right_alike[0] + r * right_alike[1]) / (1 + r),
             "tip_auc_random": _auc(own.match, other.match),
-            "tip_auc_same_category": _auc(own.match, alike.match),
+            "tip_auc_same_category": _auc(asked, alike.match),
         }
 
     @torch.inference_mode()

@@ -110,19 +110,19 @@ class Pretrainer:
             return values.sum() * (self.world / max(1, everywhere))
 
         losses = {"mlm": mean(mlm_loss(outputs.words, batch.words), batch.all_words)}
-        right = {"mlm_accuracy": (outputs.words.argmax(dim=-1) == batch.words, batch.all_words)}
+        hits = outputs.words.argmax(dim=-1) == batch.words
+        right = {"mlm_accuracy": mean(hits.float(), batch.all_words)}
         if outputs.patches is not None and outputs.features is not None:
             kl = mpm_loss(
                 outputs.patches, outputs.features, self.settings.pretrain.patch_temperature
             )
             losses["mpm"] = mean(kl, batch.all_patches)
         if outputs.match is not None:
-            entropy = tip_loss(outputs.match, batch.matched) * batch.paired
-            losses["tip"] = mean(entropy, batch.all_pairs)
+            pairs = self._global(batch.paired.sum()).clamp(min=1)  # only now all ranks' are known
+            losses["tip"] = (tip_loss(outputs.match, batch.matched) * batch.paired).sum() / pairs
             agrees = ((outputs.match > 0) == (batch.matched > 0)) * batch.paired
-            right["tip_accuracy"] = agrees, batch.all_pairs
-        metrics = {name: loss.detach() for name, loss in losses.items()}
-        metrics |= {name: mean(hits.float(), n) for name, (hits, n) in right.items()}
+            right["tip_accuracy"] = agrees.sum() / pairs
+        metrics = {name: loss.detach() for name, loss in losses.items()} | right
         return losses, metrics
 
     def _global(self, values: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """CE-BERT against transformers' BERT, against a plain twin of its embedding layer, and by hand."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -352,6 +353,17 @@ def test_what_came_from_the_backbone_is_known_and_logged(
     assert "pooler.dense (2)" in left_out
     rates = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
     assert rates == {0.25}
+
+
+def test_a_weight_of_another_shape_is_new_and_told_as_left_out(
+    bert_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(bert_dir, tmp_path, dirs_exist_ok=True)
+    encoder(bert_dir, patch_dim=D1).save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO, "acebert"):
+        model = encoder(tmp_path, patch_dim=D1 + 1)
+    assert model.new_parameters == {"embeddings.patch_projection.weight"}
+    assert caplog.messages[-1].endswith("Left out: embeddings.patch_projection (1)")
 
 
 def test_an_image_token_starts_out_as_large_as_a_word() -> None:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,24 @@ def test_the_directory_is_whole_and_a_backbone_with_its_own_tokenizer(
     weights = load_file(pretrained.path / "model.safetensors")
     for name, tensor in weights.items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_segment_of_hot_queries_that_the_backbone_learned_outlives_a_run_without_queries(
+    pretrained: Stage, pretrain_settings: Settings, catalogue: dict[str, Stage], tmp_path: Path
+) -> None:
+    shutil.copytree(pretrained.path, tmp_path, dirs_exist_ok=True)
+    learned = CEBertForPreTraining.from_pretrained(pretrained.path)
+    with torch.no_grad():
+        learned.ce_bert.embeddings.token_type_embeddings.weight[HOT_QUERY] += 1
+    learned.save_pretrained(tmp_path)
+    model = pretrain_settings.model.model_copy(update={"backbone": str(tmp_path)})
+    own = pretrain_settings.pretrain.model_copy(update={"max_steps": 1})
+    again = pretrain(
+        pretrain_settings.model_copy(update={"model": model, "pretrain": own}), **catalogue
+    )
+    encoder = CEBertForPreTraining.from_pretrained(again.path).ce_bert
+    segments = encoder.embeddings.token_type_embeddings.weight
+    torch.testing.assert_close(segments[HOT_QUERY], segments[TITLE] + 1, atol=0.01, rtol=0)
 
 
 def test_every_step_and_validation_is_in_mlflow_once(

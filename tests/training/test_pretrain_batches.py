@@ -53,7 +53,6 @@ def test_each_title_with_a_photo_is_matched_once_and_mismatched_three_times(
         assert int(matched.sum()) == W
         pictured = Counter(title[matched & paired])
         assert Counter(title[~matched & paired]) == Counter({t: R * n for t, n in pictured.items()})
-        assert batch.all_pairs == int(paired.sum())
         without = title[matched & ~paired]
         assert set(without) <= set(handmade.NO_PHOTO)
         assert not batch.inputs.has_photo[torch.from_numpy(matched & ~paired)].any()
@@ -199,7 +198,6 @@ def test_the_ranks_rows_together_are_the_batch_of_one_process(paths: StagePaths)
             for everywhere, mine in (
                 ("all_words", lambda b: len(b.words)),
                 ("all_patches", lambda b: len(b.inputs.patch_rows)),
-                ("all_pairs", lambda b: int(b.paired.sum())),
             ):
                 assert {getattr(b, everywhere) for b in four} == {getattr(one, everywhere)}
                 assert sum(map(mine, four)) == mine(one) == getattr(one, everywhere)
