@@ -8,10 +8,12 @@ listens on).
 import importlib
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import current_thread, main_thread
 
 import ray
 import ray.data
@@ -27,6 +29,9 @@ POLL_SECONDS = 2.0
 
 def connect() -> None:
     """Join or start Ray; does nothing where this process is connected already.
+
+    From then on SIGTERM, by which `ray job stop` and cluster managers end a job, does what Ctrl-C
+    does: with Ray's own handler a training aborts.
 
     Raises:
         UserError: a Ray of our own did not come up in time.
@@ -46,6 +51,8 @@ def connect() -> None:
             "command again, what is done is reused"
         ) from error
     _quieten()
+    if current_thread() is main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     total = ray.cluster_resources()
     log.info(
         "ray: %s, %d CPUs, %d GPUs",

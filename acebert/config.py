@@ -485,7 +485,7 @@ class TrainSettings(ScheduleSettings):
     """how long to wait for a cluster that grows on demand to bring what the workers need (0: what
     is not there now is refused) [min]"""
     max_failures: int = Field(3, ge=0)
-    """restarts of the worker group from the last checkpoint"""
+    """restarts of the worker group without a new checkpoint in between; after one it counts anew"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

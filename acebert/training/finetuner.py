@@ -29,7 +29,7 @@ from acebert.training.step_timer import StepTimer
 
 SPEED = (
     *("seconds_data", "seconds_forward", "seconds_backward", "seconds_optimizer"),
-    *("pairs_per_second", "flops", "peak_share"),
+    *("pairs_per_second", "flops", "peak", "peak_share"),
 )
 """metrics of a step that no step repeats"""
 

@@ -56,7 +56,7 @@ class StepTimer:
         (up to the loss), `seconds_backward` (with the all-reduce, which runs inside it, and with
         gradient caching's second forward) and `seconds_optimizer` are the parts of the step [s].
         `<unit>_per_second` is `count` over their sum, `flops` the FLOP/s that this rank achieved,
-        and `peak_share` what share this is of what its matrix products reach alone.
+        `peak` those that its matrix products reach alone, and `peak_share` the one of the other.
 
         Args:
             count: of the whole batch
@@ -73,6 +73,7 @@ class StepTimer:
             **parts,
             f"{unit}_per_second": count / total,
             "flops": flops / total,
+            "peak": peak,
             "peak_share": flops / total / peak,
         }
 

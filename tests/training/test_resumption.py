@@ -252,13 +252,15 @@ def test_a_job_that_is_killed_then_stopped_goes_on_when_it_is_started_again(
         end(first, signal.SIGKILL)
     (run,) = runs(settings) - known
     written = max(int(path.name[5:13]) for path in (run / "checkpoints").glob("step-*"))
-    with job(settings) as second:
-        stopped = checkpoint_after(settings, known, written + 1)
-        end(second, signal.SIGINT)
-        assert second.stdout is not None
-        said = second.stdout.read()
-    assert second.returncode == 130, said  # 128 + SIGINT, as shells have it
-    assert "stopped; give the same command again, what is done is reused" in said
+    for how in (signal.SIGINT, signal.SIGTERM):
+        with job(settings) as second:
+            stopped = checkpoint_after(settings, known, written + 1)
+            end(second, how)
+            assert second.stdout is not None
+            said = second.stdout.read()
+        assert second.returncode == 130, said  # 128 + SIGINT, as shells have it
+        assert "stopped; give the same command again, what is done is reused" in said
+        written = stopped.step
     with job(settings) as third:
         stage, _ = finished(third, settings)
     assert 0 < killed.step < stopped.step < steps_of(stage)
