@@ -1,6 +1,11 @@
 """What metrics and an experiment's log cost: the service with them against itself without.
 
     python benchmarks/serve_logging.py --bundle DIR [--seconds 5] [--rounds 5] [--clients 8]
+    python benchmarks/serve_logging.py --bundle DIR --port 8000 …
+
+With `--port`, a service that runs there, on Ray Serve say, with an experiment of two arms that have
+the bundle DIR: searches with a user, who is dealt to an arm and whose search is in the log before
+it is answered, against the same searches without one, by turns. Otherwise servers are started here:
 
 The service under plain uvicorn, a process each, connected to a Ray that runs beside it. `bare`: no
 experiment, and metrics that count nothing. `metrics`: Ray's. `experiment`: metrics too, and each
@@ -34,37 +39,40 @@ import pyarrow.parquet as pq
 
 PORTS = {"bare": 8010, "metrics": 8011, "unlogged": 8013, "experiment": 8012}
 TWO_ARMS = ("unlogged", "experiment")
-GIVE_IDS = {PORTS[name] for name in TWO_ARMS}
 USERS = 1000
 
 
-async def one_client(port: int, paths: Iterator[str], end: float) -> int:
-    """How many answers it had until `end`."""
+async def one_client(port: int, paths: Iterator[str], end: float, users: bool, ids: bool) -> int:
+    """How many answers it had until `end`, to searches with users or without; a RuntimeError where
+    an answer has no id of a search though it should, or the other way round."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     answers = 0
     for number in count():
         if time.perf_counter() > end:
             break
-        user = f"X-User-Id: user-{number % USERS}"
-        writer.write(f"GET {next(paths)} HTTP/1.1\r\nHost: x\r\n{user}\r\n\r\n".encode())
+        user = f"X-User-Id: user-{number % USERS}\r\n" if users else ""
+        writer.write(f"GET {next(paths)} HTTP/1.1\r\nHost: x\r\n{user}\r\n".encode())
         head = await reader.readuntil(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1.1 200"):
             raise RuntimeError(head.decode())
         length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
         body = await reader.readexactly(length)
-        if (b'"search_id":null' in body) == (port in GIVE_IDS):
+        if (b'"search_id":null' in body) == ids:
             raise RuntimeError(f"port {port}: logged, or not, as it should not be: {body[-99:]!r}")
         answers += 1
     writer.close()
     return answers
 
 
-def rate(port: int, paths: Iterator[str], clients: int, seconds: float) -> float:
-    """Answers a second."""
+def rate(
+    port: int, paths: Iterator[str], clients: int, seconds: float, users: bool, ids: bool
+) -> float:
+    """Answers a second, to searches as `one_client` takes them."""
 
     async def run() -> int:
         end = time.perf_counter() + seconds
-        return sum(await asyncio.gather(*(one_client(port, paths, end) for _ in range(clients))))
+        of_each = (one_client(port, paths, end, users, ids) for _ in range(clients))
+        return sum(await asyncio.gather(*of_each))
 
     return asyncio.run(run()) / seconds
 
@@ -155,6 +163,30 @@ def started(name: str, workdir: str, ray_address: str) -> Iterator[int]:
         process.wait()
 
 
+def compare_running(arguments: argparse.Namespace) -> None:
+    """Searches with users beside searches without, of the service at `arguments.port`."""
+    names = {"without a user": False, "with a user": True}
+    for kind, paths in queries(arguments.bundle).items():
+        rates: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(-1, arguments.rounds):  # the first warms up
+            for name, users in list(names.items())[:: 1 if turn % 2 else -1]:
+                sizes = arguments.clients, arguments.seconds
+                found = rate(arguments.port, paths, *sizes, users, users)
+                if turn >= 0:
+                    rates[name].append(found)
+        tell(kind, rates, "without a user")
+
+
+def tell(kind: str, rates: dict[str, list[float]], base: str) -> None:
+    for name, some in rates.items():
+        ratio = np.array(some) / rates[base]
+        print(
+            f"{kind:5} {name:14} {np.median(some):8.1f}/s, of {base} "
+            f"{np.median(ratio):.3f} [{ratio.min():.3f}, {ratio.max():.3f}]",
+            flush=True,
+        )
+
+
 def main(arguments: argparse.Namespace) -> None:
     from acebert.cluster import ray
     from acebert.serving.bundle import publish
@@ -174,17 +206,12 @@ def main(arguments: argparse.Namespace) -> None:
                 order = list(PORTS)[:: 1 if turn % 2 else -1]
                 for name in order:
                     os.kill(pids[name], signal.SIGCONT)
-                    found = rate(PORTS[name], paths, arguments.clients, arguments.seconds)
+                    sizes = arguments.clients, arguments.seconds
+                    found = rate(PORTS[name], paths, *sizes, True, name in TWO_ARMS)
                     os.kill(pids[name], signal.SIGSTOP)
                     if turn >= 0:
                         rates[name].append(found)
-            for name, some in rates.items():
-                ratio = np.array(some) / rates["bare"]
-                print(
-                    f"{kind:5} {name:10} {np.median(some):8.1f}/s, of bare "
-                    f"{np.median(ratio):.3f} [{ratio.min():.3f}, {ratio.max():.3f}]",
-                    flush=True,
-                )
+            tell(kind, rates, "bare")
 
 
 if __name__ == "__main__":
@@ -193,9 +220,12 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--port", type=int, help="of a service that runs")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.serve:
         serve(*parsed.serve)
+    elif parsed.port:
+        compare_running(parsed)
     else:
         main(parsed)
