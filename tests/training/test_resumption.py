@@ -251,8 +251,8 @@ def test_a_job_that_is_killed_then_stopped_goes_on_when_it_is_started_again(
         killed = checkpoint_after(settings, known, 12)
         end(first, signal.SIGKILL)
     (run,) = runs(settings) - known
-    written = max(int(path.name[5:13]) for path in (run / "checkpoints").glob("step-*"))
     for how in (signal.SIGINT, signal.SIGTERM):
+        written = max(int(path.name[5:13]) for path in (run / "checkpoints").glob("step-*"))
         with job(settings) as second:
             stopped = checkpoint_after(settings, known, written + 1)
             end(second, how)
@@ -260,7 +260,6 @@ def test_a_job_that_is_killed_then_stopped_goes_on_when_it_is_started_again(
             said = second.stdout.read()
         assert second.returncode == 130, said  # 128 + SIGINT, as shells have it
         assert "stopped; give the same command again, what is done is reused" in said
-        written = stopped.step
     with job(settings) as third:
         stage, _ = finished(third, settings)
     assert 0 < killed.step < stopped.step < steps_of(stage)
