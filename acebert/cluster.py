@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import current_thread, main_thread
+from types import FrameType
 
 import ray
 import ray.data
@@ -52,7 +53,7 @@ def connect() -> None:
         ) from error
     _quieten()
     if current_thread() is main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _as_ctrl_c)
     total = ray.cluster_resources()
     log.info(
         "ray: %s, %d CPUs, %d GPUs",
@@ -60,6 +61,14 @@ def connect() -> None:
         total.get("CPU", 0),
         total.get("GPU", 0),
     )
+
+
+def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """What Ctrl-C does now: in a training Ray Train's handler ends the workers first."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        handler = signal.default_int_handler
+    handler(signal.SIGINT, frame)
 
 
 def connect_and_load() -> None:

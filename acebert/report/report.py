@@ -103,7 +103,7 @@ def report_stage(
         if system.name in results.rows
     }
     shared = _shared_seeds(list(systems.values())) if len(systems) == 2 else []
-    told = Results(results.rows, dict(results.left_out))
+    told = Results(results.rows, dict(results.left_out), results.failed)
     names = f"{WITHOUT_ADVERSARY.name} and {WITH_ADVERSARY.name}"
     for part, figure in (("fig6", "Figure 6"), ("fig7", "Figure 7")):
         if part in given.parts and not shared:

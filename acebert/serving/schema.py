@@ -156,10 +156,10 @@ SearchId = Annotated[str, Field(pattern=SEARCH_ID)]
 
 
 class ShopperIn(BaseModel):
-    """Headers of a search."""
+    """Headers of a search; its others say nothing here."""
 
-    x_user_id: UserId | None = None
-    x_search_id: SearchId | None = None
+    x_user_id: UserId | None = Field(None, alias="x-user-id")
+    x_search_id: SearchId | None = Field(None, alias="x-search-id")
 
 
 class EventIn(Request):

@@ -15,13 +15,7 @@ from transformers.utils import logging as transformers_logging
 from acebert.config import Settings
 from acebert.data.features import FeatureStore
 from acebert.data.tokens import backbone_digest, load_tokenizer, special_ids
-from acebert.models.encoder import (
-    HOT_QUERY,
-    TITLE,
-    CEBertConfig,
-    backbone_config,
-    load_backbone,
-)
+from acebert.models.encoder import HOT_QUERY, TITLE, load_backbone
 from acebert.models.pretraining import CEBertForPreTraining, start_pretraining
 from acebert.tracking import Run
 from acebert.training.checkpoint import Checkpoints, load_progress, load_tensors
@@ -96,11 +90,11 @@ def _export(
     assert last is not None
     progress = load_progress(last)
     model = new_model(settings, paths)
+    segments = model.ce_bert.embeddings.token_type_embeddings.weight
+    from_backbone = settings.model.backbone is not None
+    learned = from_backbone and not torch.equal(segments[HOT_QUERY], segments[TITLE])
     model.load_state_dict(load_tensors(last, torch.device("cpu"))["model"])
-    backbone = settings.model.backbone
-    knows_it = backbone is not None and isinstance(backbone_config(backbone), CEBertConfig)
-    if not (settings.pretrain.queries or knows_it):  # never seen, so it starts as the title's
-        segments = model.ce_bert.embeddings.token_type_embeddings.weight
+    if not (settings.pretrain.queries or learned):  # never seen, so it starts as the title's
         with torch.no_grad():
             segments[HOT_QUERY] = segments[TITLE]
     transformers_logging.disable_progress_bar()  # one file

@@ -118,7 +118,7 @@ class Pretrainer:
             )
             losses["mpm"] = mean(kl, batch.all_patches)
         if outputs.match is not None:
-            pairs = self._global(batch.paired.sum()).clamp(min=1)  # only now all ranks' are known
+            pairs = self._global(batch.paired.sum()).clamp(min=1 / self.world)
             losses["tip"] = (tip_loss(outputs.match, batch.matched) * batch.paired).sum() / pairs
             agrees = ((outputs.match > 0) == (batch.matched > 0)) * batch.paired
             right["tip_accuracy"] = agrees.sum() / pairs

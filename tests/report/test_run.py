@@ -215,6 +215,7 @@ def test_a_row_that_fails_in_any_way_is_left_out_and_the_others_go_on(
     results = Results()
     measure_systems({"beyond": [ACEBERT, MINED]}, {"beyond": (0,)}, small_settings, results)
     assert results.left_out == {"ACE-BERT": "RuntimeError: rank 0 was killed"}
+    assert results.failed == ["ACE-BERT"]
     assert list(results.rows) == [MINED.name]
 
 
@@ -405,6 +406,7 @@ def test_without_a_model_of_its_own_the_rival_is_left_out_with_a_line() -> None:
     results = Results()
     measure_rival(small_settings, None, (0,), 5e-5, results)
     assert set(results.left_out.values()) == {"no model is given (--sentence_transformer DIR)"}
+    assert results.failed == []  # nobody asked for it
 
 
 def test_the_rivals_rows_say_which_model_was_trained_and_how(

@@ -198,6 +198,9 @@ def test_clicks_and_purchases_are_in_the_report_and_repeats_are_not(start) -> No
             == twice["X-Search-Id"]
         )
     assert server.client.post("/events", json={"search_id": "?"}).status_code == 422
+    refused = server.client.get("/search?q=hat", headers={"X-User-Id": "u1", "X-Search-Id": "?"})
+    assert refused.status_code == 422
+    assert refused.json()["error"].startswith("header.x-search-id: String should match pattern")
     server.stop()
     found = server.read_out()
     arms = found.arms.values()

@@ -94,6 +94,22 @@ def test_a_segment_of_hot_queries_that_the_backbone_learned_outlives_a_run_witho
     torch.testing.assert_close(segments[HOT_QUERY], segments[TITLE] + 1, atol=0.01, rtol=0)
 
 
+def test_a_segment_of_hot_queries_that_no_backbone_learned_is_the_titles_after_every_run(
+    pretrained: Stage, pretrain_settings: Settings, catalogue: dict[str, Stage]
+) -> None:
+    model = pretrain_settings.model.model_copy(update={"backbone": str(pretrained.path)})
+    own = pretrain_settings.pretrain.model_copy(update={"max_steps": 1})
+    again = pretrain(
+        pretrain_settings.model_copy(update={"model": model, "pretrain": own}), **catalogue
+    )
+    before, after = (
+        CEBertForPreTraining.from_pretrained(stage.path).ce_bert.embeddings.token_type_embeddings
+        for stage in (pretrained, again)
+    )
+    assert not torch.equal(after.weight[TITLE], before.weight[TITLE])
+    assert torch.equal(after.weight[HOT_QUERY], after.weight[TITLE])
+
+
 def test_every_step_and_validation_is_in_mlflow_once(
     pretrained: Stage, pretrain_settings: Settings
 ) -> None:
