@@ -246,8 +246,8 @@ def test_a_row_of_random_weights_claims_nothing_beside_a_rival_that_was_pre_trai
         said[" ".join(start)] = {gain.unclaimed for gain in found.gains}
     assert list(said.values()) == [
         {"the other alone is pre-trained: not claimed"},
-        {None},
-        {None},
+        {"one seed: not claimed"},  # which the rival has
+        {"one seed: not claimed"},
     ]
 
 
