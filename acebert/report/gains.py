@@ -50,7 +50,7 @@ class Gain:
     queries: int
     one_seed: bool
     behind: bool
-    apart: bool = False
+    apart: bool
 
     @property
     def unclaimed(self) -> Unclaimed | None:

@@ -62,7 +62,9 @@ def test_nothing_is_claimed_beside_a_row_that_may_be_zero_and_the_gain_has_no_up
     assert gain.high == np.inf
     assert np.isfinite(gain.low)
     assert words.bounds(gain).endswith(", +∞]")
-    found = Gain("recall_100", None, gain, plain, None, queries=50, one_seed=False, behind=False)
+    found = Gain(
+        "recall_100", None, gain, plain, None, queries=50, one_seed=False, behind=False, apart=False
+    )
     assert words.verdict(found) == "no difference shown"
 
 
@@ -135,7 +137,7 @@ def gain(
     low: float, high: float, paper: float | None, queries: int = 100, one_seed: bool = False
 ) -> Gain:
     found = Interval((low + high) / 2, low, high, 2)
-    return Gain("gauc", None, found, found, paper, queries, one_seed, behind=False)
+    return Gain("gauc", None, found, found, paper, queries, one_seed, behind=False, apart=False)
 
 
 @pytest.mark.parametrize(
