@@ -79,7 +79,7 @@ def work(arguments: argparse.Namespace) -> None:
         rows.append(Row(name, tuple(evaluated)))
     untrained = [Row.of(baselines.path / name) for name in BASELINES]
     print()
-    print(rows_table([*untrained, *rows]))
+    print(rows_table([*untrained, *rows, *(row.with_clicks for row in rows)]))
     for above, row in pairwise(rows):
         print(differences_table(row, above))
     print(differences_table(rows[-1], finds_most(untrained)))

@@ -15,7 +15,8 @@ def work(arguments: argparse.Namespace) -> None:
     _embedded, evaluated = evaluate_stage(settings, arguments.model)
     baselines = baselines_stage(settings).path
     untrained = [Row.of(baselines / name) for name in BASELINES]
-    print(rows_table([*untrained, Row.of(evaluated.path)]))
+    row = Row.of(evaluated.path)
+    print(rows_table([*untrained, row, row.with_clicks]))
     print(evaluated.path)
 
 

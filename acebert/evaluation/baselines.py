@@ -6,6 +6,9 @@
 * Click look-up: the products clicked for the very same query before the test day, by clicks.
 * Popularity: the products clicked most before the test day, whatever the query.
 
+A model's scores can be raised by the query's own past clicks (`add_clicks`), its ranks fused with
+BM25's (`reciprocal_rank_fusion`).
+
 Each is a `recall.Scorer`, so it is searched and measured exactly as embeddings are. A product that
 shares no word with the query, or was never clicked, is not returned: its score is -inf. (The
 engine's own order is a row too, but it only ranks what it showed: GAUC alone.)
@@ -95,6 +98,22 @@ class ClickLookup:
             own = slice(self._start[query], self._start[query + 1])
             row[self._product[own]] = self._clicks[own]
 
+    @property
+    def clicked(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """(query, product, clicks) of each pair that was clicked, by query and product [c]."""
+        return self._query, self._product, self._clicks
+
+    def clicks(self, query: NDArray[np.int64], product: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Of any pairs, 0 where there was none [m]."""
+        pairs = self._query * self.products + self._product
+        wanted = query * self.products + product
+        place = np.minimum(np.searchsorted(pairs, wanted), max(len(pairs) - 1, 0))
+        found = np.zeros(len(wanted), np.float32)
+        if len(pairs):
+            known = pairs[place] == wanted
+            found[known] = self._clicks[place[known]]
+        return found
+
 
 class Popularity:
     """The same products for every query, scored by clicks [n]."""
@@ -138,6 +157,43 @@ def titles_with_hot_queries(root: Path, test: TestSet) -> list[str]:
         " ".join([title, *(texts[query] for query in lists[row])])
         for title, row in zip(test.titles, hot, strict=True)
     ]
+
+
+def add_clicks(
+    top: NDArray[np.int32],
+    score: NDArray[np.float32],
+    lookup: ClickLookup,
+    clicked_score: NDArray[np.float32],
+    weight: float,
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Lists by score + weight · ln(1 + past clicks of the query on the product), exactly: as clicks
+    only raise scores, who is not clicked and was not in the list is not in the new one.
+
+    Args:
+        top: catalogue rows of a model's lists, best first, -1 for none [Q, depth].
+        score: theirs, -inf for none [Q, depth].
+        clicked_score: the model's of each pair of `lookup.clicked` [c].
+
+    Returns:
+        The same for the new lists.
+    """
+    queries, depth = top.shape
+    query, product, clicks = lookup.clicked
+    rows = np.concatenate([top.ravel().astype(np.int64), product])
+    of = np.concatenate([np.repeat(np.arange(queries), depth), query])
+    raised = clicked_score + np.float32(weight) * np.log1p(clicks)
+    scores = np.concatenate([score.ravel(), raised]).astype(np.float32)
+    both = lookup.clicks(of[: top.size], rows[: top.size]) > 0  # they come with their clicks too
+    kept = np.concatenate([(rows[: top.size] >= 0) & ~both, np.ones(len(query), bool)])
+    rows, of, scores = rows[kept], of[kept], scores[kept]
+    order = np.lexsort((rows, -scores, of))
+    rows, of, scores = rows[order], of[order], scores[order]
+    rank = np.arange(len(of)) - np.searchsorted(of, of)
+    first = rank < depth
+    found, found_score = np.full_like(top, -1), np.full_like(score, -np.inf)
+    found[of[first], rank[first]] = rows[first]
+    found_score[of[first], rank[first]] = scores[first]
+    return found, found_score
 
 
 def reciprocal_rank_fusion(

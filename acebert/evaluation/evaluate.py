@@ -14,8 +14,8 @@ A row of the results is a directory, the same for a model and for a baseline:
 * `run.trec`, `qrels.trec`: the best products of each query; the clicked ones with grade 1
 
 A system without a whole-catalogue order (`position`) has no Recall files, one without scores of
-what was shown (`hybrid_bm25`) no per_search.parquet. A model's directory holds `hybrid_bm25/` and
-`index/` (acebert.index) too. The baselines' stage holds a directory a row.
+what was shown (`hybrid_bm25`) no per_search.parquet. A model's directory holds `hybrid_bm25/`,
+`with_clicks/` and `index/` (acebert.index) too. The baselines' stage holds a directory a row.
 
 Recall, nDCG and MRR are means over the queries with a target, with ties as expected values; the
 order of ties in run.trec and top.parquet is the catalogue's.
@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from acebert.config import Settings
 from acebert.errors import UserError
-from acebert.evaluation import baselines, figures
+from acebert.evaluation import HYBRID, WITH_CLICKS, baselines, figures
 from acebert.evaluation.breakdown import Groups, breakdown, make_groups
 from acebert.evaluation.domain_probe import domain_probe
 from acebert.evaluation.gauc import GroupAuc, auc_by_group, weighted_mean
@@ -60,10 +60,9 @@ from acebert.workdir import Stage, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 BASELINES = ("bm25_titles", "bm25_titles_hot", "click_lookup", "popularity", "position")
-HYBRID = "hybrid_bm25"  # a model fused with LEXICAL
-LEXICAL = "bm25_titles_hot"  # the lexical engine that a model is set beside: the stronger one
+LEXICAL = "bm25_titles_hot"  # the lexical engine that a model is fused with: the stronger one
 RUN_DEPTH = 100  # products a query in run.trec; more where eval.ks asks for more
 ANN_QUERIES = 1000
 PROBE_ROWS = 2000
@@ -122,7 +121,24 @@ def evaluate_embeddings(
         hybrid = _Row(HYBRID, settings, test, row.groups)
         top, score = baselines.reciprocal_rank_fusion(found.top, _lists(bm25_top["product"]))
         hybrid.write(out / HYBRID, hybrid.ranks_in(top, score), top, score, None)
-        figures.breakdown_figure([out, out / HYBRID, lexical], out / "breakdown.png")
+        past = _past_clicks(ingested.path, test)
+        clicked = _Row(WITH_CLICKS, settings, test, row.groups)
+        query, product, _ = past.clicked
+        weight = settings.serve.click_weight
+        top, score = baselines.add_clicks(
+            found.top,
+            found.top_score,
+            past,
+            _dot_products(queries, products, query, product),
+            weight,
+        )
+        shown = np.log1p(past.clicks(test.shown_query, test.shown_product))
+        raised = (found.pair_score + weight * shown).astype(np.float32)
+        searches = row.auc(raised, scorer.tie)
+        clicked.write(out / WITH_CLICKS, clicked.ranks_in(top, score), top, score, searches)
+        figures.breakdown_figure(
+            [out, out / WITH_CLICKS, out / HYBRID, lexical], out / "breakdown.png"
+        )
 
     return run_stage(settings.workdir, "evaluate", key, build)
 
@@ -138,17 +154,14 @@ def evaluate_baselines(settings: Settings, ingested: Stage) -> Stage:
     def build(out: Path) -> None:
         test = load_test_set(settings, ingested)
         groups = make_groups(test, settings.eval.head_share)
-        query, product, clicks = baselines.clicks_before(ingested.path, test)
-        asked = query >= 0
+        _, product, clicks = baselines.clicks_before(ingested.path, test)
         n = len(test.product_ids)
         scorers: dict[str, Callable[[], Scorer]] = {
             "bm25_titles": lambda: baselines.Bm25(test.titles, test.queries),
             "bm25_titles_hot": lambda: baselines.Bm25(
                 baselines.titles_with_hot_queries(ingested.path, test), test.queries
             ),
-            "click_lookup": lambda: baselines.ClickLookup(
-                n, len(test.queries), query[asked], product[asked], clicks[asked]
-            ),
+            "click_lookup": lambda: _past_clicks(ingested.path, test),
             "popularity": lambda: baselines.Popularity(
                 np.bincount(product, clicks, minlength=n).astype(np.int64)
             ),
@@ -163,6 +176,28 @@ def evaluate_baselines(settings: Settings, ingested: Stage) -> Stage:
         figures.rows_figure(rows, out / "rows.png")
 
     return run_stage(settings.workdir, "evaluate", _key(settings, ingested), build)
+
+
+def _dot_products(
+    queries: NDArray[np.float32],
+    products: NDArray[np.float32],
+    query: NDArray[np.int64],
+    product: NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """Of pairs of rows, some at a time [c]."""
+    found = np.empty(len(query), np.float32)
+    for first in range(0, len(query), READ_ROWS):
+        some = slice(first, first + READ_ROWS)
+        np.einsum("cd,cd->c", queries[query[some]], products[product[some]], out=found[some])
+    return found
+
+
+def _past_clicks(root: Path, test: TestSet) -> baselines.ClickLookup:
+    query, product, clicks = baselines.clicks_before(root, test)
+    asked = query >= 0
+    return baselines.ClickLookup(
+        len(test.product_ids), len(test.queries), query[asked], product[asked], clicks[asked]
+    )
 
 
 def read_vectors(path: Path, column: str, wanted: list[str]) -> NDArray[np.float32]:
@@ -530,6 +565,7 @@ def evaluation_key(settings: Settings) -> dict[str, Any]:
     return {
         "version": VERSION,
         "eval": own,
+        "click_weight": settings.serve.click_weight,
         "qrels": hashlib.sha256(file_bytes(qrels)).hexdigest() if qrels else None,
     }
 

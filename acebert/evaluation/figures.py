@@ -26,6 +26,7 @@ KNOWN = {
     "popularity": "#e0cfa9",
     "position": "#9db4c0",
     "hybrid_bm25": "#59a14f",
+    "with_clicks": "#c2527d",
 }
 MODELS = ("#1f5fa8", "#d1495b", "#7b4ea3", "#e08e2b", "#17807e", "#a05195")
 GROUPS = (

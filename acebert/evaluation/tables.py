@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from acebert.errors import UserError
+from acebert.evaluation import WITH_CLICKS
 from acebert.evaluation.recall import recall
 from acebert.evaluation.significance import (
     LEAST_QUERIES,
@@ -79,6 +80,11 @@ class Row:
     @classmethod
     def of(cls, directory: Path) -> Self:
         return cls(read_metrics(directory)["name"], (directory,))
+
+    @property
+    def with_clicks(self) -> "Row":
+        """The same model's row whose scores are raised by past clicks."""
+        return Row(f"{self.name} + past clicks", tuple(path / WITH_CLICKS for path in self.seeds))
 
     def measured(self, name: str, samples: int = SAMPLES) -> Interval | None:
         """`gauc`, `mrr` or `recall_K` over the whole test day: the mean over the seeds, with a 95 %

@@ -55,7 +55,7 @@ class Training:
 
     @property
     def trains(self) -> str:
-        """Digest of what is trained: rows that are one model cut or fused have one."""
+        """Digest of what is trained: rows of one model, cut or with BM25 or clicks, have one."""
         return digest_of(
             [
                 settings and settings.model_dump(mode="json", exclude=NO_PART_OF_IT)

@@ -65,7 +65,7 @@ class Table:
     aliases: dict[str, str] = field(default_factory=dict)
 
 
-BM25 = rows.UNTRAINED["bm25_titles_hot"]
+BM25, CLICK_LOOKUP = rows.UNTRAINED["bm25_titles_hot"], rows.UNTRAINED["click_lookup"]
 TABLE_1 = Table(
     key="table1",
     title="Table 1: the systems",
@@ -74,7 +74,7 @@ TABLE_1 = Table(
     metrics=("gauc", "recall_10", "recall_50", "recall_100"),
     systems=(
         *(rows.TWINBERT, rows.TWINBERT_MLM, rows.FASHIONBERT, rows.CEBERT, rows.ACEBERT),
-        rows.PLUS,
+        *(rows.PLUS, rows.PLUS_CLICKS),
     ),
     steps=(
         Step(BM25, rows.UNTRAINED["bm25_titles"]),
@@ -89,6 +89,9 @@ TABLE_1 = Table(
         Step("acebert_plus", "ACE-BERT"),
         Step("acebert_plus", rows.RIVAL),
         Step("acebert_plus", BM25),
+        Step(rows.PLUS_CLICKS.name, "acebert_plus"),
+        Step(rows.PLUS_CLICKS.name, CLICK_LOOKUP),
+        Step(rows.PLUS_CLICKS.name, BM25),
     ),
     paper=PAPER_TABLE_1,
     groups=("seen", "unseen"),
@@ -205,6 +208,21 @@ BEYOND = (
         *(rows.FUSED, rows.PLUS, rows.PLUS_FUSED),
         more=(Step(rows.PLUS_FUSED.name, rows.PLUS.name), Step(rows.FUSED.name, BM25)),
         untrained=(BM25,),
+    ),
+    _beyond(
+        "past_clicks",
+        "Past clicks, added when one searches",
+        "What was clicked for the very query on earlier days raises a product's score, "
+        "cosine + serve.click_weight · ln(1 + clicks): a table that any engine can keep. A model "
+        "beside it need not learn by heart what was clicked.",
+        *(rows.CEBERT, rows.CEBERT_CLICKS, rows.ACEBERT_CLICKS, rows.PLUS, rows.PLUS_CLICKS),
+        more=(
+            Step(rows.CEBERT_CLICKS.name, rows.CEBERT.name),
+            Step(rows.PLUS_CLICKS.name, rows.PLUS.name),
+            Step(rows.PLUS_CLICKS.name, rows.CEBERT_CLICKS.name),
+            Step(rows.CEBERT_CLICKS.name, CLICK_LOOKUP),
+        ),
+        untrained=(CLICK_LOOKUP,),
     ),
 )
 WITHOUT_ADVERSARY, WITH_ADVERSARY = rows.HOT_QUERIES, rows.ACEBERT

@@ -6,6 +6,8 @@ they are what it is.
 
 from dataclasses import dataclass
 
+from acebert.evaluation import HYBRID, WITH_CLICKS
+
 WHAT_A_ROW_IS = (
     *("image.roi", "model.patches", "model.pixels", "model.hot_queries", "model.hot_query_dropout"),
     *("loss.false_negatives", "loss.popularity_correction", "adversary.form", "adversary.weight"),
@@ -22,14 +24,15 @@ class System:
         name: as the page writes it
         recipe: under acebert/recipes, without `_tiny`
         changed: settings, as on the command line
-        fused: the row is its fusion with BM25 on titles and hot queries
+        part: directory of the model's evaluation that is the row: fused with BM25, with past
+            clicks (none: the model by itself)
         miner: whose model mines its hard negatives (none: its own without them)
     """
 
     name: str
     recipe: str
     changed: tuple[str, ...] = ()
-    fused: bool = False
+    part: str = ""
     miner: "System | None" = None
 
 
@@ -43,9 +46,13 @@ ACEBERT = System("ACE-BERT", "acebert")
 PLUS = System("acebert_plus", "acebert_plus")
 
 
-def _but(name: str, *changed: str, fused: bool = False, miner: System | None = None) -> System:
+PLUS_CLICKS = System("acebert_plus + past clicks", "acebert_plus", part=WITH_CLICKS)
+CEBERT_CLICKS = System("CE-BERT + past clicks", "cebert", part=WITH_CLICKS)
+
+
+def _but(name: str, *changed: str, part: str = "", miner: System | None = None) -> System:
     """ACE-BERT with some settings changed."""
-    return System(name, "acebert", changed, fused, miner)
+    return System(name, "acebert", changed, part, miner)
 
 
 OTHER_DAYS = _but("own day left out", "--model.hot_queries", "other_days")
@@ -74,8 +81,9 @@ CONFUSION = _but(
 )
 NO_ADVERSARY = _but("adversary: off", "--adversary.form", "off")
 PIXELS_OF_ROI = _but("pixels of the RoI", "--image.pixel_source", "roi")
-FUSED = _but("ACE-BERT + BM25", fused=True)
-PLUS_FUSED = System("acebert_plus + BM25", "acebert_plus", fused=True)
+FUSED = _but("ACE-BERT + BM25", part=HYBRID)
+PLUS_FUSED = System("acebert_plus + BM25", "acebert_plus", part=HYBRID)
+ACEBERT_CLICKS = _but("ACE-BERT + past clicks", part=WITH_CLICKS)
 
 UNTRAINED = {
     "bm25_titles": "BM25, titles",

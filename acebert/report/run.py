@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from acebert.config import Settings, weights_digest
 from acebert.errors import UserError, reason_of
-from acebert.evaluation.evaluate import BASELINES, HYBRID, evaluate_embeddings
+from acebert.evaluation.evaluate import BASELINES, evaluate_embeddings
 from acebert.evaluation.tables import Row
 from acebert.pipeline import (
     baselines_stage,
@@ -57,7 +57,7 @@ class Measured:
         seconds: of training, the mean over the seeds, with all that `trainings` finds; None: none
             needed
         pairs: fine-tuned on
-        valid: GAUC and Recall@100 of the model (whole and not fused) on the validation day, the
+        valid: GAUC and Recall@100 of the model (whole and by itself) on the validation day, the
             mean over the seeds, as far as there are any
         settings: of the first seed
         others: what else is told of how it was made, where it has no settings
@@ -195,9 +195,9 @@ def _measure(
         models.append(finetune_stage(settings))
         vectors, result = evaluate_stage(settings, models[-1].path)
         embedded.append(vectors.path)
-        if system.fused:
-            fused = result.path / HYBRID
-            result = replace(result, path=fused, digest=f"{result.digest}/{HYBRID}")
+        if system.part:
+            own_row = result.path / system.part
+            result = replace(result, path=own_row, digest=f"{result.digest}/{system.part}")
         own = model_settings(settings, models[-1].path)
         for part in parts:
             tracked(tagged(own, part), result, row=True)

@@ -27,7 +27,7 @@ from acebert.serving.changes import Source
 from acebert.serving.gate import OPEN, RETRY_SECONDS, Gate
 from acebert.serving.products import Filter, Patch, Product
 from acebert.serving.request_log import RequestLog
-from acebert.serving.service import Found, SearchService
+from acebert.serving.service import Found, How, SearchService
 
 PAGE = Path(__file__).parent / "page"
 PAGE_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -143,18 +143,18 @@ def _searches(app: FastAPI, service: SearchService) -> None:
         shopper: Annotated[schema.ShopperIn, Header()],
     ) -> Response:
         """Products for a query, best first. `min_score` leaves out hits whose vectors score worse;
-        `hybrid` fuses the ranks with those of BM25 on titles, and shows the fused score. With
-        `X-User-Id` the search is part of the experiment that runs, if one does; `X-Search-Id`, the
-        client's own id of the search, makes one search of it however often it is sent."""
-        q, k, hybrid, min_score = asked.q, asked.k, asked.hybrid, asked.min_score
+        `clicks` raises the scores of what was clicked for the very query before; `hybrid` fuses the
+        ranks with those of BM25 on titles, and shows the fused score. With `X-User-Id` the search
+        is part of the experiment that runs, if one does; `X-Search-Id`, the client's own id of the
+        search, makes one search of it however often it is sent."""
+        q, k = asked.q, asked.k
+        how = How(asked.hybrid, asked.clicks, asked.min_score)
         where = Filter(asked.category, asked.min_price, asked.max_price, asked.in_stock)
         user, search_id = shopper.x_user_id, shopper.x_search_id
         if service.trial is None or user is None:
-            found = await service.search(q, k, where, hybrid=hybrid, min_score=min_score)
+            found = await service.search(q, k, where, how)
         else:
-            found = await service.trial.search(
-                user, search_id, q, k, where, hybrid=hybrid, min_score=min_score
-            )
+            found = await service.trial.search(user, search_id, q, k, where, how)
         return Json(_answer(found))
 
     app.router.add_api_route(

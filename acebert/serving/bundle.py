@@ -5,7 +5,8 @@
 | `bundle.json` | `version` (of the model: `product_side_version`), numbers, expected hit rate |
 | `vectors.npy` | product vectors, float32 [n, d], mapped |
 | `index/` | the FAISS index of these (`acebert.index.ProductIndex`) |
-| `products.sqlite` | `product` (id, title, category, price, photo, digest, hot queries), `words` |
+| `products.sqlite` | `product` (id, title, category, price, photo, digest, hot queries), `words`, |
+| | `clicked` (query, products and their clicks on the days of the hot lists) |
 | `hot.npy`, `hot_queries.parquet` | vectors of the most frequent queries, float32 [h, d]; texts |
 | `query_mean.npy` | mean vector of what drawn clicks asked for, float32 [d]; a refresh keeps it |
 | `model/`, `query_encoder/` | model directory (products are encoded by it), query encoder |
@@ -36,6 +37,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from acebert.config import Settings, read_recipe, settings_from
+from acebert.data.database import READ_ROWS, open_database
 from acebert.data.earlier import stage_key
 from acebert.data.features import photo_digest
 from acebert.data.image import BrokenImage, decode
@@ -49,12 +51,13 @@ from acebert.workdir import Stage, digest_of, file_digests, run_stage, sync
 
 log = logging.getLogger(__name__)
 
-VERSION = 7
+VERSION = 8
 FLAT_UP_TO = 10_000  # products up to which exact search takes less than a millisecond
 OF_HOT_LISTS = ("train", "valid")  # days whose clicks are in the lists that are served
 PHOTO_SIDE = 320  # photos of hits are not shown larger [px]
 PHOTO_BYTES = 40_000  # smaller files are kept as they are
 CNN_WEIGHTS = "cnn.safetensors"
+CLICKED = 100  # products of a query whose clicks are kept, the most clicked
 DRAWN = 2_000
 """clicks of the log, whose queries stand for what is searched for"""
 TOKENS = "porter unicode61 remove_diacritics 2"
@@ -120,6 +123,7 @@ def build_bundle(
         storage = PhotoStorage(settings.data.products, int(settings.image.max_megapixels * 3e6))
         known = earlier if earlier and _is_one_of_ours(earlier) else None
         photos = _write_products(ingested.path, storage, settings, out, known)
+        _write_clicked(ingested.path, settings.data.memory_limit, out)
         shutil.copytree(model, out / "model")
         weights = Path(settings.image.cnn_weights)
         if settings.model.patches and weights.is_file():
@@ -335,6 +339,11 @@ class ProductTable:
         found = self._db.execute("SELECT hot FROM product WHERE product_id = ?", (product_id,))
         return next((json.loads(hot) for (hot,) in found), [])
 
+    def clicked(self, query: str) -> dict[str, int]:
+        """What was clicked for a normalised query: product_id → clicks."""
+        found = self._db.execute("SELECT products FROM clicked WHERE query = ?", (query,))
+        return next((json.loads(products) for (products,) in found), {})
+
     def by_words(self, query: str) -> Iterator[tuple[int, float]]:
         """Rows whose titles share a word with `query` and their BM25 scores, best first."""
         return match_words(self._db, query_words(query))
@@ -517,6 +526,40 @@ def _write_products(
     if known:
         known.close()
     return photos
+
+
+def _write_clicked(ingested: Path, memory_limit: str, out: Path) -> None:
+    """The table `clicked`: for each query CLICKED products at most, with their clicks."""
+    days = [str(ingested / f"{name}.parquet") for name in ("pairs", "valid_pairs")]
+    ids = str(ingested / "products" / "part-*.parquet")
+    texts = str(ingested / "queries.parquet")
+    db = sqlite3.connect(out / "products.sqlite")
+    db.execute("CREATE TABLE clicked (query TEXT PRIMARY KEY, products TEXT NOT NULL)")
+    with open_database(out / "scratch", memory_limit) as con:
+        found = con.execute(
+            """
+            WITH pair AS (
+                SELECT query, product, sum(clicks)::BIGINT AS clicks
+                FROM read_parquet($days) GROUP BY query, product
+                QUALIFY row_number() OVER (PARTITION BY query ORDER BY sum(clicks) DESC, product)
+                    <= $most
+            )
+            SELECT text, list(product_id ORDER BY pair.clicks DESC, product) AS ids,
+                list(pair.clicks ORDER BY pair.clicks DESC, product) AS clicks
+            FROM pair
+            JOIN (SELECT query, text FROM read_parquet($texts)) USING (query)
+            JOIN (SELECT product, product_id FROM read_parquet($ids)) USING (product)
+            GROUP BY query, text ORDER BY text
+            """,
+            {"days": days, "texts": texts, "ids": ids, "most": CLICKED},
+        )
+        while rows := found.fetchmany(READ_ROWS):
+            db.executemany(
+                "INSERT INTO clicked VALUES (?, ?)",
+                ((text, json.dumps(dict(zip(*lists, strict=True)))) for text, *lists in rows),
+            )
+    db.commit()
+    db.close()
 
 
 def _hot_queries_of(ingested: Path, settings: Settings) -> Callable[[int], list[str]]:

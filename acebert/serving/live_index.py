@@ -40,6 +40,13 @@ class LiveProducts(Protocol):
         """The best k products by BM25 on titles, best first; the score is that of `vector` [d]."""
         ...
 
+    def by_ids(
+        self, product_ids: Sequence[str], vector: NDArray[np.float32], where: Filter
+    ) -> list[Hit]:
+        """Those of the products that there are and that `where` allows, in any order; the score is
+        that of `vector` [d]."""
+        ...
+
     def product(self, product_id: str) -> Product | None: ...
 
     def vector(self, product_id: str) -> NDArray[np.float32] | None:
@@ -243,6 +250,24 @@ class LiveIndex:
         best = sorted(found, key=lambda one: -one[0])[:k]
         return [Hit(product, float(own_vector @ vector)) for _, product, own_vector in best]
 
+    def by_ids(
+        self, product_ids: Sequence[str], vector: NDArray[np.float32], where: Filter
+    ) -> list[Hit]:
+        state, place = self._state, self._state.changed.place
+        among, allowed = self._allowed(state, where), self._allowed_changed(state, where)
+        found = [self._bundle.row_of(name) for name in product_ids if name not in place]
+        rows = [row for row in found if row is not None and (among is None or among[row])]
+        new = [row for name in product_ids if (row := place.get(name)) is not None]
+        hits = zip(self._base_products(state, rows), self._bundle.vectors[rows], strict=True)
+        return [
+            *(Hit(product, float(own @ vector)) for product, own in hits),
+            *(
+                Hit(state.changed.products[row], float(state.vectors[row] @ vector))
+                for row in new
+                if row < len(allowed) and allowed[row]
+            ),
+        ]
+
     def _changed_by_words(self, changed: _Changed, query: str) -> list[tuple[int, float]]:
         """Rows of what changed and their BM25 scores, best first. How rare a word is, is told by
         the bundle's titles and these, so that the scores stand beside the bundle's."""
@@ -394,6 +419,17 @@ def _best(k: int, *hits: list[Hit]) -> list[Hit]:
     if not any(hits[1:]):
         return hits[0][:k]
     return sorted((hit for some in hits for hit in some), key=lambda hit: -hit.score)[:k]
+
+
+def raised(k: int, hits: Iterable[Hit], clicked: dict[str, int], weight: float) -> list[Hit]:
+    """The k best by score + weight · ln(1 + clicks), each product once; clicks by product_id."""
+    best = {
+        hit.product.product_id: Hit(
+            hit.product, hit.score + weight * math.log1p(clicked.get(hit.product.product_id, 0))
+        )
+        for hit in hits
+    }
+    return sorted(best.values(), key=lambda hit: -hit.score)[:k]
 
 
 def fuse(k: int, *rankings: list[Hit], constant: int = 60) -> list[Hit]:

@@ -151,17 +151,24 @@ class MilvusIndex:
         """
         raise UserError("hybrid search needs the products here, not in Milvus (serve.milvus_uri)")
 
+    def by_ids(
+        self, product_ids: Sequence[str], vector: NDArray[np.float32], where: Filter
+    ) -> list[Hit]:
+        rows = self._get(product_ids, [*FIELDS, "vector"])
+        hits = [Hit(_product(row), float(np.dot(row["vector"], vector))) for row in rows]
+        return [hit for hit in hits if where.allows(hit.product)]
+
     def product(self, product_id: str) -> Product | None:
-        rows = self._get(product_id, FIELDS)
+        rows = self._get([product_id], FIELDS)
         return _product(rows[0]) if rows else None
 
     def vector(self, product_id: str) -> NDArray[np.float32] | None:
-        rows = self._get(product_id, ["vector"])
+        rows = self._get([product_id], ["vector"])
         return np.asarray(rows[0]["vector"], np.float32) if rows else None
 
     @_answering()
-    def _get(self, product_id: str, fields: list[str]) -> list[dict[str, Any]]:
-        return self._client.get(self._name, ids=[product_id], output_fields=fields)
+    def _get(self, product_ids: Sequence[str], fields: list[str]) -> list[dict[str, Any]]:
+        return self._client.get(self._name, ids=list(product_ids), output_fields=fields)
 
     def is_changed(self, product_id: str) -> bool:
         return product_id in self._changed
@@ -190,7 +197,7 @@ class MilvusIndex:
         self._categories |= {p.category for p, _ in kept if p.category is not None}
 
     def _known(self, product_id: str) -> tuple[Product, NDArray[np.float32]] | None:
-        rows = self._get(product_id, [*FIELDS, "vector"])
+        rows = self._get([product_id], [*FIELDS, "vector"])
         return (_product(rows[0]), np.asarray(rows[0]["vector"], np.float32)) if rows else None
 
 

@@ -46,7 +46,8 @@ class Filter:
 class Hit:
     product: Product
     score: float
-    """inner product of the unit vectors; a fused score in hybrid search"""
+    """inner product of the unit vectors, raised where clicks are asked for; a fused score in hybrid
+    search"""
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class SearchIn(FilterIn):
     k: K = 10
     min_score: Score | None = None
     hybrid: bool = False
+    clicks: bool = False
 
 
 class BatchIn(Request):

@@ -46,7 +46,7 @@ from acebert.serving.catalogue import LIMIT, Products, Unavailable
 from acebert.serving.changes import Source
 from acebert.serving.drift import QueryDrift
 from acebert.serving.leases import EVERY_SECONDS, Lease
-from acebert.serving.live_index import LiveIndex, LiveProducts, fuse
+from acebert.serving.live_index import LiveIndex, LiveProducts, fuse, raised
 from acebert.serving.metrics import Metrics
 from acebert.serving.products import Change, Filter, Hit, Patch, Product
 from acebert.serving.query_encoder import QueryEncoder, refuse_without_runtime
@@ -62,6 +62,22 @@ NO_ARM = ""  # of the metrics: the published bundle answered
 Step = Callable[[], Awaitable[None]]
 EncodeQueries = Callable[[Path, Sequence[str]], Awaitable[tuple[str, NDArray[np.float32]]]]
 """bundle, texts [n] → version of the model, vectors [n, d]: a query encoder elsewhere"""
+
+
+@dataclass(frozen=True)
+class How:
+    """What a search does beside comparing vectors."""
+
+    hybrid: bool = False
+    """fuse the ranks with BM25's on titles"""
+    clicks: bool = False
+    """raise the scores of what was clicked for the very query before"""
+    min_score: float | None = None
+    """hits whose vectors score below are left out (none: `serve.good_score` only judges the
+    best)"""
+
+
+PLAIN = How()
 
 
 @dataclass(frozen=True)
@@ -318,19 +334,11 @@ class SearchService:
         query: str,
         k: int,
         where: Filter,
-        *,
-        hybrid: bool = False,
-        min_score: float | None,
+        how: How = PLAIN,
         arm: str = NO_ARM,
     ) -> Found:
-        """The best k products for a query.
-
-        Args:
-            hybrid: fuse the ranks with BM25's on titles.
-            min_score: hits whose vectors score below are left out (none: `serve.good_score` only
-                judges the best).
-            arm: of the experiment, whose bundle answers (none: the published one).
-        """
+        """The best k products for a query, by the bundle of the experiment's `arm` (none: by the
+        published one)."""
         start = time.perf_counter()
         loaded = self.trial.arms[arm] if self.trial and arm else self.current()
         text = normalize_query(query)
@@ -338,9 +346,7 @@ class SearchService:
         labels = {"path": path, "arm": arm}
         if path == "tail":
             self.metrics.stage("encode", labels, time.perf_counter() - start)
-        return await self._nearest(
-            loaded, vector, k, where, labels, start, text if hybrid else None, min_score
-        )
+        return await self._nearest(loaded, vector, k, where, labels, start, how, text)
 
     async def search_many(self, queries: Sequence[str], k: int, where: Filter) -> list[Found]:
         """As many searches at once, of which the index does some at a time."""
@@ -382,7 +388,7 @@ class SearchService:
         else:
             return None
         labels = {"path": "product", "arm": NO_ARM}
-        found = await self._nearest(loaded, vector, k + 1, where, labels, start, None, None)
+        found = await self._nearest(loaded, vector, k + 1, where, labels, start)
         others = [hit for hit in found.hits if hit.product.product_id != product_id][:k]
         return replace(found, hits=others, no_good_match=False)
 
@@ -401,7 +407,7 @@ class SearchService:
         vectors = await self.products.encode(loaded.bundle.directory, [shown])
         labels = {"path": "photo", "arm": NO_ARM}
         self.metrics.stage("encode", labels, time.perf_counter() - start)
-        return await self._nearest(loaded, vectors[0], k, where, labels, start, None, None)
+        return await self._nearest(loaded, vectors[0], k, where, labels, start)
 
     async def photo(self, product_id: str) -> bytes | None:
         """JPEG of a product of any bundle that is served, or None."""
@@ -441,24 +447,30 @@ class SearchService:
         where: Filter,
         labels: dict[str, str],
         start: float,
-        hybrid: str | None,
-        min_score: float | None,
+        how: How = PLAIN,
+        text: str = "",
     ) -> Found:
+        """As `how` says; `text` is the normalised query that `vector` is of."""
         loop = asyncio.get_running_loop()
         asked = time.perf_counter()
         (hits,) = await loop.run_in_executor(
             self._pool, loaded.index.search, vector[None], k, where
         )
         rankings = [hits]
-        if hybrid is not None:
-            by_words = loaded.index.by_words
-            rankings.append(
-                await loop.run_in_executor(self._word_pool, by_words, hybrid, vector, k, where)
-            )
-        no_good_match = self._none_good(rankings, min_score)
-        if min_score is not None:
-            rankings = [[hit for hit in some if hit.score >= min_score] for some in rankings]
-        hits = rankings[0] if hybrid is None else fuse(k, *rankings)
+        clicked: dict[str, int] = {}
+        if how.clicks:
+            find = partial(_clicked, loaded, text, vector, where)
+            clicked, others = await loop.run_in_executor(self._pool, find)
+            rankings[0] = hits + others
+        if how.hybrid:
+            by_words = partial(loaded.index.by_words, text, vector, k, where)
+            rankings.append(await loop.run_in_executor(self._word_pool, by_words))
+        no_good_match = self._none_good(rankings, how.min_score)
+        if how.min_score is not None:
+            rankings = [[hit for hit in some if hit.score >= how.min_score] for some in rankings]
+        if clicked:
+            rankings[0] = raised(k, rankings[0], clicked, self.settings.click_weight)
+        hits = fuse(k, *rankings) if how.hybrid else rankings[0]
         seconds = self._timed(labels, start, asked)
         return self._found(loaded, hits, no_good_match, labels["path"], labels["arm"], seconds)
 
@@ -487,6 +499,14 @@ class SearchService:
         self.metrics.queries.inc(path, arm)
         encoder = loaded.bundle.encoder
         return Found(hits, path, loaded.version, encoder, no_good_match, seconds)
+
+
+def _clicked(
+    loaded: Loaded, text: str, vector: NDArray[np.float32], where: Filter
+) -> tuple[dict[str, int], list[Hit]]:
+    """What was clicked for a normalised query, and the hits among it by the score of its vector."""
+    clicked = loaded.bundle.clicked(text)
+    return clicked, loaded.index.by_ids(list(clicked), vector, where) if clicked else []
 
 
 def _made_by(found: Found) -> str:
@@ -574,9 +594,7 @@ class Trial:
         query: str,
         k: int,
         where: Filter,
-        *,
-        hybrid: bool,
-        min_score: float | None,
+        how: How,
     ) -> Found:
         """The best k products by the user's arm, or a draft of both arms; logged, or without a
         search id. In a draft a product stays by the score of the arm whose ranking it is taken
@@ -584,9 +602,7 @@ class Trial:
         experiment = self._experiment
 
         async def by(arm: str) -> Found:
-            return await self._service.search(
-                query, k, where, hybrid=hybrid, min_score=min_score, arm=arm
-            )
+            return await self._service.search(query, k, where, how, arm)
 
         arm, teams = None, None
         if experiment.design == "interleave":
@@ -657,7 +673,7 @@ class Trial:
         search_id = secrets.token_hex(16)
         sides = self._experiment.sides(search_id)
         left, right = await asyncio.gather(
-            *(self._service.search(query, k, where, min_score=None, arm=arm) for arm in sides)
+            *(self._service.search(query, k, where, arm=arm) for arm in sides)
         )
         products = [hit.product.product_id for hit in [*left.hits, *right.hits]]
         teams = [sides[0]] * len(left.hits) + [sides[1]] * len(right.hits)

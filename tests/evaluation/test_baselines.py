@@ -9,6 +9,7 @@ from acebert.evaluation.baselines import (
     Bm25,
     ClickLookup,
     Popularity,
+    add_clicks,
     clicks_before,
     reciprocal_rank_fusion,
     titles_with_hot_queries,
@@ -114,3 +115,41 @@ def test_fusion_keeps_the_depth(depth):
     lists = np.arange(2 * depth, dtype=np.int32).reshape(2, 1, depth)
     top, _ = reciprocal_rank_fusion(lists[0], lists[1])
     assert top.shape == (1, depth)
+
+
+def test_clicks_of_any_pairs_are_those_of_the_look_up_and_else_none():
+    lookup = ClickLookup(4, 3, np.array([0, 0, 2]), np.array([1, 3, 2]), np.array([2, 1, 5]))
+    asked = np.array([0, 0, 1, 2, 2, 0]), np.array([3, 0, 1, 2, 3, 1])
+    np.testing.assert_array_equal(lookup.clicks(*asked), [1, 0, 0, 5, 0, 2])
+    empty = ClickLookup(2, 1, *(np.empty(0, np.int64) for _ in range(3)))
+    np.testing.assert_array_equal(empty.clicks(np.array([0]), np.array([1])), [0])
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1, 5.0])
+def test_lists_with_clicks_are_those_of_sorting_the_whole_catalogue_by_raised_scores(weight: float):
+    rng = np.random.default_rng(0)
+    queries, products, depth = 30, 50, 7
+    scores = rng.random((queries, products), np.float32)
+    clicks = np.where(rng.random((queries, products)) < 0.1, rng.integers(1, 9, scores.shape), 0)
+    clicks[3] = 0
+    clicks[4, :20] = 2  # more than a list holds
+    query, product = np.nonzero(clicks)
+    lookup = ClickLookup(products, queries, query, product, clicks[query, product])
+    top = np.argsort(-scores, axis=1)[:, :depth].astype(np.int32)
+    of_top = np.take_along_axis(scores, top, axis=1)
+    of_clicked = scores[lookup.clicked[0], lookup.clicked[1]]
+    found, found_score = add_clicks(top, of_top, lookup, of_clicked, weight)
+    raised = scores + weight * np.log1p(clicks)
+    expected = np.argsort(-raised, axis=1)[:, :depth]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found_score, np.take_along_axis(raised, expected, 1), rtol=1e-6)
+
+
+def test_lists_shorter_than_their_depth_take_clicked_products_in_and_end_in_none():
+    lookup = ClickLookup(5, 2, np.array([1]), np.array([4]), np.array([1]))
+    top = np.array([[2, -1, -1], [0, -1, -1]], np.int32)
+    score = np.where(top >= 0, np.float32(0.5), -np.inf).astype(np.float32)
+    found, found_score = add_clicks(top, score, lookup, np.array([0.1], np.float32), 1.0)
+    np.testing.assert_array_equal(found, [[2, -1, -1], [4, 0, -1]])
+    expected = [[0.5, -np.inf, -np.inf], [0.1 + math.log(2), 0.5, -np.inf]]
+    np.testing.assert_allclose(found_score, expected, rtol=1e-6)

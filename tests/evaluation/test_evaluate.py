@@ -125,6 +125,39 @@ def test_perfect_vectors_reach_the_top(tmp_path: Path):
     assert overall["ndcg_50"] == pytest.approx(1.0)
 
 
+def test_the_row_with_clicks_is_that_of_all_products_scores_raised_by_past_clicks(evaluated):
+    world, products, queries, stage = evaluated
+    weight = world.settings.serve.click_weight
+    clicks: dict[tuple[str, int], int] = {}
+    for day in ("pairs", "valid_pairs"):
+        for row in pq.read_table(world.ingested.path / f"{day}.parquet").to_pylist():
+            key = world.queries[row["query"]], row["product"]
+            clicks[key] = clicks.get(key, 0) + row["clicks"]
+    matrix = np.stack(list(products.values()))
+
+    def scores(query: str) -> np.ndarray:
+        past = [clicks.get((query, row), 0) for row in range(len(matrix))]
+        return matrix @ queries[query] + weight * np.log1p(past)
+
+    own = stage.path / "with_clicks"
+    hits = {query: [] for query, _ in world.clicked}
+    for query, product in world.clicked:
+        order = np.argsort(-scores(query))[:10]
+        hits[query].append(world.product_ids.index(product) in order)
+    recall_10 = read_metrics(own)["overall"]["recall_10"]
+    assert recall_10 == pytest.approx(np.mean([np.mean(found) for found in hits.values()]))
+    assert recall_10 != read_metrics(stage.path)["overall"]["recall_10"]
+    searches: dict = {}
+    for search, query, product, clicked in world.shown:
+        score = scores(query)[world.product_ids.index(product)]
+        searches.setdefault(search, []).append((clicked, score))
+    usable = [list(zip(*rows, strict=True)) for rows in searches.values()]
+    usable = [(clicked, score) for clicked, score in usable if 0 < sum(clicked) < len(clicked)]
+    aucs = [roc_auc_score(clicked, score) for clicked, score in usable]
+    expected = np.average(aucs, weights=[len(clicked) for clicked, _ in usable])
+    assert read_metrics(own)["overall"]["gauc"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_baselines_are_a_directory_a_row_of_the_same_layout(evaluated):
     world, _, _, model = evaluated
     stage = evaluate_baselines(world.settings, world.ingested)

@@ -11,7 +11,7 @@ import pytest
 from small_world import TYPES, World, make_world, random_vectors, write_vectors
 
 from acebert.config import Settings
-from acebert.evaluation.evaluate import BASELINES, HYBRID, evaluate_baselines, evaluate_embeddings
+from acebert.evaluation.evaluate import BASELINES, evaluate_baselines, evaluate_embeddings
 from acebert.evaluation.tables import Row
 from acebert.report.parts import PARTS, systems_of
 from acebert.report.rows import RIVAL, UNTRAINED, ZERO_SHOT, System
@@ -64,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     for systems in systems_of(PARTS).values():
         for system in systems:
             level = LEVEL.get(system.name, "good")
-            of_seed = tuple(row / HYBRID if system.fused else row for row in rows[level])
+            of_seed = tuple(row / system.part for row in rows[level])
             results.rows[system.name] = Measured(
                 Row(system.name, of_seed),
                 SEEDS,

@@ -29,6 +29,7 @@ from acebert.data.tokens import load_tokenizer
 from acebert.errors import UserError
 from acebert.index import ProductIndex
 from acebert.models.dual import DualEncoder
+from acebert.serving import bundle as bundle_module
 from acebert.serving import service
 from acebert.serving.bundle import Bundle, ProductTable, build_bundle, publish, published
 from acebert.serving.catalogue import Catalogue, Unavailable
@@ -191,6 +192,109 @@ def test_hybrid_hits_are_judged_by_their_vectors_too(world, with_service) -> Non
         none = await client.get("/search", params=asked | {"min_score": 1})
         assert ids(none) == []
         assert none.json()["no_good_match"]
+
+    with_service(test)
+
+
+def clicks_of(world: Any) -> dict[str, dict[str, int]]:
+    """query → product_id → clicks of the days of the hot lists, by pyarrow."""
+    days = [pq.read_table(world.ingested.path / f"{n}.parquet") for n in ("pairs", "valid_pairs")]
+    texts = pq.read_table(world.ingested.path / "queries.parquet")["text"].to_pylist()
+    found: dict[str, dict[str, int]] = {}
+    for row in (row for day in days for row in day.to_pylist()):
+        of_query = found.setdefault(texts[row["query"]], {})
+        name = world.ids[row["product"]]
+        of_query[name] = of_query.get(name, 0) + row["clicks"]
+    return found
+
+
+def test_a_bundle_holds_what_was_clicked_for_every_query(world, monkeypatch, tmp_path) -> None:
+    bundle, expected = Bundle(world.bundle), clicks_of(world)
+    assert max(len(products) for products in expected.values()) > 2
+    for query, products in expected.items():
+        assert bundle.clicked(query) == products
+    assert bundle.clicked("nobody asked this") == {}
+    # A query with more products than are kept has the most clicked of them.
+    monkeypatch.setattr(bundle_module, "CLICKED", 2)
+    shutil.copy(world.bundle / "products.sqlite", tmp_path)
+    with sqlite3.connect(tmp_path / "products.sqlite") as db:
+        db.execute("DROP TABLE clicked")
+    bundle_module._write_clicked(world.ingested.path, "100MB", tmp_path)
+    with sqlite3.connect(tmp_path / "products.sqlite") as db:
+        kept = {query: json.loads(found) for query, found in db.execute("SELECT * FROM clicked")}
+    for query, products in expected.items():
+        assert sorted(kept[query].values()) == sorted(products.values())[-2:]
+        assert kept[query].items() <= products.items()
+
+
+def test_with_clicks_the_order_is_that_of_all_products_scores_raised_by_past_clicks(
+    world, with_service
+) -> None:
+    encoder, weight = QueryEncoder.load(world.model), world.settings.serve.click_weight
+    clicks = clicks_of(world)
+    some = sorted(clicks, key=lambda query: -len(clicks[query]))[:10]
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        for query in [*some, "purple zebra"]:
+            past = np.array([clicks.get(query, {}).get(name, 0) for name in world.ids])
+            vector = encoder.encode([query])[0]
+            cosine = world.vectors @ vector
+            raised = cosine + weight * np.log1p(past)
+            by_id = dict(zip(world.ids, raised.tolist(), strict=True))
+            asked = {"q": query.upper(), "k": 5, "clicks": True}
+            hits = (await client.get("/search", params=asked)).json()["hits"]
+            np.testing.assert_allclose(
+                [hit["score"] for hit in hits], np.sort(raised)[::-1][:5], atol=1e-5
+            )
+            np.testing.assert_allclose(
+                [hit["score"] for hit in hits], [by_id[h["product_id"]] for h in hits], atol=1e-5
+            )
+            assert len({hit["product_id"] for hit in hits}) == 5
+        # Scores of vectors are what is judged, not raised ones.
+        query = some[0]
+        cosine = world.vectors @ encoder.encode([query])[0]
+        names = dict(zip(world.ids, cosine.tolist(), strict=True))
+        middle = float(np.median(cosine))
+        asked = {"q": query, "k": 200, "clicks": True, "min_score": round(middle, 6)}
+        found = ids(await client.get("/search", params=asked))
+        assert {*found} == {name for name, score in names.items() if score >= asked["min_score"]}
+        none = await client.get("/search", params=asked | {"min_score": 1})
+        assert (ids(none), none.json()["no_good_match"]) == ([], True)
+
+    with_service(test)
+
+
+def test_a_clicked_product_that_was_deleted_moved_or_is_filtered_out_is_found_as_it_is_now(
+    world, with_service
+) -> None:
+    clicks = clicks_of(world)
+    query = max(clicks, key=lambda query: len(clicks[query]))
+    gone, moved, *_ = clicks[query]
+
+    async def test(client: httpx.AsyncClient, local: Any) -> None:
+        asked = {"q": query, "k": 200, "clicks": True}
+        before = ids(await client.get("/search", params=asked))
+        assert {gone, moved} <= {*before}
+        assert (await client.delete(f"/products/{gone}")).status_code == 202
+        body = {"title": "zebra striped umbrella", "category": "umbrellas", "price": 3.5}
+        assert (await client.put(f"/products/{moved}", json=body)).status_code == 202
+
+        async def known() -> bool:
+            return ids(await client.get("/search?q=x&category=umbrellas")) == [moved]
+
+        await until(known)
+        now = await client.get("/search", params=asked)
+        assert sorted(ids(now)) == sorted({*before} - {gone})
+        (hit,) = [hit for hit in now.json()["hits"] if hit["product_id"] == moved]
+        assert hit["title"] == body["title"]
+        vector = local.service.current().index.vector(moved)
+        cosine = float(vector @ QueryEncoder.load(world.model).encode([query])[0])
+        weight = world.settings.serve.click_weight
+        expected = cosine + weight * np.log1p(clicks[query][moved])
+        assert hit["score"] == pytest.approx(expected, abs=1e-5)
+        for where in ({"category": "umbrellas"}, {"max_price": 3.5}):
+            assert ids(await client.get("/search", params=asked | where)) == [moved]
+        assert moved not in ids(await client.get("/search", params=asked | {"min_price": 4}))
 
     with_service(test)
 

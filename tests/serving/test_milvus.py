@@ -79,6 +79,12 @@ def test_milvus_answers_as_faiss_does_also_after_changes_and_when_opened_again(
         index.apply(patched)
     compare(milvus)
     assert faiss.product(second) == milvus.product(second)
+    names = [first.product_id, "new", "gone out", "nobody", second]
+    for where in (Filter(), Filter(max_price=faiss.product(second).price)):
+        mine, other = (index.by_ids(names, queries[0], where) for index in (faiss, milvus))
+        scores = [{hit.product.product_id: hit.score for hit in hits} for hits in (mine, other)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+        assert second in scores[0]
     with pytest.raises(UserError, match="hybrid"):
         milvus.by_words("zebra", queries[0], 3, Filter())
 

@@ -56,10 +56,10 @@ async function show() {
   const q = (now.get("q") || "").trim();
   if (like || $("query").value.trim() !== q) $("query").value = q; // not while a space is typed
   $("category").value = now.get("category") || "";
-  $("hybrid").checked = now.has("hybrid");
+  for (const id of ["hybrid", "clicks"]) $(id).checked = now.has(id);
   if (running) running.abort();
   $("hits").hidden = comparing();
-  $("hybrid").parentNode.hidden = comparing();
+  for (const id of ["hybrid", "clicks"]) $(id).parentNode.hidden = comparing();
   if (!q && !like) {
     $("hits").replaceChildren();
     $("sides").hidden = true;
@@ -72,7 +72,7 @@ async function show() {
   const asked = new URLSearchParams({ k: 40 });
   if (now.get("category")) asked.set("category", now.get("category"));
   if (!like) asked.set("q", q);
-  if (!like && now.has("hybrid")) asked.set("hybrid", "true");
+  for (const id of ["hybrid", "clicks"]) if (!like && now.has(id)) asked.set(id, "true");
   const address = (like ? "/similar/" + encodeURIComponent(like) : "/search") + "?" + asked;
   const start = performance.now();
   try {
@@ -147,8 +147,8 @@ function card(hit) {
 }
 
 function typing(replace) {
-  go({ q: $("query").value, category: $("category").value, hybrid: $("hybrid").checked && "1" },
-    replace);
+  go({ q: $("query").value, category: $("category").value, hybrid: $("hybrid").checked && "1",
+    clicks: $("clicks").checked && "1" }, replace);
 }
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); typing(false); });
@@ -160,7 +160,7 @@ $("category").addEventListener("change", () => {
   const like = state().get("like");
   if (like) go({ like, category: $("category").value }); else typing(false);
 });
-$("hybrid").addEventListener("change", () => typing(false));
+for (const id of ["hybrid", "clicks"]) $(id).addEventListener("change", () => typing(false));
 window.addEventListener("popstate", show);
 document.addEventListener("keydown", (event) => {
   if (event.key === "/" && document.activeElement !== $("query")) {
