@@ -616,7 +616,7 @@ class ServeSettings(Section):
     """photos in requests that claim to be larger are refused undecoded [10^6 px]"""
     request_log: Literal["off", "paths", "texts"] = "off"
     """a line of JSON for each request: with its path, or with the text of a search too"""
-    click_weight: float = Field(0.3, ge=0)
+    click_weight: float = Field(0.3, ge=0, allow_inf_nan=False)
     """what ln(1 + past clicks of the query on the product) counts beside a cosine, where clicks are
     asked for: in a search by `clicks=true`, in an evaluation in the row `with_clicks`"""
     good_score: float | None = Field(None, ge=-1, le=1)

@@ -87,6 +87,7 @@ def evaluate_embeddings(
     lexical = evaluate_baselines(settings, ingested).path / LEXICAL
     key = _key(settings, ingested) | {
         "name": name,
+        "click_weight": settings.serve.click_weight,
         "embedded": [_digest(embedded_dir / f) for f in ("products.parquet", "queries.parquet")],
     }
 
@@ -135,7 +136,8 @@ def evaluate_embeddings(
         shown = np.log1p(past.clicks(test.shown_query, test.shown_product))
         raised = (found.pair_score + weight * shown).astype(np.float32)
         searches = row.auc(raised, scorer.tie)
-        clicked.write(out / WITH_CLICKS, clicked.ranks_in(top, score), top, score, searches)
+        ranks = clicked.ranks_in(top, score, scorer.tie)
+        clicked.write(out / WITH_CLICKS, ranks, top, score, searches)
         figures.breakdown_figure(
             [out, out / WITH_CLICKS, out / HYBRID, lexical], out / "breakdown.png"
         )
@@ -294,8 +296,10 @@ class _Row:
         )
         return found, self._split(found.greater, found.equal)
 
-    def ranks_in(self, top: NDArray[np.int32], score: NDArray[np.float32]) -> _Ranks:
-        return self._split(*ranks_in_lists(top, score, *self._wanted()))
+    def ranks_in(
+        self, top: NDArray[np.int32], score: NDArray[np.float32], tie: float = 0.0
+    ) -> _Ranks:
+        return self._split(*ranks_in_lists(top, score, *self._wanted(), tie))
 
     def auc(self, score: NDArray[np.float32], tie: float) -> GroupAuc:
         return auc_by_group(self.test.search, score, self.test.clicked, tie)
@@ -565,7 +569,6 @@ def evaluation_key(settings: Settings) -> dict[str, Any]:
     return {
         "version": VERSION,
         "eval": own,
-        "click_weight": settings.serve.click_weight,
         "qrels": hashlib.sha256(file_bytes(qrels)).hexdigest() if qrels else None,
     }
 

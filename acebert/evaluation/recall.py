@@ -188,17 +188,19 @@ def ranks_in_lists(
     top_score: NDArray[np.float32],
     target_query: NDArray[np.int64],
     target_product: NDArray[np.int64],
+    tie: float = 0.0,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(greater, equal) of each target where a system is known by its lists alone.
 
-    A target that is not in its query's list gets greater = depth. Arguments as in `Found`.
+    A target that is not in its query's list gets greater = depth, and ties count as far as the list
+    goes. Arguments as in `Found`; scores that differ by no more than `tie` are equal.
     """
     lists = top[target_query]
     place = lists == target_product[:, None]
     scores = top_score[target_query]
     own = np.where(place, scores, -np.inf).max(axis=1)[:, None]
-    greater = (scores > own).sum(axis=1)
-    equal = (scores == own).sum(axis=1)
+    greater = (scores > own + tie).sum(axis=1)
+    equal = (scores >= own - tie).sum(axis=1) - greater
     missing = ~place.any(axis=1)
     greater[missing], equal[missing] = top.shape[1], 1
     return greater, equal

@@ -80,8 +80,8 @@ def train_ahead(
 
     Args:
         wanted: trainings at once, as `acebert.sweep.placement.place` takes it
-        leave_out: is called with the row and the reason where a training fails; those of that row
-            that have not begun are left out too
+        leave_out: is called with each row that a training was for and the reason where it fails;
+            those of such a row that have not begun are left out too
 
     Raises:
         UserError: `wanted` trainings do not fit the cluster.
@@ -105,8 +105,10 @@ def train_ahead(
             (done,), _ = ray.wait(list(running))
             ended = running.pop(done)
             if (reason := _reason(done)) is not None:
-                leave_out(ended.row, UserError(reason))
-                to_do = [training for training in to_do if training.row != ended.row]
+                failed = {one.row for one in trainings if one.trains == ended.trains}
+                for row in sorted(failed):
+                    leave_out(row, UserError(reason))
+                to_do = [training for training in to_do if training.row not in failed]
             left = len(to_do) + len(running)
             minutes = (time.perf_counter() - began) / 60 * left / (total - left)
             log.info(

@@ -213,13 +213,16 @@ BEYOND = (
         "past_clicks",
         "Past clicks, added when one searches",
         "What was clicked for the very query on earlier days raises a product's score, "
-        "cosine + serve.click_weight · ln(1 + clicks): a table that any engine can keep. A model "
-        "beside it need not learn by heart what was clicked.",
+        "cosine + serve.click_weight · ln(1 + clicks): a table that any engine can keep. CE-BERT, "
+        "which reads no hot queries, and acebert_plus beside ACE-BERT: what of their differences "
+        "is left once the table is there.",
         *(rows.CEBERT, rows.CEBERT_CLICKS, rows.ACEBERT_CLICKS, rows.PLUS, rows.PLUS_CLICKS),
         more=(
             Step(rows.CEBERT_CLICKS.name, rows.CEBERT.name),
             Step(rows.PLUS_CLICKS.name, rows.PLUS.name),
             Step(rows.PLUS_CLICKS.name, rows.CEBERT_CLICKS.name),
+            Step(rows.ACEBERT_CLICKS.name, rows.CEBERT_CLICKS.name),
+            Step(rows.PLUS_CLICKS.name, rows.ACEBERT_CLICKS.name),
             Step(rows.CEBERT_CLICKS.name, CLICK_LOOKUP),
         ),
         untrained=(CLICK_LOOKUP,),

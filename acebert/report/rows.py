@@ -44,8 +44,6 @@ CEBERT = System("CE-BERT-Finetune", "cebert")
 HOT_QUERIES = System("CE-BERT + hot queries", "acebert", ("--adversary.form", "off"))
 ACEBERT = System("ACE-BERT", "acebert")
 PLUS = System("acebert_plus", "acebert_plus")
-
-
 PLUS_CLICKS = System("acebert_plus + past clicks", "acebert_plus", part=WITH_CLICKS)
 CEBERT_CLICKS = System("CE-BERT + past clicks", "cebert", part=WITH_CLICKS)
 

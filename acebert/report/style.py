@@ -24,6 +24,7 @@ SYSTEMS = {
     rows.HOT_QUERIES.name: "#7b4ea3",
     rows.ACEBERT.name: "#17807e",
     rows.PLUS.name: "#1c1c1c",
+    rows.PLUS_CLICKS.name: "#c2527d",
     rows.RIVAL: "#8d5a3b",
     rows.ZERO_SHOT: "#c49a7d",
 }

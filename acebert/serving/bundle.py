@@ -26,6 +26,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +376,10 @@ class Bundle(ProductTable):
             UserError: no bundle, or files that do not belong together.
         """
         super().__init__(directory)
+        if not _is_one_of_ours(directory):
+            raise UserError(
+                f"{directory}: a bundle of another version of acebert; publish the model again"
+            )
         try:
             self.vectors = np.load(directory / "vectors.npy", mmap_mode="r", allow_pickle=False)
             self.hot_vectors = np.load(directory / "hot.npy", mmap_mode="r", allow_pickle=False)
@@ -531,33 +537,36 @@ def _write_products(
 def _write_clicked(ingested: Path, memory_limit: str, out: Path) -> None:
     """The table `clicked`: for each query CLICKED products at most, with their clicks."""
     days = [str(ingested / f"{name}.parquet") for name in ("pairs", "valid_pairs")]
-    ids = str(ingested / "products" / "part-*.parquet")
+    ids = [str(path) for path in sorted((ingested / "products").glob("part-*.parquet"))]
     texts = str(ingested / "queries.parquet")
     db = sqlite3.connect(out / "products.sqlite")
     db.execute("CREATE TABLE clicked (query TEXT PRIMARY KEY, products TEXT NOT NULL)")
     with open_database(out / "scratch", memory_limit) as con:
-        found = con.execute(
+        ranked = con.execute(
             """
             WITH pair AS (
                 SELECT query, product, sum(clicks)::BIGINT AS clicks
                 FROM read_parquet($days) GROUP BY query, product
-                QUALIFY row_number() OVER (PARTITION BY query ORDER BY sum(clicks) DESC, product)
-                    <= $most
+            ), kept AS (
+                SELECT * FROM pair QUALIFY
+                    row_number() OVER (PARTITION BY query ORDER BY clicks DESC, product) <= $most
             )
-            SELECT text, list(product_id ORDER BY pair.clicks DESC, product) AS ids,
-                list(pair.clicks ORDER BY pair.clicks DESC, product) AS clicks
-            FROM pair
+            SELECT text, product_id, kept.clicks
+            FROM kept
             JOIN (SELECT query, text FROM read_parquet($texts)) USING (query)
             JOIN (SELECT product, product_id FROM read_parquet($ids)) USING (product)
-            GROUP BY query, text ORDER BY text
+            ORDER BY text, kept.clicks DESC, product
             """,
             {"days": days, "texts": texts, "ids": ids, "most": CLICKED},
         )
-        while rows := found.fetchmany(READ_ROWS):
-            db.executemany(
-                "INSERT INTO clicked VALUES (?, ?)",
-                ((text, json.dumps(dict(zip(*lists, strict=True)))) for text, *lists in rows),
-            )
+        rows = chain.from_iterable(iter(lambda: ranked.fetchmany(READ_ROWS), []))
+        db.executemany(
+            "INSERT INTO clicked VALUES (?, ?)",
+            (
+                (text, json.dumps({name: clicks for _, name, clicks in own}))
+                for text, own in groupby(rows, itemgetter(0))
+            ),
+        )
     db.commit()
     db.close()
 

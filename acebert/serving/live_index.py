@@ -253,19 +253,17 @@ class LiveIndex:
     def by_ids(
         self, product_ids: Sequence[str], vector: NDArray[np.float32], where: Filter
     ) -> list[Hit]:
-        state, place = self._state, self._state.changed.place
-        among, allowed = self._allowed(state, where), self._allowed_changed(state, where)
-        found = [self._bundle.row_of(name) for name in product_ids if name not in place]
-        rows = [row for row in found if row is not None and (among is None or among[row])]
-        new = [row for name in product_ids if (row := place.get(name)) is not None]
-        hits = zip(self._base_products(state, rows), self._bundle.vectors[rows], strict=True)
+        state = self._state
+        changed = state.changed
+        of_names = [self._bundle.row_of(name) for name in product_ids]
+        rows = [row for row in of_names if row is not None and state.in_base[row]]
+        base = zip(self._base_products(state, rows), self._bundle.vectors[rows], strict=True)
+        place = [changed.place.get(name) for name in product_ids]
+        new = [(changed.products[row], changed.vectors[row]) for row in place if row is not None]
         return [
-            *(Hit(product, float(own @ vector)) for product, own in hits),
-            *(
-                Hit(state.changed.products[row], float(state.vectors[row] @ vector))
-                for row in new
-                if row < len(allowed) and allowed[row]
-            ),
+            Hit(product, float(own @ vector))
+            for product, own in [*base, *new]
+            if where.allows(product)
         ]
 
     def _changed_by_words(self, changed: _Changed, query: str) -> list[tuple[int, float]]:

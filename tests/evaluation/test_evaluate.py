@@ -158,6 +158,19 @@ def test_the_row_with_clicks_is_that_of_all_products_scores_raised_by_past_click
     assert read_metrics(own)["overall"]["gauc"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_clicks_that_count_nothing_leave_a_models_row_as_it_is_ties_and_all(tmp_path: Path):
+    world = make_world(tmp_path)
+    products = random_vectors(world.product_ids, 1)
+    for twin, product in (("sku-001", "sku-000"), ("sku-003", "sku-000"), ("sku-031", "sku-030")):
+        products[twin] = products[product]
+    embedded = write_vectors(tmp_path / "e", products, random_vectors(world.queries, 2))
+    serve = world.settings.serve.model_copy(update={"click_weight": 0.0})
+    settings = world.settings.model_copy(update={"serve": serve})
+    stage = evaluate_embeddings(settings, world.ingested, embedded, "random")
+    with_clicks = read_metrics(stage.path / "with_clicks")["overall"]
+    assert with_clicks == pytest.approx(read_metrics(stage.path)["overall"])
+
+
 def test_baselines_are_a_directory_a_row_of_the_same_layout(evaluated):
     world, _, _, model = evaluated
     stage = evaluate_baselines(world.settings, world.ingested)

@@ -170,3 +170,13 @@ def test_ranks_from_lists_equal_ranks_from_scores_inside_the_lists():
     rank = (scores[query] > scores[query, product][:, None]).sum(axis=1)
     np.testing.assert_array_equal(greater, np.minimum(rank, 25))
     assert (equal == 1).all()
+
+
+def test_scores_of_a_list_that_differ_by_less_than_a_tie_are_equal():
+    top = np.array([[4, 0, 2, 7]], np.int32)
+    score = np.array([[0.9, 0.5 + 2e-7, 0.5, 0.5 - 2e-7]], np.float32)
+    query, product = np.zeros(3, np.int64), np.array([4, 2, 9])
+    greater, equal = ranks_in_lists(top, score, query, product, tie=1e-6)
+    assert list(zip(greater.tolist(), equal.tolist(), strict=True)) == [(0, 1), (1, 3), (4, 1)]
+    greater, equal = ranks_in_lists(top, score, query, product)
+    assert list(zip(greater.tolist(), equal.tolist(), strict=True)) == [(0, 1), (2, 1), (4, 1)]

@@ -36,7 +36,7 @@ from acebert.serving.catalogue import Catalogue, Unavailable
 from acebert.serving.changes import Source
 from acebert.serving.gate import Gate
 from acebert.serving.product_encoder import ProductEncoder
-from acebert.serving.products import Product
+from acebert.serving.products import Filter, Product
 from acebert.serving.query_encoder import QueryEncoder, product_side_version
 from acebert.serving.service import Loaded
 from acebert.workdir import Stage
@@ -216,11 +216,11 @@ def test_a_bundle_holds_what_was_clicked_for_every_query(world, monkeypatch, tmp
     assert bundle.clicked("nobody asked this") == {}
     # A query with more products than are kept has the most clicked of them.
     monkeypatch.setattr(bundle_module, "CLICKED", 2)
-    shutil.copy(world.bundle / "products.sqlite", tmp_path)
-    with sqlite3.connect(tmp_path / "products.sqlite") as db:
-        db.execute("DROP TABLE clicked")
-    bundle_module._write_clicked(world.ingested.path, "100MB", tmp_path)
-    with sqlite3.connect(tmp_path / "products.sqlite") as db:
+    out, ingested = tmp_path / "out", tmp_path / "work[1]"  # no pattern, though it looks like one
+    out.mkdir()
+    ingested.symlink_to(world.ingested.path)
+    bundle_module._write_clicked(ingested, "100MB", out)
+    with sqlite3.connect(out / "products.sqlite") as db:
         kept = {query: json.loads(found) for query, found in db.execute("SELECT * FROM clicked")}
     for query, products in expected.items():
         assert sorted(kept[query].values()) == sorted(products.values())[-2:]
@@ -250,8 +250,21 @@ def test_with_clicks_the_order_is_that_of_all_products_scores_raised_by_past_cli
                 [hit["score"] for hit in hits], [by_id[h["product_id"]] for h in hits], atol=1e-5
             )
             assert len({hit["product_id"] for hit in hits}) == 5
-        # Scores of vectors are what is judged, not raised ones.
+        # With words too, the raised order is what is fused with theirs.
         query = some[0]
+        asked = {"q": query, "k": 200, "clicks": True}
+        index = local.service.current().index
+        by_words = index.by_words(query, encoder.encode([query])[0], 200, Filter())
+        words = {hit.product.product_id: rank for rank, hit in enumerate(by_words, 1)}
+        fused = {
+            name: 1 / (60 + rank) + (1 / (60 + words[name]) if name in words else 0.0)
+            for rank, name in enumerate(ids(await client.get("/search", params=asked)), 1)
+        }
+        hits = (await client.get("/search", params=asked | {"hybrid": True})).json()["hits"]
+        scores = [hit["score"] for hit in hits]
+        np.testing.assert_allclose(scores, [fused[hit["product_id"]] for hit in hits], atol=1e-6)
+        assert scores == sorted(scores, reverse=True)
+        # Scores of vectors are what is judged, not raised ones.
         cosine = world.vectors @ encoder.encode([query])[0]
         names = dict(zip(world.ids, cosine.tolist(), strict=True))
         middle = float(np.median(cosine))
@@ -903,6 +916,16 @@ def test_a_bundle_of_other_dimensions_than_the_query_encoders_is_refused_and_the
         assert (await client.get("/version")).json()["bundle"] == world.bundle.name
 
     with_service(test)
+
+
+def test_a_bundle_of_another_version_of_the_code_is_refused(world, tmp_path) -> None:
+    broken = tmp_path / "older"
+    shutil.copytree(world.bundle, broken)
+    stage = json.loads((broken / "stage.json").read_text())
+    stage["key"]["version"] -= 1
+    (broken / "stage.json").write_text(json.dumps(stage))
+    with pytest.raises(UserError, match="older: a bundle of another version of acebert; publish"):
+        Bundle(broken)
 
 
 def test_hot_queries_and_vectors_of_another_number_are_refused(world, tmp_path) -> None:
