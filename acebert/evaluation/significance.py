@@ -6,7 +6,8 @@ Recall has num = the query's Recall, den = 1; GAUC has num = Σ n_g·AUC_g and d
 query's searches. Queries are drawn, not searches, because searches for one query are alike.
 
 A bootstrap sample draws queries with replacement, the same for all seeds and for both rows of a
-difference, and then seeds with replacement, for each row on its own. Intervals are percentiles.
+difference, and then seeds with replacement, for each row on its own, or for both at once where they
+are of the same models. Intervals are percentiles.
 
 Few seeds make a bootstrap too sure: S drawn of S spread by the factor sqrt((S-1)/S) too little, and
 the normal's 1.96 is not the quantile of so few. So the drawn seeds' deviation from the mean of all
@@ -16,6 +17,7 @@ one seed there is nothing to draw, and the interval speaks of that seed's model 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +41,9 @@ class Ratios:
     """[S, Q]"""
     denominator: NDArray[np.float64]
     """not negative; 0 for a query that the metric leaves out [Q]"""
+    models: tuple[Path, ...] = ()
+    """by seed: what tells that two rows are of the same models, as one with past clicks and one
+    without (none: not known)"""
 
     def __post_init__(self) -> None:
         if self.numerator.ndim != 2 or self.numerator.shape[1:] != self.denominator.shape:
@@ -159,7 +164,8 @@ def _draw_both(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if a.denominator.shape != b.denominator.shape or not np.allclose(a.denominator, b.denominator):
         raise UserError("the two rows were not measured on the same test queries")
-    trained = [len(row.numerator) for row in (a, b) if len(row.numerator) > 1]
+    rows = (a,) if a.models and a.models == b.models else (a, b)
+    trained = [len(row.numerator) for row in rows if len(row.numerator) > 1]
     freedom = len(trained) * (min(trained) - 1) if trained else 0
     drawn_a, drawn_b = _draw([a, b], freedom, samples, np.random.default_rng(seed))
     return drawn_a, drawn_b
@@ -178,10 +184,16 @@ def _draw(
     for start in range(0, samples, CHUNK):
         size = min(CHUNK, samples - start)
         counts = _counts(queries, size, rng)
+        picked: dict[tuple[Path, ...], NDArray[np.int64]] = {}
         for row, values in zip(rows, out, strict=True):
             total = counts @ row.denominator
             by_seed = (counts @ row.numerator.T) / np.where(total > 0, total, np.nan)[:, None]
-            values.append(_draw_seeds(by_seed, freedom, rng))
+            seeds = picked.get(row.models)
+            if seeds is None:
+                seeds = rng.integers(by_seed.shape[1], size=by_seed.shape)
+            if row.models:
+                picked[row.models] = seeds
+            values.append(_of_seeds(by_seed, seeds, freedom))
     return [np.concatenate(values) for values in out]
 
 
@@ -193,15 +205,15 @@ def _counts(queries: int, samples: int, rng: np.random.Generator) -> NDArray[np.
     return counts.reshape(samples, queries).astype(np.float64)
 
 
-def _draw_seeds(
-    by_seed: NDArray[np.float64], freedom: int, rng: np.random.Generator
+def _of_seeds(
+    by_seed: NDArray[np.float64], drawn_seeds: NDArray[np.int64], freedom: int
 ) -> NDArray[np.float64]:
-    """Values over drawn seeds [samples] from values by seed [samples, S]."""
-    samples, seeds = by_seed.shape
+    """Values over drawn seeds [samples] from values by seed; both [samples, S]."""
+    seeds = by_seed.shape[1]
     mean = by_seed.mean(axis=1)
     if seeds == 1:
         return mean
-    drawn = np.take_along_axis(by_seed, rng.integers(seeds, size=(samples, seeds)), 1).mean(axis=1)
+    drawn = np.take_along_axis(by_seed, drawn_seeds, 1).mean(axis=1)
     tail = 1 - (1 - LEVEL) / 2
     stretch = np.sqrt(seeds / (seeds - 1)) * stats.t.ppf(tail, freedom) / stats.norm.ppf(tail)
     return mean + stretch * (drawn - mean)

@@ -4,7 +4,7 @@ import io
 import json
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from acebert.errors import UserError
-from acebert.evaluation import WITH_CLICKS
+from acebert.evaluation import HYBRID, WITH_CLICKS
 from acebert.evaluation.recall import recall
 from acebert.evaluation.significance import (
     LEAST_QUERIES,
@@ -193,6 +193,11 @@ def read_ratios(directories: Sequence[Path], metric: str, group: str | None = No
     Raises:
         UserError: no such metric or group there, or the seeds differ in their test queries.
     """
+    models = (path.parent if path.name in (HYBRID, WITH_CLICKS) else path for path in directories)
+    return replace(_ratios(directories, metric, group), models=tuple(models))
+
+
+def _ratios(directories: Sequence[Path], metric: str, group: str | None) -> Ratios:
     tables = [_read(directory / "per_query.parquet") for directory in directories]
     queries = tables[0]["query"].to_pylist()
     for directory, table in zip(directories, tables, strict=True):

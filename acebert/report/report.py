@@ -43,7 +43,7 @@ from acebert.report.parts import (
     WITHOUT_ADVERSARY,
     Table,
 )
-from acebert.report.rows import ACEBERT
+from acebert.report.rows import ACEBERT, PLUS, PLUS_CLICKS
 from acebert.report.rows_figure import rows_panel
 from acebert.report.run import Measured, Results, trainings
 from acebert.report.style import Panel
@@ -322,7 +322,8 @@ def _starts(sections: Sequence[Section], rows: dict[str, Measured]) -> dict[str,
 
 
 def _plus(section: Section) -> list[tuple[str, str]]:
-    return [(s.row, s.beside) for s in section.table.steps if s.row == "acebert_plus"]
+    ours = (PLUS.name, PLUS_CLICKS.name)
+    return [(s.row, s.beside) for s in section.table.steps if s.row in ours]
 
 
 def _data(ingested: Stage) -> dict[str, Any]:

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -53,6 +56,22 @@ def test_the_paired_difference_is_scipys_bootstrap_of_the_differences():
     assert ours.low == pytest.approx(theirs.low, abs=5e-4)
     assert ours.high == pytest.approx(theirs.high, abs=5e-4)
     assert ours.excludes_zero
+
+
+def test_two_rows_of_the_same_models_differ_as_the_models_differences_do():
+    rng = np.random.default_rng(5)
+    models = tuple(Path(f"model{seed}") for seed in range(3))
+    a = rng.random((3, 60)) + rng.normal(0, 0.1, (3, 1))  # models that differ
+    b = a + 0.01 + rng.normal(0, 0.01, (3, 60))
+    one, other = (Ratios(row, np.ones(60), models) for row in (a, b))
+    found = difference(other, one)
+    of_differences = interval(Ratios(b - a, np.ones(60)))
+    assert (found.low, found.high) == pytest.approx((of_differences.low, of_differences.high))
+    assert found.excludes_zero
+    apart = replace(other, models=tuple(Path(f"model{seed}") for seed in range(3, 6)))
+    assert not difference(apart, one).excludes_zero
+    same = difference(one, one)
+    assert (same.low, same.high) == (0.0, 0.0)
 
 
 def test_queries_without_a_value_do_not_count():
