@@ -110,14 +110,15 @@ class _Parser:
         # What replaces a line with a stray quote: a row with one field too many.
         self.mark = "\0" + delimiter * len(names)
         comma, more = re.escape(delimiter.encode()), len(names) - 1
-        open_ = rb'"[^"]*+(?:""[^"]*+)*+'
+        # What is repeated is atomic: else Python 3.11.2 (Debian 12) ends a match a byte too early.
+        open_ = rb'"[^"]*+(?:(?>""[^"]*))*+'
         cell = rb'(?:%b"(?=[%b\r\n])|(?!")[^%b\r\n]*+)' % (open_, comma, comma)
         self.one_line_cells = re.compile(
-            rb'(?:[^"]++|(?<![^%b\r\n])"[^"\r\n]*+(?:""[^"\r\n]*+)*+"|(?<=[^%b\r\n])")*+'
+            rb'(?:(?>[^"]+|(?<![^%b\r\n])"[^"\r\n]*+(?:(?>""[^"\r\n]*))*+"|(?<=[^%b\r\n])"))*+'
             % (comma, comma)
         )
         self.row = re.compile(rb"%b(?:%b%b){%d}(?:\r\n?|\n)" % (cell, comma, cell, more))
-        self.open_row = re.compile(rb"(?:%b%b){0,%d}+%b\Z" % (cell, comma, more, open_))
+        self.open_row = re.compile(rb"(?:(?>%b%b)){0,%d}+%b\Z" % (cell, comma, more, open_))
 
     def rows(self, block: bytes, last: bool) -> Generator[Rows, None, bytes]:
         """Yields the block's rows; returns the lines of a row that does not end in it."""
