@@ -122,7 +122,7 @@ def evaluate_embeddings(
         hybrid = _Row(HYBRID, settings, test, row.groups)
         top, score = baselines.reciprocal_rank_fusion(found.top, _lists(bm25_top["product"]))
         hybrid.write(out / HYBRID, hybrid.ranks_in(top, score), top, score, None)
-        past = _past_clicks(ingested.path, test)
+        past = _past_clicks(test, *baselines.clicks_before(ingested.path, test))
         clicked = _Row(WITH_CLICKS, settings, test, row.groups)
         query, product, _ = past.clicked
         weight = settings.serve.click_weight
@@ -156,14 +156,14 @@ def evaluate_baselines(settings: Settings, ingested: Stage) -> Stage:
     def build(out: Path) -> None:
         test = load_test_set(settings, ingested)
         groups = make_groups(test, settings.eval.head_share)
-        _, product, clicks = baselines.clicks_before(ingested.path, test)
+        query, product, clicks = baselines.clicks_before(ingested.path, test)
         n = len(test.product_ids)
         scorers: dict[str, Callable[[], Scorer]] = {
             "bm25_titles": lambda: baselines.Bm25(test.titles, test.queries),
             "bm25_titles_hot": lambda: baselines.Bm25(
                 baselines.titles_with_hot_queries(ingested.path, test), test.queries
             ),
-            "click_lookup": lambda: _past_clicks(ingested.path, test),
+            "click_lookup": lambda: _past_clicks(test, query, product, clicks),
             "popularity": lambda: baselines.Popularity(
                 np.bincount(product, clicks, minlength=n).astype(np.int64)
             ),
@@ -194,8 +194,13 @@ def _dot_products(
     return found
 
 
-def _past_clicks(root: Path, test: TestSet) -> baselines.ClickLookup:
-    query, product, clicks = baselines.clicks_before(root, test)
+def _past_clicks(
+    test: TestSet,
+    query: NDArray[np.int64],
+    product: NDArray[np.int64],
+    clicks: NDArray[np.int64],
+) -> baselines.ClickLookup:
+    """Of what `baselines.clicks_before` gives, the clicks for the test set's queries."""
     asked = query >= 0
     return baselines.ClickLookup(
         len(test.product_ids), len(test.queries), query[asked], product[asked], clicks[asked]
