@@ -436,8 +436,14 @@ class MetricsActor:
         return len(new)
 
 
-def metrics_actor(settings: Settings) -> Any:
-    """The actor handle, pinned to this (the driver's) node."""
+@contextmanager
+def metrics_actor(settings: Settings) -> Iterator[Any]:
+    """The actor's handle, pinned to this (the driver's) node, to the end of the context: that the
+    handle goes to workers as bytes would keep the actor for as long as the job."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     made = MetricsActor.options(scheduling_strategy=here)  # type: ignore[attr-defined]
-    return made.remote(tracking_uri(settings), server_environment())
+    actor = made.remote(tracking_uri(settings), server_environment())
+    try:
+        yield actor
+    finally:
+        ray.kill(actor)

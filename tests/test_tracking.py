@@ -148,11 +148,11 @@ def test_workers_log_through_the_actor_and_no_step_twice(settings: Settings, ray
     rare = [float(i) if i % 5 == 0 else None for i in steps]
     table = table.append_column("train/domain_loss", pa.array(rare))
     with start_run(settings, "finetune", "d1") as run:
-        actor = metrics_actor(settings)
-        assert ray.get(actor.log.remote(run.run_id, table[:1500])) == 1500 + 300
-        assert ray.get(actor.log.remote(run.run_id, table[:2000])) == 500 + 100
-        restarted = metrics_actor(settings)  # it asks MLflow what the run has
-        assert ray.get(restarted.log.remote(run.run_id, table)) == 500 + 100
+        with metrics_actor(settings) as actor:
+            assert ray.get(actor.log.remote(run.run_id, table[:1500])) == 1500 + 300
+            assert ray.get(actor.log.remote(run.run_id, table[:2000])) == 500 + 100
+        with metrics_actor(settings) as restarted:  # it asks MLflow what the run has
+            assert ray.get(restarted.log.remote(run.run_id, table)) == 500 + 100
     for name, expected in (("loss", steps), ("domain_loss", steps[::5])):
         history = client(settings).get_metric_history(run.run_id, f"train/{name}")
         assert sorted((m.step, m.value) for m in history) == [(i, float(i)) for i in expected]

@@ -108,7 +108,8 @@ def trained_stage(
     directory = settings.workdir / "train" / f"{stage}-{digest}"
 
     def build(out: Path) -> None:
-        from acebert.tracking import DATA_TAG, start_run  # MLflow: a second no worker needs
+        # MLflow: a second no worker needs
+        from acebert.tracking import DATA_TAG, metrics_actor, start_run
 
         identity = {"key": dict(key), "code": code_identity()}
         kept = settings.train.checkpoints_kept
@@ -120,7 +121,8 @@ def trained_stage(
                 log.warning("%s: begins anew in %s, not from %s", stage, directory, other)
         tags = {DATA_TAG: data}
         with start_run(settings, stage, digest, name=name, tags=tags, first_step=step) as mlrun:
-            _train(settings, checkpoints, newest, identity, worker, config, mlrun)
+            with metrics_actor(settings) as actor:
+                _train(settings, checkpoints, newest, identity, worker, config, mlrun, actor)
             export(checkpoints, mlrun, out)
 
     built = run_stage(settings.workdir, stage, key, build)
@@ -136,9 +138,8 @@ def _train(
     worker: Worker,
     config: dict[str, Any],
     mlrun: "Run",
+    actor: Any,
 ) -> None:
-    from acebert.tracking import metrics_actor
-
     directory = checkpoints.directory.parent
     cpus, use_gpu = _resources(settings)
     # Ray Train looks at its workers this often (its default: 2 s); a start and an end wait for it.
@@ -151,7 +152,6 @@ def _train(
     log.info(
         "%s: workers: %d, each %s, %s", directory.name, train.num_workers, each, train.precision
     )
-    actor = metrics_actor(settings)
     bundle = {"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
     loop = {
         "settings": settings.model_dump(mode="json"),

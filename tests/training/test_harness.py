@@ -16,6 +16,7 @@ import pytest
 import ray
 import torch.distributed as dist
 from ray.train import ControllerError, WorkerGroupError
+from ray.util.state import list_actors
 
 from acebert.config import Settings, load_settings
 from acebert.errors import UserError
@@ -106,6 +107,24 @@ def test_a_workers_line_has_the_time_of_day_and_comes_once(
     trained_stage(settings, "toy", {"of": "line"}, shows_a_line, {}, exports, "data")
     (line,) = (tmp_path / "lines.txt").read_text().splitlines()
     assert re.fullmatch(r"\d\d:\d\d:\d\d trains", line)
+
+
+@pytest.mark.slow
+def test_a_training_leaves_no_process_behind(tmp_path: Path, ray_cluster: None) -> None:
+    """A report has a hundred of them."""
+    before = {actor.actor_id for actor in list_actors(limit=1000)}
+    settings = settings_with(tmp_path)
+    trained_stage(settings, "toy", {"of": "processes"}, trains_nothing, {}, exports, "data")
+    shared = {"_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"}  # of the job
+    deadline = time.monotonic() + 60
+    while left := [
+        actor.class_name
+        for actor in list_actors(limit=1000)
+        if actor.state != "DEAD" and actor.actor_id not in before
+        if actor.class_name not in shared
+    ]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
 
 
 def without_network() -> None:
