@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from acebert.evaluation.significance import LEAST_QUERIES, Interval, paired_by_seed
 from acebert.evaluation.tables import label
@@ -80,18 +82,26 @@ def order_words(comparisons: Sequence[Comparison], metric: str) -> str:
     if all(gain.verdict == "up" for gain in gains.values()):
         return f"By {name} the four systems stand in the paper's order, every step shown."
     rest = [
-        f"{row} over {beside}: {gain.unclaimed or NOT_UP[gain.verdict]}"
+        (f"{row} over {beside}", gain.unclaimed or NOT_UP[gain.verdict])
         for (row, beside), gain in gains.items()
         if gain.verdict != "up"
     ]
-    return f"By {name} the paper's order is not shown in full ({'; '.join(rest)})."
+    return f"By {name} the paper's order is not shown in full ({_by_verdict(rest)})."
 
 
 def step_words(comparison: Comparison) -> str:
     """One sentence on a step: every metric over all queries."""
     gains = [gain for gain in comparison.gains if gain.group is None]
-    told = "; ".join(f"{gain_words(gain)}: {verdict(gain)}" for gain in gains)
+    told = _by_verdict([(gain_words(gain), verdict(gain)) for gain in gains])
     return f"{comparison.step.row} beside {comparison.step.beside}: {told}."
+
+
+def _by_verdict(told: Sequence[tuple[str, str]]) -> str:
+    """`a, b: better; c: worse`, of what was found and the verdict on it."""
+    return "; ".join(
+        f"{', '.join(found for found, _ in group)}: {said}"
+        for said, group in groupby(told, key=itemgetter(1))
+    )
 
 
 def partitions_words(best: Mapping[str, Best]) -> str:

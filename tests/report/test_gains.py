@@ -166,6 +166,15 @@ def test_a_sentence_names_gain_interval_and_the_papers_number() -> None:
     assert told == "ACE-BERT beside TwinBERT: GAUC +2.5 % [+1.0, +4.0] (paper +3.5 %): reproduced."
 
 
+def test_metrics_of_one_verdict_share_it_in_a_sentence() -> None:
+    gains = (gain(0.01, 0.04, None), gain(0.02, 0.06, None), gain(-0.02, -0.01, None))
+    told = words.step_words(Comparison(Step("ACE-BERT", "TwinBERT"), gains))
+    assert told == (
+        "ACE-BERT beside TwinBERT: GAUC +2.5 % [+1.0, +4.0], GAUC +4.0 % [+2.0, +6.0]: better; "
+        "GAUC -1.5 % [-2.0, -1.0]: worse."
+    )
+
+
 @pytest.mark.parametrize("paper", [0.03, None])
 @pytest.mark.parametrize(
     ("queries", "one_seed", "said"),
