@@ -6,7 +6,8 @@ One worker each: the same code, bundle, runtime, batching and index. `plain`: uv
 process. `default`: Ray Serve's own proxy, no hop behind it. `haproxy`: Ray's HAProxy in its place.
 `apart`: HAProxy, and the query encoder a deployment of its own (one hop). Closed loop: each of 1, 8
 and 64 clients, in a second process, asks again when it has its answer. `noop` is /health, `hot`
-asks for queries of the bundle's table, `tail` for others, each of them once a server.
+asks for queries of the bundle's table, `clicks` for the same with past clicks, `tail` for others,
+each of them once a server.
 """
 
 import argparse
@@ -80,6 +81,7 @@ def generate(bundle: Path, seconds: float, results: "multiprocessing.Queue[Any]"
     kinds = {
         "noop": cycle(["/health"]),
         "hot": cycle([f"/search?k=10&q={quote(text)}" for text in hot]),
+        "clicks": cycle([f"/search?k=10&clicks=true&q={quote(text)}" for text in hot]),
         "tail": (f"{some}+{i}" for i, some in zip(count(), cycle(searches), strict=False)),
     }
     for name, paths in kinds.items():
