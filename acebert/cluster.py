@@ -40,7 +40,8 @@ def connect() -> None:
     if ray.is_initialized():
         _quieten()
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default
+    # Tasks and actors that were given no GPU see none, and stay off those that others train on.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     # The dashboard is there because Ray Train's clean-up asks it whether the controller lives.
     try:
         ray.init(logging_level=logging.WARNING)

@@ -38,7 +38,7 @@ HNSW_BUILD = 100
 TRAIN_A_LIST = 64  # vectors to train each list of IVF on; FAISS warns below 39
 TUNE_QUERIES = 500
 EFFORT_STEP = 1.4
-GPU_PROBES = 2048  # most lists of IVF that FAISS looks through for a query on a GPU
+GPU_MOST = 2048  # lists of IVF that FAISS looks through for a query on a GPU, and hits it returns
 RESCORED = 3  # candidates by codes for each hit that is asked for
 
 Kind = Literal["flat", "hnsw", "ivf"]
@@ -225,7 +225,7 @@ class ProductIndex:
             selector = faiss.IDSelectorBitmap(bits)  # type: ignore[call-arg]
             exact = exact or share**2 * n < self._looked_at()
         # A selector is looked at on the CPU; HNSW's own store is searched by itself.
-        on = self._exact if selector is None else self._exact_on_cpu
+        on = self._exact if selector is None and k <= GPU_MOST else self._exact_on_cpu
         if kind == "flat" or (kind == "hnsw" and exact):
             chosen: Any = selector and faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
             return on.search(queries, k, params=chosen)
@@ -235,7 +235,7 @@ class ProductIndex:
             return self._approximate.search(queries, k, params=chosen)
         lists = self._stored.nlist
         probed = lists if exact else min(lists, math.ceil(self.info.effort * wider / share))
-        if probed > GPU_PROBES:
+        if probed > GPU_MOST:
             on = self._exact_on_cpu
         chosen = faiss.SearchParametersIVF(nprobe=probed, sel=selector)  # type: ignore[call-arg]
         return on.search(queries, k, params=chosen)
@@ -330,11 +330,20 @@ def _made(vectors: NDArray[np.float32], factory: str, train: int = 100_000) -> A
 
 
 def _on_gpu(index: Any) -> Any:
-    return _OneAtATime(faiss.index_cpu_to_all_gpus(index)) if faiss.get_num_gpus() else index
+    """On the first GPU that this process sees, where there is one and FAISS has such an index for
+    GPUs (not of scalar codes outside of IVF). Copies on several take no search parameters."""
+    if not faiss.get_num_gpus():
+        return index
+    try:
+        copy = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+    except RuntimeError as error:  # says why in its first line; the rest is of its C++ code
+        log.info("index: searched on the CPU (%s)", str(error).splitlines()[0])
+        return index
+    return _OneAtATime(copy)
 
 
 class _OneAtATime:
-    """An index on GPUs. FAISS's are for one thread at a time, also to search (its wiki, 'Threads
+    """An index on a GPU. FAISS's are for one thread at a time, also to search (its wiki, 'Threads
     and asynchronous calls'), and the service has several."""
 
     def __init__(self, index: Any) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from acebert.config import Settings, absolute, load_settings, print_help
+from acebert.data.inputs import as_first_seen
 from acebert.errors import UserError
 
 
@@ -29,7 +30,8 @@ def run_job(
     `extra` is a parser for arguments that are no settings, made with add_help=False and
     allow_abbrev=False (`--seed` is not `--seeds`); the words that it leaves over are in
     `arguments.settings`, for `work` to read as its job does: by themselves, or on top of a model's
-    own. Exits with 0, with 2 and the message alone after a `UserError`, with 130 after Ctrl-C.
+    own. Its inputs stay what it first sees them as (`acebert.data.inputs`). Exits with 0, with 2
+    and the message alone after a `UserError`, with 130 after Ctrl-C.
     """
     set_up_logging()
     argv = sys.argv[1:] if argv is None else argv
@@ -37,11 +39,13 @@ def run_job(
         if "-h" in argv or "--help" in argv:
             print_help(description, extra)
         elif extra is None:
-            work(load_settings(argv))  # type: ignore[arg-type]
+            with as_first_seen():
+                work(load_settings(argv))  # type: ignore[arg-type]
         else:
             arguments, rest = extra.parse_known_args(argv)
             arguments.settings = rest
-            work(arguments)  # type: ignore[arg-type]
+            with as_first_seen():
+                work(arguments)  # type: ignore[arg-type]
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import ray
 from filelock import FileLock
 from mlflow.entities import LifecycleStage, Metric, Param, RunTag
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
@@ -33,7 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from acebert import __version__
 from acebert.config import Settings, flatten
 from acebert.errors import UserError
-from acebert.workdir import STAGE_FILE, digest_of, file_digests
+from acebert.workdir import STAGE_FILE, digest_of, file_digests, run_stage
 
 log = logging.getLogger(__name__)
 
@@ -347,22 +348,28 @@ def registered_product_side(settings: Settings, address: str) -> str:
     Raises:
         UserError: the registry does not answer, or has no such model of ours.
     """
-    name, at, alias = address.removeprefix("models:/").partition("@")
     try:
-        if at:
-            found = client(settings).get_model_version_by_alias(name, alias)
-        else:
-            found = client(settings).get_model_version(*name.split("/", 1))
-        return found.tags[PRODUCT_SIDE_TAG]
+        return _registered(settings, address).tags[PRODUCT_SIDE_TAG]
     except (MlflowException, TypeError, KeyError) as error:
         raise UserError(
             f"{address}: no model that a training registered in {tracking_uri(settings)}: {error!r}"
         ) from error
 
 
+def _registered(settings: Settings, address: str) -> ModelVersion:
+    """
+    Raises:
+        MlflowException, TypeError: the registry does not answer, or has no such model.
+    """
+    name, at, alias = address.removeprefix("models:/").partition("@")
+    if at:
+        return client(settings).get_model_version_by_alias(name, alias)
+    return client(settings).get_model_version(*name.split("/", 1))
+
+
 def model_directory(settings: Settings, address: str | Path) -> Path:
-    """A directory itself, or that behind the address `models:/NAME@ALIAS` or
-    `models:/NAME/VERSION`.
+    """A directory itself, or a registered model's, `models:/NAME@ALIAS` or `models:/NAME/VERSION`,
+    of which the work directory keeps a copy. Its weights are as old as the registered version.
 
     Raises:
         UserError: the registry has no such model.
@@ -371,12 +378,25 @@ def model_directory(settings: Settings, address: str | Path) -> Path:
         return address
     import mlflow
 
-    try:
+    def build(out: Path) -> None:
         with default_server(settings):
-            found = mlflow.artifacts.download_artifacts(address)
-    except MlflowException as error:
+            mlflow.artifacts.download_artifacts(
+                f"models:/{found.name}/{found.version}", dst_path=str(out)
+            )
+        for weights in (out / "artifacts").glob("*/model.safetensors"):
+            os.utime(weights, times=(created, created))
+
+    try:
+        found = _registered(settings, address)
+        created = found.creation_timestamp / 1000
+        key = {
+            "registry": without_password(tracking_uri(settings)),
+            "model": [found.name, found.version, created],
+        }
+        stage = run_stage(settings.workdir, "registered", key, build)
+    except (MlflowException, TypeError) as error:
         raise UserError(f"--model {address}: not in {tracking_uri(settings)}: {error}") from error
-    (directory,) = (Path(found) / "artifacts").iterdir()
+    (directory,) = (stage.path / "artifacts").iterdir()
     return directory
 
 

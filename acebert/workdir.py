@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,14 @@ def is_being_built(workdir: Path, name: str, digest: str) -> bool:
             return False
     except Timeout:
         return True
+
+
+def remove_unfinished(workdir: Path) -> None:
+    """Delete what processes left that died while they built a stage, or removed one."""
+    for left in [*workdir.glob("*/.*.partial"), *workdir.glob("*/.*.removed")]:
+        digest = left.name.split(".")[1]
+        with suppress(Timeout), FileLock(lock_file(workdir, left.parent.name, digest), timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _acquire(lock: FileLock, name: str) -> None:

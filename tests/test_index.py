@@ -74,7 +74,7 @@ def test_saved_and_loaded_it_finds_the_same(index: ProductIndex, tmp_path: Path)
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_more_lists_than_a_gpu_looks_through_are_searched_on_the_cpu(
+def test_more_lists_or_hits_than_a_gpu_takes_are_searched_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ):
     index = ProductIndex.build(PRODUCTS, IDS, QUERIES, ann_from=1)
@@ -83,20 +83,22 @@ def test_more_lists_than_a_gpu_looks_through_are_searched_on_the_cpu(
     class Gpu:
         def search(self, queries: np.ndarray, k: int, params: Any) -> Any:
             assert params.nprobe <= 20, "nprobe is too large"
+            assert k <= 20, "k is too large"
             return stored.search(queries, k, params=params)
 
     index._exact = Gpu()
-    monkeypatch.setattr(module, "GPU_PROBES", 20)
+    monkeypatch.setattr(module, "GPU_MOST", 20)
     np.testing.assert_array_equal(index.search(QUERIES, 20, exact=True), expected)
     assert index.info.effort <= 20
     index.search(QUERIES, 20)
+    index.search(QUERIES, 21)
 
 
 def test_an_index_on_a_gpu_has_one_search_at_a_time(monkeypatch: pytest.MonkeyPatch):
     inside, together = 0, 0
 
     class Gpu:
-        def __init__(self, index: Any) -> None:
+        def __init__(self, resources: Any, device: int, index: Any) -> None:
             self._index = index
 
         def search(self, queries: np.ndarray, k: int, params: Any) -> Any:
@@ -109,7 +111,8 @@ def test_an_index_on_a_gpu_has_one_search_at_a_time(monkeypatch: pytest.MonkeyPa
             return found
 
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
-    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", Gpu, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", Gpu, raising=False)
     index = ProductIndex.build(PRODUCTS, IDS, QUERIES, ann_from=1, kind="flat")
     together = 0
     with ThreadPoolExecutor(4) as threads:

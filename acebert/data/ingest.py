@@ -27,6 +27,7 @@ the tables of validation and test are empty then.
 import json
 import logging
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from acebert.config import DataSettings, Settings
 from acebert.data.catalogue import RAW_PRODUCT, count_catalogue, load_products, write_products
 from acebert.data.database import open_database, write_parquet
 from acebert.data.hot_queries import build_hot_lists
+from acebert.data.inputs import first_seen
 from acebert.data.lookups import write_lookups
 from acebert.data.quarantine import check_share, count_quarantined, write_quarantine
 from acebert.data.schema import IMPRESSIONS, PRODUCTS, check_mapping
@@ -75,8 +77,8 @@ def ingest(settings: Settings, products: str, impressions: str, *, hold_out: boo
     """Read, check, split and count a catalogue and its log; reused when nothing has changed.
 
     `products` and `impressions` are files, directories or URIs (Parquet, CSV, JSON lines).
-    Days are days in UTC. Without `hold_out` no day validates or tests, whatever data.test_from
-    says.
+    Which files these are is what the job first saw (`acebert.data.inputs`). Days are days in UTC.
+    Without `hold_out` no day validates or tests, whatever data.test_from says.
 
     Raises:
         UserError: an input that is not there, not readable, empty, lacks a column or has one of
@@ -89,7 +91,10 @@ def ingest(settings: Settings, products: str, impressions: str, *, hold_out: boo
     if data.valid_impressions and data.test_impressions:
         where["valid_impressions"] = data.valid_impressions
         where["test_impressions"] = data.test_impressions
-    inputs = {name: find_files(at, f"data.{name}") for name, at in where.items()}
+    inputs = {
+        name: first_seen(f"data.{name} {at}", partial(find_files, at, f"data.{name}"))
+        for name, at in where.items()
+    }
     key = {
         "version": VERSION,
         "inputs": {name: [file.fingerprint for file in files] for name, files in inputs.items()},

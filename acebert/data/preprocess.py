@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ from acebert.data.earlier import (
 )
 from acebert.data.features import FeatureStore, write_shard_list
 from acebert.data.image import decode, draw_roi
+from acebert.data.inputs import first_seen
 from acebert.data.photos import PhotoStorage, Rows
 from acebert.errors import UserError
 from acebert.workdir import STAGE_FILE, Stage, run_stage
@@ -72,7 +74,8 @@ def preprocess(settings: Settings, ingested: Stage) -> Stage:
     key.
 
     The key knows photos in the rows by ingest's digest, and those behind an `image_uri` by their
-    size and time where they lie on a file system (`PhotoStorage.fingerprint`).
+    size and time where they lie on a file system (`PhotoStorage.fingerprint`), as the job first
+    saw them.
 
     Raises:
         UserError: no such CNN or weights; more than data.max_bad_share of the photos broken; the
@@ -83,7 +86,9 @@ def preprocess(settings: Settings, ingested: Stage) -> Stage:
         raise ValueError("a model that reads neither patches nor pixels needs no features")
     spec = crop_spec(settings)
     key = {"version": VERSION, "ingest": ingested.digest, **_image_key(settings)}
-    if photos := spec.storage.fingerprint(ingested.path / "products"):
+    products = ingested.path / "products"
+    look = partial(spec.storage.fingerprint, products)
+    if photos := first_seen(f"photos of {products}", look):
         key["photos"] = photos
 
     def build(out: Path) -> None:

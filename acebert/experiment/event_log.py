@@ -309,7 +309,9 @@ def forget(directory: Path, days: int) -> None:
             for folder in (directory / kind).glob("????-??-??"):
                 if folder.name < first:
                     shutil.rmtree(folder)
-        for partial in [*directory.glob("*/*/.*.partial"), *directory.glob("hot/*.new")]:
+        newest = [d for kind in SCHEMAS for d in sorted((directory / kind).glob("????-??-??"))[-2:]]
+        begun = [partial for day in newest for partial in day.glob(".*.partial")]
+        for partial in [*begun, *directory.glob("hot/*.new")]:
             with suppress(FileNotFoundError):  # it is whole by now
                 if partial.stat().st_mtime < now.timestamp() - STALE_SECONDS:
                     partial.unlink()

@@ -18,6 +18,7 @@ from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from acebert.config import Settings, settings_from
+from acebert.data.inputs import as_first_seen, seen
 from acebert.errors import UserError, reason_of
 from acebert.job import set_up_logging
 from acebert.pipeline import finetune_stage, with_own_cnn
@@ -136,7 +137,7 @@ def _start(training: Training, share: dict[str, Any]) -> Any:
     own = with_leaves(training.settings, share).model_dump()
     miner = with_leaves(training.miner, share).model_dump() if training.miner else None
     driven = _drive.options(scheduling_strategy=here)
-    return driven.remote(own, miner, os.getcwd(), server_environment())
+    return driven.remote(own, miner, os.getcwd(), server_environment(), seen())
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -145,18 +146,21 @@ def _drive(
     miner: dict[str, Any] | None,
     directory: str,
     environment: dict[str, str],
+    inputs: dict[str, Any],
 ) -> str | None:
     """Train; why it failed, if it did."""
     set_up_logging()
     os.chdir(directory)  # relative paths in the settings start here
-    os.environ.update(environment)  # a cluster's workers have their own
+    # A cluster's workers have their own; and this one holds no GPU, if its node has some.
+    os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
     try:
         settings = settings_from(tree)
         torch.set_num_threads(settings.train.threads_per_worker or 1)  # for what it does itself
-        if miner is not None:
-            mined_by = finetune_stage(settings_from(miner)).path
-            settings = with_leaves(settings, {"loss.hard_negatives_from": mined_by})
-        finetune_stage(settings)
+        with as_first_seen(inputs):
+            if miner is not None:
+                mined_by = finetune_stage(settings_from(miner)).path
+                settings = with_leaves(settings, {"loss.hard_negatives_from": mined_by})
+            finetune_stage(settings)
     except Exception as error:
         if not isinstance(error, UserError):
             log.exception("report: a training failed")

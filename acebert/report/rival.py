@@ -112,6 +112,8 @@ def _train(
         seed=settings.seed,
         use_cpu=not torch.cuda.is_available(),
     )
+    if arguments.device.type == "cuda":
+        arguments._n_gpu = 1  # as many as there are would make batches so many times as large
     loss = MultipleNegativesRankingLoss(model)
     began = time.perf_counter()
     SentenceTransformerTrainer(model, arguments, data, loss=loss).train()

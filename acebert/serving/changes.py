@@ -38,6 +38,9 @@ CREATE TABLE IF NOT EXISTS change (
     title TEXT, category TEXT, price REAL, in_stock INTEGER, photo BLOB, at REAL NOT NULL
 );
 CREATE UNIQUE INDEX IF NOT EXISTS of_product ON change (product_id, part);
+-- `+seq` in a query makes SQLite take one of these, where it would read every row, photo and all.
+CREATE INDEX IF NOT EXISTS of_time ON change (at);
+CREATE INDEX IF NOT EXISTS without_stock ON change (product_id, part) WHERE in_stock = 0;
 CREATE TABLE IF NOT EXISTS vector (
     seq INTEGER NOT NULL, version TEXT NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (seq, version)
 );
@@ -202,16 +205,17 @@ class ChangeLog:
         """`seq` of the last change made before `moment`; 0: there is none."""
         with self._lock:
             return self._db.execute(
-                "SELECT coalesce(max(seq), 0) FROM change WHERE at < ?", (moment.timestamp(),)
+                "SELECT coalesce(max(+seq), 0) FROM change WHERE at < ?",
+                (moment.timestamp(),),
             ).fetchone()[0]
 
     def out_of_stock(self, seq: int) -> list[str]:
         """Products that changes up to `seq` took out of stock; no later one says they are back."""
         with self._lock:
             rows = self._db.execute(
-                "SELECT product_id FROM change WHERE in_stock = 0 AND seq <= ? AND (part = "
+                "SELECT product_id FROM change WHERE in_stock = 0 AND +seq <= ? AND (part = "
                 "'in_stock' OR NOT EXISTS (SELECT 1 FROM change AS own WHERE own.part = 'in_stock' "
-                "AND own.product_id = change.product_id)) ORDER BY seq",
+                "AND own.product_id = change.product_id)) ORDER BY +seq",
                 (seq,),
             ).fetchall()
         return [name for (name,) in rows]

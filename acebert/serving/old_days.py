@@ -8,14 +8,15 @@ from acebert.data.earlier import stage_key
 from acebert.errors import UserError
 from acebert.serving.bundle import all_published
 from acebert.serving.leases import held
-from acebert.workdir import STAGE_FILE
+from acebert.workdir import STAGE_FILE, remove_unfinished
 
 log = logging.getLogger(__name__)
 
 
 def remove_old_days(workdir: Path, keep: int, pinned: Path | None = None) -> list[Path]:
     """Delete the stages of refreshes, but for the `keep` newest catalogues with their logs and
-    those that a bundle is of which is published, held by a replica or `pinned`. Stages that a
+    those that a bundle is of which is published, held by a replica or `pinned`; and what processes
+    left that died half-way. Stages that a
     training uses are none of a refresh. Where it cannot be told what is published nothing goes.
 
     Returns:
@@ -28,8 +29,7 @@ def remove_old_days(workdir: Path, keep: int, pinned: Path | None = None) -> lis
         return []
     if pinned is not None:
         bundles.add(pinned)
-    for left in workdir.glob("*/.*.removed"):  # by a process that died here
-        shutil.rmtree(left, ignore_errors=True)
+    remove_unfinished(workdir)
     days = [path.parent for path in (workdir / "ingest").glob(f"[!.]*/{STAGE_FILE}")]
     days = [day for day in days if stage_key(day).get("held_out") == "nothing"]
     days.sort(key=lambda day: (day / STAGE_FILE).stat().st_mtime, reverse=True)

@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 WARN_SECONDS = 60.0  # between two lines on a log that cannot be written
 OF_A_BATCH = 32  # searches that the index does at a time, so that others get their turn
 START_SECONDS = 60.0  # for one answer of the writer, before a replica starts without it
+AWAY_SECONDS = 5.0  # most seconds between two attempts to hear of changes, whose writer is away
 BACK_OFF = 60.0  # most seconds between two attempts to load a bundle that cannot be loaded
 NO_ARM = ""  # of the metrics: the published bundle answered
 Step = Callable[[], Awaitable[None]]
@@ -203,7 +204,7 @@ class SearchService:
             steps += [(self.trial.flush, flush, BACK_OFF)]
             steps += [(swap, often, BACK_OFF) for swap in self.trial.swaps()]
         # One for each, so that an arm whose changes cannot be encoded holds up no other.
-        steps += [(partial(self._follow, arm), often, often) for arm in self._answering()]
+        steps += [(partial(self._follow, arm), often, AWAY_SECONDS) for arm in self._answering()]
         self._tasks = [asyncio.create_task(self._repeat(*step)) for step in steps]
 
     async def stop(self) -> None:

@@ -31,6 +31,8 @@ class WantedBundle:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._known: Path | None = None
+        self._side: tuple[int | None, str] | None = None
+        """of a directory: when its weights were written, and their version"""
         self._why_not: str | None = None
         self._asked = 0.0
         self._asking = threading.Lock()
@@ -79,7 +81,11 @@ class WantedBundle:
             for name, value in IMPATIENT.items():
                 os.environ.setdefault(name, value)
             return registered_product_side(self._settings, model)
-        return product_side_version(Path(model))
+        weights = Path(model) / "model.safetensors"
+        written = weights.stat().st_mtime_ns if weights.is_file() else None
+        if self._side is None or self._side[0] != written:  # else it would be read every 10 s
+            self._side = written, product_side_version(Path(model))
+        return self._side[1]
 
 
 def _newest(workdir: Path, model: str, version: str) -> Path:

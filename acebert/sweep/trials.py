@@ -25,6 +25,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.repeater import TRIAL_INDEX
 
 from acebert.config import Settings, settings_from
+from acebert.data.inputs import as_first_seen, seen
 from acebert.errors import UserError, reason_of
 from acebert.sweep.space import Space, Trial, drawn, tune_domains
 from acebert.tracking import server_environment
@@ -79,11 +80,18 @@ def run_trials(
     tree = base.model_dump()
     directory = os.getcwd()  # relative paths in the settings start here
 
-    def run_one(config: dict[str, Any], environment: dict[str, str], train: Objective) -> None:
+    def run_one(
+        config: dict[str, Any],
+        environment: dict[str, str],
+        inputs: dict[str, Any],
+        train: Objective,
+    ) -> None:
         os.chdir(directory)
-        os.environ.update(environment)  # a cluster's workers have its own
+        # A cluster's workers have their own; and this one holds no GPU, if its node has some.
+        os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
         try:
-            result = train(_trial_of(config, space).settings(settings_from(tree)))
+            with as_first_seen(inputs):
+                result = train(_trial_of(config, space).settings(settings_from(tree)))
         except Exception as error:
             # Reported, not raised: a raise costs the process, and the next trial its start.
             if not isinstance(error, UserError):
@@ -99,7 +107,9 @@ def run_trials(
         tune.with_resources(
             # Tune keeps what it is given until Python ends; DuckDB, which `objective` imports, says
             # then that it was leaked. Of parameters it keeps references.
-            tune.with_parameters(run_one, environment=server_environment(), train=objective),
+            tune.with_parameters(
+                run_one, environment=server_environment(), inputs=seen(), train=objective
+            ),
             tune.PlacementGroupFactory([{here: 0.001}]),
         ),
         param_space=listed,

@@ -47,6 +47,10 @@ class Finetuner:
         self.encoders: nn.Module = self.model
         if settings.train.compile:
             self.encoders = torch.compile(self.model)  # type: ignore[assignment]
+            if settings.train.micro_batch is not None:
+                # DDP would cut the graph into its buckets, and the pass without gradients, which is
+                # not cut, would draw other dropout on a GPU.
+                torch._dynamo.config.optimize_ddp = False
         self.parallel = self.encoders
         if world > 1:
             with warnings.catch_warnings():  # the name that replaces it is newer than torch 2.13
@@ -70,7 +74,9 @@ class Finetuner:
             torch.manual_seed(settings.seed)
             self.domain = DomainClassifier(settings.model.embedding_dim, self.adversary.hidden)
         self.domain.to(device)
-        self.domain_optimizer = torch.optim.Adam(self.domain.parameters(), lr=self.adversary.lr)
+        self.domain_optimizer = torch.optim.Adam(
+            self.domain.parameters(), lr=self.adversary.lr, fused=True
+        )
         self.timer = StepTimer(device)
         self.peak: float | None = None  # FLOP/s, measured at the first batch
 

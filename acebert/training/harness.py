@@ -17,6 +17,7 @@ checkpoint; a job that was stopped does the same when it is started again.
 * `train.max_failures` counts deaths without a new checkpoint: a long run may die more often.
 """
 
+import gc
 import logging
 import math
 import os
@@ -141,6 +142,8 @@ def _train(
     actor: Any,
 ) -> None:
     directory = checkpoints.directory.parent
+    gc.collect()
+    torch.cuda.empty_cache()  # what this process measured another model with
     cpus, use_gpu = _resources(settings)
     # Ray Train looks at its workers this often (its default: 2 s); a start and an end wait for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -366,7 +369,8 @@ def _run_rank(given: dict[str, bytes]) -> str | None:
     settings = settings_from(loop["settings"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
+    # It takes the first GPU of a node where none was asked for.
+    device = ray.train.torch.get_device() if ray.get_gpu_ids() else torch.device("cpu")
     if device.type == "cpu":
         cores = cores_here() // context.get_local_world_size()
         torch.set_num_threads(settings.train.threads_per_worker or max(1, cores))

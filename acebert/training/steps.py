@@ -270,7 +270,7 @@ def _say(
     share_of_peak = "peak_share" in rows[0] and rows[0]["peak_share"].is_cuda  # CPUs are shared
     peak = f"{mean('peak_share'):.0%} of the matrix peak, " if share_of_peak else ""
     log.info(
-        "%s: step %d of %d, %s, %.0f %s/s (%s%.1f %% waiting for data), %.0f s left",
+        "%s: step %d of %d, %s, %.0f %s/s (%s%.1f %% waiting for data)%s",
         training.stage,
         state.step,
         total,
@@ -279,5 +279,5 @@ def _say(
         training.unit,
         peak,
         100 * mean("seconds_data") / seconds,
-        state.seconds * (1 - share) / share if share else float("nan"),
+        f", {state.seconds * (1 - share) / share:.0f} s left" if share else "",
     )

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from acebert.config import Settings, settings_from
 from acebert.data.ingest import ingest
+from acebert.data.inputs import as_first_seen
 from acebert.data.schema import normalize_query
 from acebert.errors import UserError
 from acebert.workdir import Stage
@@ -459,6 +460,20 @@ def test_the_same_input_gives_the_same_bytes_and_a_second_call_reuses_them(tmp_p
     assert ingest(less, *again).reused
     write(LOG[:-1], tmp_path / "1" / "log.parquet")
     assert not ingest(settings, *again).reused
+
+
+def test_a_file_that_is_added_while_a_job_runs_is_of_the_next_job(tmp_path: Path) -> None:
+    products = write(PRODUCTS, tmp_path / "products.parquet")
+    write(LOG, tmp_path / "log" / "1.parquet")
+    settings = make_settings(tmp_path / "work")
+    with as_first_seen():
+        first = ingest(settings, products, str(tmp_path / "log"))
+        write([shown(3, "hat", "c", True)], tmp_path / "log" / "2.parquet")
+        again = ingest(settings, products, str(tmp_path / "log"))
+    after = ingest(settings, products, str(tmp_path / "log"))
+    assert (again.reused, again.path) == (True, first.path)
+    assert not after.reused
+    assert "hat" in Result(after).texts
 
 
 # Fates

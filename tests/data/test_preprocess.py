@@ -21,6 +21,7 @@ from acebert.config import Settings, settings_from
 from acebert.data import preprocess as module
 from acebert.data.features import FeatureStore
 from acebert.data.image import BrokenImage, crop_resize, decode, find_roi
+from acebert.data.inputs import as_first_seen
 from acebert.data.photos import PhotoStorage, Rows
 from acebert.data.preprocess import preprocess
 from acebert.errors import UserError
@@ -273,7 +274,10 @@ def test_a_photo_that_is_replaced_under_its_address_makes_new_features(tmp_path:
     first = preprocess(options, source)
     assert preprocess(options, source).reused
     for name in ("a.jpg", "b.jpg"):
-        (shop / name).write_bytes(photo(1))
+        with as_first_seen():
+            preprocess(options, source)
+            (shop / name).write_bytes(photo(1))
+            assert preprocess(options, source).reused  # in one job
         again = preprocess(options, source)
         assert not again.reused
     before, now = (FeatureStore(stage.path).pixels(np.array([0, 2])) for stage in (first, again))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,11 +15,13 @@ from small_world import make_world
 
 from acebert.config import Settings, load_settings
 from acebert.data.hard_negatives import HardNegatives
+from acebert.data.inputs import as_first_seen
 from acebert.data.lookups import Lookups
 from acebert.errors import UserError
 from acebert.evaluation.evaluate import read_vectors
 from acebert.evaluation.tables import Row
 from acebert.machine import machine
+from acebert.pipeline import demo_stage, ingest_stage
 from acebert.report import rival, run
 from acebert.report.ahead import Training, each_once, train_ahead
 from acebert.report.rows import (
@@ -114,6 +117,30 @@ def test_rows_at_once_are_trained_side_by_side_each_once(trained: tuple[Results,
     models = {model for measured in trained[0].rows.values() for model in measured.models}
     assert len(runs) == len(models)
     assert any(b.info.start_time < a.info.end_time for a, b in pairwise(runs))
+
+
+@pytest.mark.slow
+def test_rows_are_trained_on_the_log_that_the_job_first_saw(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    demo = demo_stage(load_settings([*SMALL, "--workdir", str(tmp_path / "demo")])).path
+    log = tmp_path / "log"
+    shutil.copytree(demo / "impressions", log)
+    files = ["--data.products", str(demo / "products.parquet"), "--data.impressions", str(log)]
+    own = ["--recipe", "twinbert_tiny", "--workdir", str(tmp_path / "work")]
+    rows = [
+        Training("TwinBERT", load_settings([*SMALL, *own, *files, "--seed", str(seed)]))
+        for seed in range(2)
+    ]
+    failed: list[str] = []
+    with as_first_seen():
+        first = ingest_stage(rows[0].settings)
+        some = next(path for path in log.rglob("*.parquet"))
+        shutil.copy(some, some.with_stem("again"))
+        train_ahead(rows, 2, lambda row, why: failed.append(f"{row}: {why}"))
+    assert failed == []
+    assert len(list((tmp_path / "work" / "finetune").glob("[!.]*"))) == 2
+    assert list((tmp_path / "work" / "ingest").glob("[!.]*")) == [first.path]
 
 
 @pytest.mark.slow

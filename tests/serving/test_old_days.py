@@ -5,12 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from acebert.errors import UserError
 from acebert.serving.bundle import publish, published
 from acebert.serving.leases import EXPIRES_SECONDS, Lease, held
 from acebert.serving.old_days import remove_old_days
-from acebert.workdir import run_stage
+from acebert.workdir import lock_file, run_stage
 
 STAGES = ("ingest", "tokens", "features", "embed", "bundle")
 
@@ -49,6 +50,21 @@ def test_the_newest_days_what_is_published_and_what_trainings_made_stay(
     remove_old_days(tmp_path, keep=1)
     assert there(days) == [True, False, False, False, True]
     assert not [path for path in tmp_path.glob("*/.*") if path.suffix != ".lock"]
+
+
+def test_what_a_process_left_that_died_while_it_built_a_stage_goes_and_what_is_built_now_stays(
+    tmp_path: Path, days: list[list[Path]]
+) -> None:
+    publish(tmp_path, days[4][-1])
+    left, built = (tmp_path / "embed" / f".{name * 16}.partial" for name in "ab")
+    for path in (left, built):
+        path.mkdir()
+        (path / "x").write_text("x")
+    with FileLock(lock_file(tmp_path, "embed", "b" * 16)):
+        remove_old_days(tmp_path, keep=5)
+        assert not left.exists()
+        assert (built / "x").exists()
+    assert there(days) == [True] * 5
 
 
 def test_what_the_settings_pin_or_a_replica_holds_stays_until_the_lease_expires(

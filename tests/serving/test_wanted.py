@@ -18,7 +18,8 @@ from acebert.config import Settings
 from acebert.errors import UserError
 from acebert.serving import wanted as module
 from acebert.serving.wanted import WantedBundle
-from acebert.tracking import client, log_model, start_run
+from acebert.tracking import client, log_model, model_directory, start_run
+from acebert.workdir import file_digests
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +102,23 @@ def test_an_alias_that_moves_changes_what_is_served(
         expected = world.settings.workdir / "bundle" / bundle.name
         until(lambda expected=expected: wanted() == expected)  # type: ignore[misc]
         assert wanted() == expected
+
+
+def test_the_work_directory_keeps_a_registered_model_as_old_as_its_version(world: Any) -> None:
+    settings = serves(world, "models:/acebert@candidate")
+    register(settings, world.bundle / "model")
+    version = client(settings).get_model_version("acebert", "1")
+    first, second = (
+        model_directory(settings, address)
+        for address in ("models:/acebert@candidate", "models:/acebert/1")
+    )
+    assert first == second
+    assert first.is_relative_to(settings.workdir / "registered")
+    assert file_digests(first) == file_digests(world.bundle / "model")
+    weights = (first / "model.safetensors").stat()
+    assert weights.st_mtime == pytest.approx(version.creation_timestamp / 1000)
+    with pytest.raises(UserError, match=r"--model models:/acebert/7: not in sqlite"):
+        model_directory(settings, "models:/acebert/7")
 
 
 def test_a_model_that_is_registered_already_moves_the_alias_and_is_no_new_version(

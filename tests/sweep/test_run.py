@@ -17,6 +17,7 @@ from mlflow.entities import Run as MlflowRun
 from optuna.study import Study
 
 from acebert.config import Settings, load_settings
+from acebert.data.inputs import as_first_seen, first_seen
 from acebert.errors import UserError
 from acebert.evaluation import evaluate as evaluate_module
 from acebert.sweep import run as sweep_run
@@ -312,6 +313,24 @@ def test_what_fails_where_the_sweep_runs_is_the_trials_reason(
         storage=tmp_path / "tune",
     )
     assert reasons == ["OSError: no space left"]
+
+
+def test_a_trial_sees_the_inputs_as_the_sweep_saw_them(
+    settings: Settings, ray_cluster: None, tmp_path: Path
+):
+    def train(settings: Settings) -> dict[str, object]:
+        return {"recall_100": first_seen("log", lambda: 0.0)}
+
+    settings.workdir.mkdir()
+    space = Space(vary={"loss.gamma": [10]})
+    ended: list[Outcome] = []
+    with as_first_seen({"log": 0.4}):
+        run_trials(
+            *(space, settings, trials_of(space, settings), [], train, lambda _: None, ended.append),
+            at_once=1,
+            storage=tmp_path / "tune",
+        )
+    assert [outcome.result["recall_100"] for outcome in ended] == [0.4]
 
 
 def test_a_run_that_was_deleted_does_not_stop_a_sweep(settings: Settings):
