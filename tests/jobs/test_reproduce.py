@@ -71,13 +71,17 @@ def test_an_option_is_its_whole_name(capsys: pytest.CaptureFixture[str]) -> None
     assert "the following arguments are required: --model" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_the_job_ends_with_the_path_of_a_page_that_says_what_it_did(tmp_path: Path) -> None:
-    given = ["--parts", "fig6", "table4", "--seeds", "0", "--workdir", str(tmp_path), *TINY]
+def reproduce(workdir: Path, *parts: str) -> subprocess.CompletedProcess[str]:
+    given = ["--parts", *parts, "--seeds", "0", "--workdir", str(workdir), *TINY]
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, JOB, *given], capture_output=True, text=True, env=environment, check=False
     )
+
+
+@pytest.mark.slow
+def test_the_job_ends_with_the_path_of_a_page_that_says_what_it_did(tmp_path: Path) -> None:
+    done = reproduce(tmp_path, "fig6", "table4")
     assert done.returncode == 0, done.stderr[-3000:]
     page = Path(done.stdout.splitlines()[-1])
     numbers = json.loads((page.parent / "numbers.json").read_text())
@@ -93,3 +97,13 @@ def test_the_job_ends_with_the_path_of_a_page_that_says_what_it_did(tmp_path: Pa
     text = page.read_text()
     assert len(re.findall(r'<img id="(?:table4|fig6)_', text)) == 4
     assert "--parts fig6 table4 --seeds 0 --workdir" in text
+
+    # A part that cannot be had costs the job its exit code, and the page is there all the same.
+    done = reproduce(tmp_path, "fig6", "fig5")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: left out of the page, which says why: Figure 5"
+    (why,) = re.findall(
+        r"Figure 5 is left out: (metric: recall_100 of 100 products.*)", done.stdout
+    )
+    page = Path(done.stdout.splitlines()[-1])
+    assert json.loads((page.parent / "numbers.json").read_text())["left_out"] == {"Figure 5": why}
