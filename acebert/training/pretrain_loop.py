@@ -6,6 +6,8 @@ The budget is used up: the last weights are the result.
 import logging
 from collections.abc import Iterator
 
+import numpy as np
+
 from acebert.config import Settings
 from acebert.models.pretraining import CEBertForPreTraining
 from acebert.training.checkpoint import Progress
@@ -46,7 +48,8 @@ class PreTraining(Training[PretrainBatch]):
         self.batches = PretrainBatches(settings, paths, rank.rank, rank.world, rank.device)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.held_out = HeldOut(self.batches)
-        self.validates_on = f"{len(self.held_out.products)} products"
+        rows = self.held_out.products
+        self.validates_on = f"{len(rows)} masked titles of {len(np.unique(rows))} products"
         self.trainer: Pretrainer = Pretrainer(settings, model, rank.device, rank.rank, rank.world)
 
     def stream(self, start: int, stop: int) -> Iterator[PretrainBatch]:
