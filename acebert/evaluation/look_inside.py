@@ -36,7 +36,7 @@ from acebert.workdir import Stage, run_stage
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 SUSPICIOUS = "suspicious.parquet"
 ROWS_A_TASK = 4096
 EXAMPLES, SUSPECTS = 8, 24
@@ -145,12 +145,13 @@ def draw_examples(settings: Settings, model: Path, paths: StagePaths) -> list[Ex
     batches = PretrainBatches(here, paths, rank=0, world=1)
     sample = HeldOut(batches)
     lent = np.flatnonzero(sample.photos[OTHER] != NO_PHOTO)
+    lent = lent[np.unique(sample.products[lent], return_index=True)[1]]  # each product once
     chosen = lent[np.linspace(0, len(lent) - 1, min(EXAMPLES, len(lent))).astype(int)]
     bert = CEBertForPreTraining.from_pretrained(model).eval()
     tokenizer = load_tokenizer(model)
     inputs = InputStore(here, paths)
     examples = []
-    for row in np.unique(chosen):
+    for row in chosen:
         product, other = int(sample.photos[OWN][row]), int(sample.photos[OTHER][row])
         text, own = inputs.products(np.array([product]), None)
         assert own is not None

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from acebert.config import Settings
 from acebert.data.features import FeatureStore
 from acebert.data.preprocess import crop_spec
-from acebert.evaluation.look_inside import EXAMPLES, SUSPECTS, look_inside
+from acebert.evaluation.look_inside import EXAMPLES, SUSPECTS, draw_examples, look_inside
 from acebert.evaluation.look_inside_page import Example, Guess, PagePhotos, write_page
 from acebert.models.encoder import HOT_QUERY, TITLE, ImageInputs, TextInputs, load_backbone
 from acebert.models.pretraining import CEBertForPreTraining
@@ -24,6 +24,7 @@ from acebert.tracking import client
 from acebert.training.finetune import finetune, new_model
 from acebert.training.pairs import StagePaths
 from acebert.training.pretrain import pretrain
+from acebert.training.pretrain_batches import PretrainBatches
 from acebert.workdir import Stage
 
 
@@ -228,6 +229,19 @@ def test_the_page_stands_alone_and_shows_photos_words_and_suspects(looked: Stage
     suspects = pq.read_table(looked.path / "suspicious.parquet").slice(0, 3)
     for title in suspects["title"].to_pylist():
         assert html.escape(title) in page
+
+
+def test_no_product_is_an_example_twice_though_few_are_held_out_under_many_masks(
+    pretrained: Stage, pretrain_settings: Settings, paths: StagePaths
+) -> None:
+    batches = PretrainBatches(pretrain_settings, paths, rank=0, world=1)
+    masks = EXAMPLES - 1  # every n-th of the masked titles would be one product's
+    own = {"valid_products": masks * len(batches.texts.held_out)}
+    few = pretrain_settings.pretrain.model_copy(update=own)
+    settings = pretrain_settings.model_copy(update={"pretrain": few})
+    shown = [e.product for e in draw_examples(settings, pretrained.path, paths)]
+    assert len(set(shown)) == len(shown) == EXAMPLES
+    assert set(shown) <= set(batches.texts.held_out.tolist())
 
 
 def test_a_title_with_markup_cannot_put_anything_on_the_page(
